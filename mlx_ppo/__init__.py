@@ -1,0 +1,13 @@
+"""PPO from human feedback for language models, entirely offline, on a laptop.
+
+Importing this package first switches third-party libraries offline and, on Linux, loads an optimised BLAS: both must
+happen before mlx, mlx_lm or transformers are imported.
+"""
+
+from mlx_ppo.runtime.blas import load_blas as _load_blas
+from mlx_ppo.runtime.offline import go_offline as _go_offline
+
+__version__ = "0.1.0"
+
+_go_offline()
+BLAS = _load_blas()

@@ -1,0 +1,397 @@
+"""The configuration: every key, its type, its bounds, its one default, and the sentence that explains it.
+
+One frozen model a section, one job a class. `mlx_ppo.config_file` reads TOML into them.
+"""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+InputPath = Annotated[Path, Field(strict=False, json_schema_extra={"path": "input"})]
+OutputPath = Annotated[Path, Field(strict=False, json_schema_extra={"path": "output"})]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """One table of the TOML file: frozen, no unknown keys, no silent conversions, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Where a run is kept and how often it is saved."""
+
+    folder: OutputPath = Field(Path("runs"), description="folder that holds the run folders")
+    name: str = Field(
+        "run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="the run's folder is `folder/name`, or `name-2`, `name-3`, ... where that is taken",
+    )
+    seed: CountOrZero = Field(0, description="every random choice derives from it")
+    save_every: Count = Field(10, description="iterations (or optimizer steps) between checkpoints")
+    keep_last: Count = Field(2, description="checkpoints kept besides the best")
+
+
+class PPORunSection(RunSection):
+    """The run section of `train`."""
+
+    name: str = Field(
+        "ppo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description=RunSection.model_fields["name"].description
+    )
+    iterations: Count = Field(100, description="PPO iterations: sample, score, update")
+    evaluate_every: CountOrZero = Field(0, description="iterations between evaluations; 0: only before and after")
+
+
+class ModelSection(Section):
+    """The trunk: a folder in the format of mlx-lm / Hugging Face, with safetensors."""
+
+    path: InputPath = Field(description="model folder")
+    train: Literal["lora", "full"] = Field("lora", description="train LoRA adapters or all weights")
+    adapter: InputPath | None = Field(None, description="mlx-lm adapter folder to start from")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="compute type; auto: float32 on a CPU, the stored type on a GPU"
+    )
+
+
+class TrainableModelSection(ModelSection):
+    """The model section of `sft` and `reward`, which write a model folder at the end."""
+
+    initialise: Literal["weights", "random"] = Field(
+        "weights",
+        description="start from the folder's weights, or (`sft`, train = full) from random ones for its config.json",
+    )
+    save_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="type of the weights in the finished folder; checkpoints keep float32"
+    )
+
+
+class LoraSection(Section):
+    """Low-rank adapters, in mlx-lm's terms."""
+
+    rank: Count = Field(8, description="rank of each adapter")
+    scale: Positive = Field(2.0, description="factor on the adapter's output (mlx-lm's scale: alpha / rank)")
+    layers: CountOrZero = Field(0, description="adapt this many of the uppermost layers; 0: all")
+    targets: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="names inside a layer such as `self_attn.q_proj`; empty: every linear layer"
+    )
+
+
+class OptimizerSection(Section):
+    """AdamW with bias correction."""
+
+    learning_rate: Positive = Field(1e-4, description="rate of the policy (or of the model, in `sft` and `reward`)")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="decay to zero over the run, after warm-up"
+    )
+    warmup_steps: CountOrZero = Field(0, description="optimizer steps of linear warm-up")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="decay of the first moment")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the second moment")
+    eps: Positive = Field(1e-5, description="added to the root of the second moment")
+    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
+    gradient_clip: Positive = Field(1.0, description="bound on the gradient's global norm")
+
+
+class PromptDataSection(Section):
+    """Prompts for `train`: JSONL with `prompt` (text or messages) or `messages`."""
+
+    prompts: InputPath = Field(description="training prompts")
+    eval_prompts: InputPath | None = Field(
+        None, description="held-out prompts for the evaluations; without: training prompts"
+    )
+    eval_count: Count = Field(64, description="how many of them are answered at an evaluation")
+    max_prompt_tokens: Count = Field(256, description="a prompt's bound")
+    overlong: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="what happens to longer ones (counted and shown)"
+    )
+
+
+class RolloutSection(Section):
+    """Sampling from the current policy."""
+
+    prompts: Count = Field(32, description="prompts an iteration")
+    samples_per_prompt: Count = Field(
+        1, description="responses for each prompt (2 or more for the critic-free estimators)"
+    )
+    max_tokens: Count = Field(64, description="a response's bound in tokens")
+    temperature: Positive = Field(
+        1.0, description="sampling temperature; every log-probability is of this distribution"
+    )
+    batch_size: Count = Field(64, description="sequences decoded together; changes speed and memory only")
+
+
+class RewardSource(Section):
+    """One source of scores; several are added by weight."""
+
+    kind: Literal["model", "function"] = Field(description="a trained reward model's folder, or a Python function")
+    path: InputPath | None = Field(None, description="folder written by `mlx-ppo reward` (kind = model)")
+    function: str | None = Field(
+        None,
+        description="`file.py:name` (kind = function); called with lists of prompts and completions, in a process of its own",
+    )
+    weight: float = Field(1.0, description="factor in the sum of the sources")
+    timeout: Positive = Field(60.0, description="seconds a call of the function may take")
+
+
+class ScoreSection(Section):
+    """What happens to a response's score before it becomes a reward."""
+
+    clip: NonNegative = Field(0.0, description="bound on the absolute score; 0: none")
+    truncated: Literal["none", "replace", "subtract"] = Field(
+        "none", description="treatment of responses cut by max_tokens"
+    )
+    truncated_value: float = Field(1.0, description="the score put in place, or what is subtracted")
+    overlong_buffer: CountOrZero = Field(
+        0, description="last tokens before max_tokens over which a penalty grows to -1; 0: none"
+    )
+    batch_size: Count = Field(32, description="sequences scored together; changes speed and memory only")
+
+
+class CriticSection(Section):
+    """The value function."""
+
+    kind: Literal["adapters", "head", "model"] = Field(
+        "adapters",
+        description="own adapters and head on the shared trunk; a head on the policy's states; or a model of its own",
+    )
+    path: InputPath | None = Field(
+        None, description="the critic's model folder (kind = model); without: the reward model's or the policy's"
+    )
+    initialise: Literal["reward", "policy"] = Field(
+        "reward", description="start from the reward model where one fits, or from the trunk as it is"
+    )
+    learning_rate: Positive = Field(3e-4, description="the critic's rate")
+    warmup_iterations: CountOrZero = Field(0, description="first iterations that train only the critic")
+
+
+class PPOSection(Section):
+    """The update."""
+
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo"] = Field(
+        "gae", description="with a critic (gae), or critic-free within a prompt's group"
+    )
+    epochs: Count = Field(2, description="passes over each rollout")
+    minibatches: Count = Field(4, description="optimizer steps a pass")
+    micro_batch: CountOrZero = Field(
+        0, description="responses a forward pass; 0: the whole minibatch. Changes memory only"
+    )
+    clip_low: Share = Field(0.2, description="lower bound of the ratio is 1 - clip_low")
+    clip_high: NonNegative = Field(0.28, description="upper bound of the ratio is 1 + clip_high")
+    dual_clip: NonNegative = Field(
+        3.0, description="bound on the loss where the advantage is negative; 0: none, else above 1"
+    )
+    value_clip: NonNegative = Field(0.2, description="how far a value may move from the old one; 0: no bound")
+    discount: Share = Field(1.0, description="discount of later rewards")
+    lambda_policy: Share = Field(0.95, description="GAE lambda of the advantages")
+    lambda_critic: Share = Field(1.0, description="GAE lambda of the value targets")
+    length_adaptive: NonNegative = Field(0.0, description="alpha of a lambda_policy of 1 - 1/(alpha * length); 0: off")
+    whiten: bool = Field(True, description="whiten the advantages over the rollout (gae)")
+    aggregate: Literal["token-mean", "sequence-mean", "constant"] = Field(
+        "token-mean", description="denominator of the policy loss (constant: responses times max_tokens)"
+    )
+    entropy_coef: NonNegative = Field(0.0, description="entropy bonus")
+    stop_at_kl: NonNegative = Field(
+        0.0, description="end the passes when the approximate KL to the old policy exceeds it; 0: off"
+    )
+
+
+class KLSection(Section):
+    """The penalty for leaving the reference, inside the reward."""
+
+    coef: NonNegative = Field(0.05, description="factor on log pi - log pi_ref of each token")
+    controller: Literal["fixed", "adaptive"] = Field("fixed", description="keep coef, or steer towards the target")
+    target: Positive = Field(6.0, description="nats a sequence (adaptive)")
+    horizon: Positive = Field(10_000.0, description="samples over which the controller acts (adaptive)")
+
+
+class Job(BaseModel):
+    """A whole configuration file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    command: ClassVar[str]
+
+    def contradictions(self) -> list[tuple[str, str]]:
+        """Keys that don't go together: (`section.key`, what is wrong and the mend)."""
+        return []
+
+
+class TrainConfig(Job):
+    """`mlx-ppo train`."""
+
+    command: ClassVar[str] = "train"
+    run: PPORunSection = PPORunSection()
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    data: PromptDataSection
+    rollout: RolloutSection = RolloutSection()
+    reward: Annotated[tuple[RewardSource, ...], Field(strict=False, min_length=1)]
+    score: ScoreSection = ScoreSection()
+    critic: CriticSection = CriticSection()
+    ppo: PPOSection = PPOSection()
+    kl: KLSection = KLSection()
+    optimizer: OptimizerSection = OptimizerSection()
+
+    def contradictions(self) -> list[tuple[str, str]]:
+        """Keys that don't go together."""
+        found: list[tuple[str, str]] = []
+        responses = self.rollout.prompts * self.rollout.samples_per_prompt
+        if self.ppo.advantage != "gae":
+            if self.rollout.samples_per_prompt < 2:
+                found.append(
+                    (
+                        "ppo.advantage",
+                        f"{self.ppo.advantage!r} compares a prompt's responses; set rollout.samples_per_prompt to 2 or more",
+                    )
+                )
+            if self.critic.warmup_iterations:
+                found.append(
+                    (
+                        "critic.warmup_iterations",
+                        f"there is no critic with ppo.advantage = {self.ppo.advantage!r}; remove the key",
+                    )
+                )
+        if self.ppo.minibatches > responses:
+            found.append(
+                (
+                    "ppo.minibatches",
+                    f"more than the {responses} responses of an iteration (rollout.prompts * rollout.samples_per_prompt)",
+                )
+            )
+        if self.kl.controller == "adaptive" and responses >= 5 * self.kl.horizon:
+            found.append(("kl.horizon", f"must be above a fifth of the {responses} responses of an iteration"))
+        if 0 < self.ppo.dual_clip <= 1:
+            found.append(("ppo.dual_clip", "must be 0 (off) or above 1"))
+        if self.critic.path is not None and self.critic.kind != "model":
+            found.append(("critic.path", f"is read only with critic.kind = 'model', not {self.critic.kind!r}"))
+        if self.critic.warmup_iterations >= self.run.iterations:
+            found.append(
+                (
+                    "critic.warmup_iterations",
+                    f"leaves none of the {self.run.iterations} iterations of run.iterations for the policy",
+                )
+            )
+        for index, source in enumerate(self.reward):
+            found.extend((f"reward.{index}.{key}", text) for key, text in _source_problems(source))
+        return found
+
+
+def _source_problems(source: RewardSource) -> list[tuple[str, str]]:
+    wanted, other = ("path", "function") if source.kind == "model" else ("function", "path")
+    problems: list[tuple[str, str]] = []
+    if getattr(source, wanted) is None:
+        problems.append((wanted, f"missing: a reward of kind {source.kind!r} needs it"))
+    if getattr(source, other) is not None:
+        problems.append((other, f"belongs to another kind of reward, not {source.kind!r}"))
+    if source.function is not None and not all(source.function.rpartition(":")[::2]):
+        problems.append(("function", f"must be 'file.py:name', not {source.function!r}"))
+    return problems
+
+
+class ExampleDataSection(Section):
+    """Examples for `sft`: JSONL with `text`, `prompt` and `completion`, or `messages`."""
+
+    train: InputPath = Field(description="training examples")
+    validation: InputPath | None = Field(
+        None, description="held-out examples; the weights with the lowest loss on them are kept"
+    )
+    max_tokens: Count = Field(512, description="an example's bound")
+    overlong: Literal["drop", "truncate", "error"] = Field(
+        "truncate", description="what happens to longer ones (counted and shown)"
+    )
+
+
+class SFTSection(Section):
+    """Supervised fine-tuning."""
+
+    epochs: Count = Field(3, description="passes over the examples")
+    batch_size: Count = Field(16, description="examples an optimizer step")
+    token_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of input tokens replaced by random ones while training (regularises small data)"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="dropout on the outputs of attention and feed-forward blocks while training"
+    )
+    patience: CountOrZero = Field(
+        0, description="stop after this many epochs without a better validation loss; 0: never"
+    )
+
+
+class SFTConfig(Job):
+    """`mlx-ppo sft`."""
+
+    command: ClassVar[str] = "sft"
+    run: RunSection = RunSection(name="sft")
+    model: TrainableModelSection
+    lora: LoraSection = LoraSection()
+    data: ExampleDataSection
+    sft: SFTSection = SFTSection()
+    optimizer: OptimizerSection = OptimizerSection()
+
+    def contradictions(self) -> list[tuple[str, str]]:
+        """Keys that don't go together."""
+        return _trainable_problems(self.model)
+
+
+def _trainable_problems(model: TrainableModelSection) -> list[tuple[str, str]]:
+    if model.initialise == "random" and model.train != "full":
+        return [("model.initialise", "'random' needs model.train = 'full': adapters on random weights learn nothing")]
+    return []
+
+
+class FeedbackDataSection(Section):
+    """Human feedback for `reward`: JSONL with `chosen` and `rejected`, or with `rating` or `ratings`."""
+
+    train: InputPath = Field(description="training feedback")
+    validation: InputPath | None = Field(
+        None, description="held-out feedback; the weights with the best accuracy on it are kept"
+    )
+    test: InputPath | None = Field(None, description="feedback for the final figures only")
+    max_tokens: Count = Field(512, description="a text's bound")
+    overlong: Literal["drop", "truncate", "error"] = Field(
+        "truncate", description="what happens to longer ones (counted and shown)"
+    )
+
+
+class RewardTrainingSection(Section):
+    """Reward model training."""
+
+    objective: Literal["pairs", "regression", "both"] = Field(
+        "pairs", description="Bradley-Terry on pairs; squared error to the mean ratings; or their sum"
+    )
+    pooling: Literal["last", "mean"] = Field(
+        "last", description="the head reads the last token's final state, or the mean over the text"
+    )
+    min_difference: NonNegative = Field(1.0, description="ratings make a pair where they differ by at least this much")
+    pairs_per_item: Count = Field(4, description="pairs drawn for each rated text and epoch")
+    centering: NonNegative = Field(0.0, description="factor on (chosen + rejected)^2, which keeps scores near 0")
+    epochs: Count = Field(5, description="passes over the feedback")
+    batch_size: Count = Field(32, description="texts (or pairs) an optimizer step")
+    token_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of input tokens replaced by random ones while training"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="dropout on the outputs of attention and feed-forward blocks while training"
+    )
+
+
+class RewardConfig(Job):
+    """`mlx-ppo reward`."""
+
+    command: ClassVar[str] = "reward"
+    run: RunSection = RunSection(name="reward")
+    model: TrainableModelSection
+    lora: LoraSection = LoraSection()
+    data: FeedbackDataSection
+    reward_training: RewardTrainingSection = RewardTrainingSection()
+    optimizer: OptimizerSection = OptimizerSection()
+
+    def contradictions(self) -> list[tuple[str, str]]:
+        """Keys that don't go together."""
+        return _trainable_problems(self.model)
+
+
+JOBS: dict[str, type[Job]] = {job.command: job for job in (TrainConfig, SFTConfig, RewardConfig)}

@@ -1,0 +1,274 @@
+"""TOML into a job's configuration: all problems at once, each with file, line, key and the mend."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import tomli
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from mlx_ppo.config import Job
+from mlx_ppo.errors import ConfigError
+
+J = TypeVar("J", bound=Job)
+Key = tuple[str | int, ...]
+
+_HEADER = re.compile(r"^\s*(\[{1,2})\s*([A-Za-z0-9_.\-\"' ]+?)\s*\]{1,2}")
+_ASSIGNMENT = re.compile(r"^\s*([A-Za-z0-9_.\-\"']+)\s*=")
+
+
+def read_config(job: type[J], path: Path, overrides: Sequence[str] = (), *, output_base: Path | None = None) -> J:
+    """Read one job's configuration.
+
+    Args:
+        job: the class of the configuration.
+        path: the TOML file; relative input paths in it are relative to its folder.
+        overrides: `section.key=value`, later ones winning; paths in them are relative to the working folder.
+        output_base: folder that relative output paths start from; without, the file's folder.
+    Returns:
+        The checked configuration with absolute paths.
+    Raises:
+        ConfigError: with every problem found, one line each.
+    """
+    text = _read_text(path)
+    try:
+        table = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        raise ConfigError(_syntax_error(path, text, error)) from None
+    lines = _key_lines(text)
+    problems: list[str] = []
+    origins: dict[Key, str] = {}
+    for override in overrides:
+        problem = _apply_override(table, override, origins)
+        if problem:
+            problems.append(problem)
+    _resolve_paths(job, table, path.resolve().parent, output_base or path.resolve().parent, origins)
+
+    def where(key: Key) -> str:
+        for length in range(len(key), 0, -1):
+            if key[:length] in origins:
+                return f"--set {origins[key[:length]]}"
+            if key[:length] in lines:
+                return f"{path}:{lines[key[:length]]}"
+        return str(path)
+
+    try:
+        config = job.model_validate(table)
+    except ValidationError as error:
+        problems.extend(f"{where(tuple(item['loc']))}: {_explain(job, item)}" for item in error.errors())
+        raise ConfigError(problems) from None
+    for dotted, text_ in config.contradictions():
+        key = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+        problems.append(f"{where(key)}: {_display(key)}: {text_}")
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _read_text(path: Path) -> str:
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name a TOML file in it")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        near = nearest(path.name, (item.name for item in path.parent.glob("*.toml")) if path.parent.is_dir() else ())
+        raise ConfigError(f"{path}: no such configuration file" + _did_you_mean(near)) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    if not text.strip():
+        raise ConfigError(f"{path}: the file is empty; `mlx-ppo init DIR` writes one to start from")
+    return text
+
+
+def _syntax_error(path: Path, text: str, error: tomli.TOMLDecodeError) -> str:
+    message = str(error)
+    match = re.search(r" \(at line (\d+), column (\d+)\)", message)
+    line = int(match[1]) if match else text.count("\n") + 1
+    return f"{path}:{line}: not valid TOML: {message.replace(match[0], '') if match else message}"
+
+
+def _key_lines(text: str) -> dict[Key, int]:
+    """Line numbers of tables and keys. Good enough to point at; the parser has already accepted the text."""
+    lines: dict[Key, int] = {}
+    prefix: Key = ()
+    counts: dict[str, int] = {}
+    in_string = ""
+    for number, line in enumerate(text.split("\n"), start=1):
+        quotes = [match for match in ('"""', "'''") if line.count(match) % 2]
+        if in_string:
+            in_string = "" if in_string in quotes else in_string
+            continue
+        if header := _HEADER.match(line):
+            name = header[2].replace('"', "").replace("'", "").replace(" ", "")
+            prefix = tuple(name.split("."))
+            if header[1] == "[[":
+                prefix = (*prefix, counts.get(name, 0))
+                counts[name] = counts.get(name, 0) + 1
+            lines.setdefault(prefix, number)
+        elif assignment := _ASSIGNMENT.match(line):
+            name = assignment[1].replace('"', "").replace("'", "")
+            lines.setdefault((*prefix, *name.split(".")), number)
+        in_string = quotes[0] if quotes else ""
+    return lines
+
+
+def _apply_override(table: dict[str, Any], override: str, origins: dict[Key, str]) -> str:
+    """Put one `section.key=value` into the table; returns the problem, or ""."""
+    path, equals, value = override.partition("=")
+    parts = path.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        return f"--set {override}: write it as section.key=value, for example --set ppo.epochs=4"
+    key: Key = tuple(int(part) if part.isdigit() else part for part in parts)
+    target: Any = table
+    for part in key[:-1]:
+        if isinstance(target, list) and isinstance(part, int) and part < len(target):
+            target = target[part]
+        elif isinstance(target, dict) and isinstance(part, str):
+            target = target.setdefault(part, {})
+        else:
+            return f"--set {override}: there is no {_display(key[:-1])} in the configuration"
+    if not isinstance(target, dict) or not isinstance(key[-1], str):
+        return f"--set {override}: {_display(key[:-1])} is not a section; lists take an index, for example reward.0.weight=2"
+    try:
+        target[key[-1]] = tomli.loads(f"value = {value}")["value"]
+    except tomli.TOMLDecodeError:
+        target[key[-1]] = value
+    origins[key] = override
+    return ""
+
+
+def _resolve_paths(
+    job: type[Job], table: dict[str, Any], inputs: Path, outputs: Path, origins: Mapping[Key, str]
+) -> None:
+    """Make relative paths absolute: from the file's folder, or from the working folder where `--set` gave them."""
+    for name, field in job.model_fields.items():
+        many = "tuple" in str(field.annotation)
+        section = get_args(field.annotation)[0] if many else field.annotation
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            continue
+        value = table.get(name, None if many else table.setdefault(name, {}))
+        rows: list[tuple[Key, Any]] = [((name,), value)]
+        if many and isinstance(value, list):
+            rows = [((name, index), row) for index, row in enumerate(value)]
+        for prefix, row in rows:
+            if isinstance(row, dict):
+                _resolve_section(section, row, prefix, inputs, outputs, origins)
+
+
+def _resolve_section(
+    section: type[BaseModel], row: dict[str, Any], prefix: Key, inputs: Path, outputs: Path, origins: Mapping[Key, str]
+) -> None:
+    for key, field in section.model_fields.items():
+        kind = _path_kind(field.annotation, field.json_schema_extra, field.metadata)
+        value = row.get(key, field.default if kind == "output" else None)
+        if isinstance(value, Path):
+            value = str(value)
+        if not isinstance(value, str) or not (kind or key == "function"):
+            continue
+        base = Path.cwd() if (*prefix, key) in origins else outputs if kind == "output" else inputs
+        row[key] = str(base / Path(value).expanduser()) if value else value
+
+
+def _path_kind(annotation: Any, extra: Any, metadata: Iterable[Any]) -> str:
+    for item in (extra, *(getattr(meta, "json_schema_extra", None) for meta in metadata)):
+        if isinstance(item, dict) and "path" in item:
+            return str(item["path"])
+    for part in get_args(annotation):
+        kind = _path_kind(part, None, getattr(part, "__metadata__", ()))
+        if kind:
+            return kind
+    return ""
+
+
+def _explain(job: type[Job], item: ErrorDetails) -> str:
+    """One validation error of pydantic in the user's words."""
+    loc: Key = tuple(item["loc"])
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _unknown(job, loc)
+    if kind == "missing":
+        what = f"section [{loc[0]}]" if len(loc) == 1 else f"key '{loc[-1]}' in {_section(loc)}"
+        return f"missing {what}" + (": " + _required(job, str(loc[0])) if len(loc) == 1 else "")
+    shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
+    wanted = {
+        "greater_than": f"must be above {context.get('gt')}",
+        "greater_than_equal": f"must be at least {context.get('ge')}",
+        "less_than": f"must be below {context.get('lt')}",
+        "less_than_equal": f"must be at most {context.get('le')}",
+        "finite_number": "must be a finite number",
+        "float_type": "must be a number",
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "bool_type": "must be true or false",
+        "string_type": "must be a text in quotes",
+        "path_type": "must be a path in quotes",
+        "model_type": "must be a section",
+        "string_pattern_mismatch": "must be letters, digits, '.', '_' or '-'",
+    }.get(kind, item["msg"].lower())
+    if kind == "literal_error" and isinstance(value, str):
+        choices = re.findall(r"'([^']*)'", str(context["expected"]))
+        near = nearest(value, choices)
+        wanted = f"must be one of {', '.join(repr(choice) for choice in choices)}" + _did_you_mean(near)
+        return f"{_display(loc)}: {wanted} Got {shown}." if near else f"{_display(loc)}: {wanted} (got {shown})"
+    if kind in {"float_type", "int_type"} and isinstance(value, str) and re.fullmatch(r"[-+0-9.eE_]+", value):
+        wanted += "; remove the quotes"
+    return f"{_display(loc)}: {wanted} (got {shown})"
+
+
+def _unknown(job: type[Job], loc: Key) -> str:
+    fields = _fields(job, loc[:-1])
+    name = str(loc[-1])
+    if len(loc) == 1:
+        return f"unknown section [{name}]." + _did_you_mean(nearest(name, fields), "[{}]") + _elsewhere(job, name)
+    near = nearest(name, fields)
+    return f"unknown key '{name}' in {_section(loc)}." + (_did_you_mean(near) or _elsewhere(job, name))
+
+
+def _elsewhere(job: type[Job], name: str) -> str:
+    homes = [section for section in job.model_fields if name in _fields(job, (section,))]
+    return f" It belongs in [{homes[0]}]." if homes else ""
+
+
+def _fields(job: type[Job], loc: Key) -> list[str]:
+    model: Any = job
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        model = get_args(annotation)[0] if get_args(annotation) else annotation
+        if not hasattr(model, "model_fields"):
+            return []
+    return list(model.model_fields)
+
+
+def _required(job: type[Job], section: str) -> str:
+    fields = job.model_fields[section].annotation
+    model: Any = get_args(fields)[0] if get_args(fields) else fields
+    names = [name for name, field in model.model_fields.items() if field.is_required()]
+    return f"it needs {', '.join(repr(name) for name in names)}"
+
+
+def _section(loc: Key) -> str:
+    return f"[[{loc[0]}]]" if len(loc) > 2 else f"[{loc[0]}]"
+
+
+def _display(key: Key) -> str:
+    return ".".join(str(part) for part in key)
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one of the names that is most like this one, if any is."""
+    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def _did_you_mean(name: str | None, form: str = "'{}'") -> str:
+    return f" Did you mean {form.format(name)}?" if name else ""

@@ -1,0 +1,1 @@
+"""Local JSONL files into records, records into tokens, tokens into batches."""

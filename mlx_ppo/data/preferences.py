@@ -1,0 +1,185 @@
+"""Human judgement for reward training: pairs of answers, and rated texts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_ppo.data.jsonl import Record, kind, number, one_field, read_records, text_field
+from mlx_ppo.data.random import philox
+from mlx_ppo.data.sequences import (
+    LengthLimit,
+    Overlong,
+    answer_field,
+    answered_tokens,
+    prompt_field,
+    prompt_tokens,
+    text_tokens,
+)
+from mlx_ppo.data.tokenizer import Tokenizer
+from mlx_ppo.errors import DataError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, each as prompt, answer and EOS."""
+
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    margin: float  # by how much the chosen one should score higher, 0 if the file doesn't say
+    where: str
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """The pairs of a file, and how many were too long."""
+
+    pairs: tuple[Pair, ...]
+    dropped: int
+    truncated: int
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A text, or prompt and completion, with EOS and the ratings that people gave it."""
+
+    tokens: tuple[int, ...]
+    rating: float  # mean of the ratings
+    spread: float  # their population standard deviation, 0 for a single one
+    count: int  # how many there are
+    where: str
+
+
+@dataclass(frozen=True)
+class RatedSet:
+    """The rated texts of a file, and how many were too long."""
+
+    rated: tuple[Rated, ...]
+    dropped: int
+    truncated: int
+
+
+def load_pairs(path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong: Overlong) -> PairSet:
+    """Pairs from lines with "prompt", "chosen", "rejected" (strings or messages) and an optional "margin".
+
+    An answer may be empty. Truncation keeps the first token (BOS) and the last `max_tokens` - 1 of either side, so
+    that the score is read at EOS; a pair in which this leaves no difference is dropped instead.
+
+    Raises:
+        DataError: a line is wrong, chosen and rejected are the same, or every pair was dropped.
+    """
+    limit = LengthLimit(max_tokens, overlong)
+    pairs = []
+    for record in read_records(path):
+        chosen, rejected = _both_sides(record, tokenizer)
+        margin = number(record.fields.get("margin", 0), "margin", record.where)
+        if margin < 0:
+            raise DataError(f"{record.where}: 'margin' is {margin:g}, below 0; swap 'chosen' and 'rejected' instead")
+        short_chosen, short_rejected = limit.keep_end(chosen), limit.keep_end(rejected)
+        longest = max(len(chosen), len(rejected))
+        if limit.admits(longest, record.where, useless_when_cut=short_chosen == short_rejected):
+            pairs.append(Pair(short_chosen, short_rejected, margin, record.where))
+    limit.require_some(pairs, path)
+    return PairSet(tuple(pairs), limit.dropped, limit.truncated)
+
+
+def load_rated(path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong: Overlong) -> RatedSet:
+    """Rated texts from lines with "text" or "completion" (maybe after a "prompt"), and "rating" or "ratings".
+
+    Truncation keeps the first token (BOS) and the last `max_tokens` - 1, so that the score is read at EOS.
+
+    Raises:
+        DataError: a line is wrong, or every text was dropped.
+    """
+    limit = LengthLimit(max_tokens, overlong)
+    rated = []
+    for record in read_records(path):
+        ratings = _ratings(record)
+        tokens = _rated_tokens(record, tokenizer)
+        if not limit.admits(len(tokens), record.where):
+            continue
+        mean = math.fsum(ratings) / len(ratings)
+        spread = math.sqrt(math.fsum((rating - mean) ** 2 for rating in ratings) / len(ratings))
+        rated.append(Rated(limit.keep_end(tokens), mean, spread, len(ratings), record.where))
+    limit.require_some(rated, path)
+    return RatedSet(tuple(rated), limit.dropped, limit.truncated)
+
+
+def derive_pairs(ratings: Sequence[float], *, min_difference: float, per_item: int, seed: int) -> npt.NDArray[np.int64]:
+    """Pairs of items whose ratings differ clearly.
+
+    For each item, `per_item` partners are drawn evenly (with replacement) from all items whose rating is at least
+    `min_difference` away; an item without such partners draws none. A pair that was drawn more than once is kept once.
+
+    Args:
+        ratings: one finite number per item.
+        min_difference: above 0.
+        per_item: at least 1.
+        seed: the same seed gives the same pairs.
+
+    Returns:
+        [N, 2] int64 indices, (higher, lower), sorted.
+
+    Raises:
+        DataError: no two ratings differ by `min_difference`.
+    """
+    if min_difference <= 0 or per_item < 1:
+        raise ValueError(f"min_difference {min_difference} must be above 0 and per_item {per_item} at least 1")
+    values = np.asarray(ratings, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    ascending = values[order]
+    below = np.searchsorted(ascending, values - min_difference, side="right")
+    above = len(values) - np.searchsorted(ascending, values + min_difference, side="left")
+    items = np.flatnonzero(below + above)
+    below, partners = below[items, None], (below + above)[items, None]
+    # partner k is the k-th lowest of those below or, past these, counts back from the highest: -1, -2, ...
+    drawn = philox("derived pairs", seed).integers(0, partners, size=(len(items), per_item))
+    partner = order[np.where(drawn < below, drawn, below - 1 - drawn)]
+    item = np.broadcast_to(items[:, None], partner.shape)
+    higher = np.where(values[item] > values[partner], item, partner)
+    pairs = np.stack([higher, item + partner - higher], axis=-1).reshape(-1, 2)
+    # the search compared with a rounded rating - min_difference
+    clear = values[pairs[:, 0]] - values[pairs[:, 1]] >= min_difference
+    if not clear.any():
+        raise DataError(
+            f"no two of the {len(values)} ratings differ by min_difference = {min_difference:g}; lower it, or rate more"
+        )
+    return np.unique(pairs[clear], axis=0).astype(np.int64)
+
+
+def _both_sides(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    prompt = prompt_field(record, "prompt")
+    chosen, rejected = (answer_field(record, name, prompt, allow_empty=True) for name in ("chosen", "rejected"))
+    prefix = prompt_tokens(prompt, tokenizer, record.where)
+    first, second = (
+        answered_tokens(prompt, prefix, answer, tokenizer, record.where)[0] for answer in (chosen, rejected)
+    )
+    if first == second:
+        what = "the same" if chosen == rejected else "the same to this tokenizer"
+        raise DataError(f"{record.where}: 'chosen' and 'rejected' are {what}; remove the line")
+    return first, second
+
+
+def _rated_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
+    name = one_field(record, "text", "completion")
+    if name == "text" or "prompt" not in record.fields:
+        return [*text_tokens(text_field(record, name), tokenizer, record.where), tokenizer.eos_id]
+    prompt = prompt_field(record, "prompt")
+    answer = answer_field(record, name, prompt, allow_empty=True)
+    prefix = prompt_tokens(prompt, tokenizer, record.where)
+    return answered_tokens(prompt, prefix, answer, tokenizer, record.where)[0]
+
+
+def _ratings(record: Record) -> list[float]:
+    name = one_field(record, "rating", "ratings")
+    value = record.fields[name]
+    if name == "rating":
+        return [number(value, name, record.where)]
+    if not isinstance(value, list):
+        raise DataError(f"{record.where}: 'ratings' must be a list, not {kind(value)}; use 'rating' for a single one")
+    if not value:
+        raise DataError(f"{record.where}: 'ratings' is empty; add one or remove the line")
+    return [number(item, f"ratings[{index}]", record.where) for index, item in enumerate(value)]

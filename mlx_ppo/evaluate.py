@@ -1,0 +1,93 @@
+"""What a policy writes for a fixed set of prompts, and what is measured of it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mlx_ppo.algo.masked import masked_sum
+from mlx_ppo.config import TrainConfig
+from mlx_ppo.data.prompts import Prompt
+from mlx_ppo.networks.adapters import Weights
+from mlx_ppo.networks.roles import Roles
+from mlx_ppo.networks.tokenizer import completion_text
+from mlx_ppo.records import Rollout, number
+from mlx_ppo.rollout import generate
+from mlx_ppo.scoring import combined_scores, policy_logprobs, raw_scores
+
+
+class Completion(NamedTuple):
+    """One answered prompt."""
+
+    prompt: str
+    text: str
+    score: float
+    points: dict[str, float]  # predicted ratings, by source
+
+
+class Evaluation(NamedTuple):
+    """Measurements over a set of prompts."""
+
+    completions: tuple[Completion, ...]
+    score: float
+    points: dict[str, float]  # mean predicted rating, by source
+    kl: float  # nats a sequence from the reference
+    distinct_2: float  # different word pairs over all word pairs
+    length: float
+    finished: float
+
+    def figures(self) -> dict[str, float]:
+        """The numbers, for a log line."""
+        named = {f"points_{name}": value for name, value in self.points.items()}
+        rest = {name: getattr(self, name) for name in ("score", "kl", "distinct_2", "length", "finished")}
+        return {**rest, **named}
+
+
+def evaluate(roles: Roles, policy: Weights, prompts: Sequence[Prompt], config: TrainConfig) -> Evaluation:
+    """Answer prompts with the same random draws at every call, so that differences come from the policy alone."""
+    rollout = generate(
+        roles.trunk,
+        policy,
+        [prompt.tokens for prompt in prompts],
+        samples_per_prompt=1,
+        max_tokens=config.rollout.max_tokens,
+        temperature=config.rollout.temperature,
+        batch_size=config.rollout.batch_size,
+        seed_parts=(config.run.seed, "evaluate"),
+        positions=range(len(prompts)),
+        records=[prompt.record for prompt in prompts],
+    )
+    raw = raw_scores(roles, rollout, batch_size=config.score.batch_size)
+    scores = combined_scores(raw, roles, rollout, config.score, config.rollout.max_tokens)
+    texts = [
+        completion_text(roles.trunk.tokenizer, prompt, response)
+        for prompt, response in zip(rollout.prompts, rollout.responses, strict=True)
+    ]
+    points = {name: np.array(values) for name, values in raw.points.items()}
+    completions = tuple(
+        Completion(prompt.text, text, value, {name: float(column[row]) for name, column in points.items()})
+        for row, (prompt, text, value) in enumerate(zip(prompts, texts, np.array(scores).tolist(), strict=True))
+    )
+    return Evaluation(
+        completions,
+        score=number(scores.mean()),
+        points={name: float(values.mean()) for name, values in points.items()},
+        kl=sequence_kl(roles, policy, rollout, config),
+        distinct_2=distinct_ngrams(texts, 2),
+        length=float(np.mean([len(response) for response in rollout.responses])),
+        finished=number(rollout.finished.mean()),
+    )
+
+
+def sequence_kl(roles: Roles, policy: Weights, rollout: Rollout, config: TrainConfig) -> float:
+    """Mean over sequences of the summed log pi - log pi_ref, in nats: an unbiased estimate of the KL divergence."""
+    temperature, size = config.rollout.temperature, config.score.batch_size
+    now = policy_logprobs(roles, policy, rollout, temperature=temperature, batch_size=size)
+    reference = policy_logprobs(roles, roles.reference, rollout, temperature=temperature, batch_size=size)
+    return number(masked_sum(now - reference, rollout.mask)) / len(rollout.prompts)
+
+
+def distinct_ngrams(texts: Sequence[str], n: int) -> float:
+    """Share of different n-grams of words among all of them; 0 where there are none."""
+    found = [tuple(words[at : at + n]) for words in map(str.split, texts) for at in range(len(words) - n + 1)]
+    return len(set(found)) / len(found) if found else 0.0

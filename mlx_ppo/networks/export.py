@@ -1,0 +1,74 @@
+"""Weights into folders that stock mlx-lm loads: adapters, or a whole model. A folder appears complete or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_ppo.errors import RunError
+from mlx_ppo.networks.adapters import HEAD, Weights, adapter_config
+from mlx_ppo.networks.trunk import Trunk
+
+_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_LEFT_BEHIND = (".safetensors", ".index.json", ".gguf", ".bin")
+
+
+def write_adapters(target: Path, weights: Weights, blocks: int) -> Path:
+    """Write `adapters.safetensors` and `adapter_config.json`; a head goes elsewhere.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+
+    def fill(folder: Path) -> None:
+        arrays = {name: array for name, array in weights.arrays.items() if not name.startswith(HEAD)}
+        mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
+        document = json.dumps(adapter_config(weights, blocks), indent=2)
+        (folder / "adapter_config.json").write_text(document + "\n", "utf-8")
+
+    return write_folder(target, fill)
+
+
+def write_model(target: Path, source: Path, trunk: Trunk, weights: Weights, *, dtype: str) -> Path:
+    """Write a whole model: the trunk with full weights in place, and every small file of the source folder.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+
+    def fill(folder: Path) -> None:
+        for file in source.iterdir():
+            if file.is_file() and not file.name.endswith(_LEFT_BEHIND):
+                shutil.copyfile(file, folder / file.name)
+        config = json.loads((source / "config.json").read_text("utf-8"))
+        config["torch_dtype"] = dtype
+        for key in ("quantization", "quantization_config"):
+            config.pop(key, None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        arrays = {name: weights.arrays.get(name, array).astype(_DTYPES[dtype]) for name, array in trunk.base.items()}
+        mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
+
+    return write_folder(target, fill)
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
+    """Fill a temporary sibling and rename it into place, replacing what was there.
+
+    Raises:
+        RunError: it cannot be written; what was there stays.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(f"{target}: cannot be written ({error})") from None
+    return target

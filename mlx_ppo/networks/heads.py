@@ -1,0 +1,129 @@
+"""Scalar heads on final hidden states, and reward models on disk."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import mlx.core as mx
+
+from mlx_ppo.errors import ModelError
+from mlx_ppo.networks.adapters import HEAD, Weights, load_adapters
+from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.networks.trunk import Trunk
+from mlx_ppo.records import Sequences
+
+REWARD_FILE = "reward.json"
+HEAD_FILE = "head.safetensors"
+
+
+def new_head(width: int) -> dict[str, mx.array]:
+    """A scalar head that gives 0 for every state of size `width`."""
+    return {f"{HEAD}weight": mx.zeros((width,)), f"{HEAD}bias": mx.zeros(())}
+
+
+def apply_head(arrays: Mapping[str, mx.array], states: mx.array) -> mx.array:
+    """Scalars [...] of states [..., D], in float32."""
+    return states.astype(mx.float32) @ arrays[f"{HEAD}weight"] + arrays[f"{HEAD}bias"]
+
+
+def pooled(states: mx.array, sequences: Sequences, pooling: str) -> mx.array:
+    """One state [B, D] a text from all states [B, S, D]: the last token's, or the mean over its tokens, in float32."""
+    if pooling == "last":
+        return states.reshape(-1, states.shape[-1])[sequences.last].astype(mx.float32)
+    counted = mx.arange(states.shape[1])[None, :] < sequences.lengths[:, None]
+    kept = mx.where(counted[..., None], states.astype(mx.float32), 0.0)
+    return kept.sum(axis=1) / sequences.lengths[:, None]
+
+
+@dataclass(frozen=True)
+class RewardFacts:
+    """What a trained reward model says of itself in `reward.json`.
+
+    A raw output x becomes the normalised score (x - mean) / deviation: mean 0 and deviation 1 over reference texts.
+    Where the feedback was ratings, slope * x + intercept is the rating that x predicts, in rating points.
+    """
+
+    placement: Literal["adapters", "folder"]
+    pooling: Literal["last", "mean"]
+    mean: float
+    deviation: float
+    slope: float | None = None
+    intercept: float | None = None
+    format: int = 1
+
+    def write(self, folder: Path) -> None:
+        """Write `reward.json` into a folder."""
+        (folder / REWARD_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+
+
+def read_reward_facts(folder: Path) -> RewardFacts:
+    """Read `reward.json`.
+
+    Raises:
+        ModelError: the folder isn't a reward model.
+    """
+    file = folder / REWARD_FILE
+    if not file.is_file():
+        raise ModelError(f"{folder}: not a reward model (no {REWARD_FILE}); `mlx-ppo reward` writes one")
+    try:
+        facts = RewardFacts(**json.loads(file.read_text("utf-8")))
+        valid = facts.format == 1 and facts.deviation > 0 and facts.placement in ("adapters", "folder")
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{file}: cannot be read ({error})") from None
+    if not valid or facts.pooling not in ("last", "mean"):
+        raise ModelError(f"{file}: not a description this version understands")
+    return facts
+
+
+class RewardModel:
+    """A trained reward model: adapters and head on a shared trunk, or a model of its own."""
+
+    def __init__(self, trunk: Trunk, weights: Weights, facts: RewardFacts) -> None:
+        """Join a trunk, the weights on it (with the head), and the facts."""
+        self.trunk = trunk
+        self.weights = weights
+        self.facts = facts
+
+    def raw(self, sequences: Sequences) -> mx.array:
+        """Raw outputs [B] for whole texts."""
+        with self.trunk.using(self.weights):
+            states = self.trunk.hidden(sequences.tokens)
+            return apply_head(self.weights.arrays, pooled(states, sequences, self.facts.pooling))
+
+    def normalised(self, raw: mx.array) -> mx.array:
+        """Scores of mean 0 and deviation 1 on the reference texts."""
+        return (raw - self.facts.mean) / self.facts.deviation
+
+    def points(self, raw: mx.array) -> mx.array | None:
+        """Predicted ratings in rating points, where the model was trained on ratings."""
+        if self.facts.slope is None or self.facts.intercept is None:
+            return None
+        return raw * self.facts.slope + self.facts.intercept
+
+
+def load_reward_model(folder: Path, shared: Trunk | None, *, dtype: str = "auto") -> RewardModel:
+    """Load a reward model; adapters lie on the `shared` trunk.
+
+    Raises:
+        ModelError: it is damaged, or its adapters have no trunk here that they fit.
+    """
+    facts = read_reward_facts(folder)
+    if facts.placement == "adapters":
+        if shared is None:
+            raise ModelError(f"{folder}: these are adapters for a trunk; give the trunk's folder as the model")
+        trunk, weights = shared, load_adapters(folder, shared.adapted)
+    else:
+        trunk, weights = load_trunk(folder, dtype=dtype), Weights({})
+    try:
+        head = mx.load(str(folder / HEAD_FILE))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{folder / HEAD_FILE}: cannot be read ({error})") from None
+    expected = {name: array.shape for name, array in new_head(trunk.width).items()}
+    if not isinstance(head, dict) or {name: array.shape for name, array in head.items()} != expected:
+        raise ModelError(f"{folder / HEAD_FILE}: not a scalar head for states of size {trunk.width}")
+    if not all(mx.isfinite(array).all().item() for array in head.values()):
+        raise ModelError(f"{folder / HEAD_FILE}: contains NaN or infinity; the weights are damaged")
+    arrays = {**weights.arrays, **{name: array.astype(mx.float32) for name, array in head.items()}}
+    return RewardModel(trunk, weights.holding(arrays), facts)

@@ -1,0 +1,124 @@
+"""A checked local folder into a trunk: model, tokenizer, compute type. Nothing is ever looked up elsewhere."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_ppo.data.random import mx_key
+from mlx_ppo.errors import ModelError
+from mlx_ppo.networks.adapters import parameters_of
+from mlx_ppo.networks.folder import ModelFolder, check_model_folder
+from mlx_ppo.networks.tokenizer import load_tokenizer
+from mlx_ppo.networks.trunk import Trunk
+
+_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_INITIAL_DEVIATION = 0.02
+
+
+@contextlib.contextmanager
+def _open_files_limit_kept() -> Iterator[None]:
+    """`import mlx_lm` lowers the process's limit of open files; put the soft limit back as far as allowed."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        yield
+    finally:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            hard = before[1]
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], hard), hard))
+
+
+def load_trunk(path: Path, *, dtype: str = "auto", random_seed: int | None = None) -> Trunk:
+    """Load a model folder.
+
+    Args:
+        path: folder with config.json, safetensors and a tokenizer.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, where half precision and quantised
+            products are slow; the stored types on a GPU.
+        random_seed: start from random weights of this seed instead of the folder's.
+    Raises:
+        ModelError: whatever is wrong with the folder, in one line.
+    """
+    folder = check_model_folder(path, weights=random_seed is None)
+    with _open_files_limit_kept():
+        from mlx_lm.utils import dequantize_model, load_model
+    try:
+        model, _ = load_model(
+            path, lazy=True, strict=random_seed is None, model_config=_rope(folder.config), trust_remote_code=False
+        )
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise ModelError(f"{path}: mlx-lm cannot load this model ({type(error).__name__}: {first})") from None
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    if on_cpu and dtype in ("auto", "float32") and any(isinstance(m, nn.QuantizedLinear) for m in model.modules()):
+        model = dequantize_model(model)
+    if random_seed is not None:
+        _randomise(model, random_seed)
+    target = _DTYPES.get(dtype, mx.float32 if on_cpu else None)
+    _settle(model, target, path)
+    tokenizer = load_tokenizer(path, folder.config)
+    _check_vocabulary(folder, model, tokenizer.vocab_size)
+    return Trunk(model, tokenizer, str(path))
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Top-level rope keys for folders of transformers 5, which keep them in `rope_parameters` where mlx-lm may not look."""
+    parameters = config.get("rope_parameters")
+    if not isinstance(parameters, dict):
+        return {}
+    found: dict[str, Any] = {}
+    if "rope_theta" in parameters and "rope_theta" not in config:
+        found["rope_theta"] = parameters["rope_theta"]
+    if parameters.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
+        found["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    return found
+
+
+def _randomise(model: nn.Module, seed: int) -> None:
+    """Normal weights of deviation 0.02 for matrices (residual outputs scaled by depth); norms and biases stay."""
+    depth = math.sqrt(2 * len(model.layers))
+    fresh: list[tuple[str, mx.array]] = []
+    for name, array in parameters_of(model).items():
+        if array.ndim < 2:
+            continue
+        deviation = _INITIAL_DEVIATION / (depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+        fresh.append((name, deviation * mx.random.normal(array.shape, key=mx_key(seed, "initialise", name))))
+    model.update(tree_unflatten(fresh))
+
+
+def _settle(model: nn.Module, dtype: mx.Dtype | None, path: Path) -> None:
+    """Read and cast tensor by tensor, so that the peak is one tensor above the model; refuse NaN and infinity."""
+    for name, array in parameters_of(model).items():
+        if mx.issubdtype(array.dtype, mx.floating):
+            settled = array if dtype is None else array.astype(dtype)
+            if not mx.isfinite(settled).all().item():
+                raise ModelError(f"{path}: {name} contains NaN or infinity; the weights are damaged")
+            model.update(tree_unflatten([(name, settled)]))
+    mx.eval(parameters_of(model))
+
+
+def _check_vocabulary(folder: ModelFolder, model: nn.Module, tokens: int) -> None:
+    rows = int(model_vocabulary(model, folder))
+    if tokens > rows:
+        raise ModelError(
+            f"{folder.path}: the tokenizer has {tokens} tokens, the model only {rows}; they don't belong together"
+        )
+
+
+def model_vocabulary(model: nn.Module, folder: ModelFolder) -> int:
+    """Rows of the output layer, from the config or from the model's own embedding."""
+    text = folder.config.get("text_config")
+    for config in (folder.config, text if isinstance(text, dict) else {}):
+        if isinstance(config.get("vocab_size"), int):
+            return int(config["vocab_size"])
+    return max(m.weight.shape[0] for m in model.modules() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding))

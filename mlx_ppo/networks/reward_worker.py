@@ -1,0 +1,226 @@
+"""The child process of a reward function: loads the user's file, scores batches, answers in JSON lines.
+
+`reward_functions.py` runs this file as a script, so that the child holds the standard library and the user's code only:
+no mlx, no BLAS. Requests come on standard input, answers go to a descriptor of their own; both are moved away before
+the user's code runs, which sees an empty standard input and, as standard output, standard error.
+"""
+
+import ctypes
+import hashlib
+import inspect
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence, Set
+from difflib import get_close_matches
+from pathlib import Path
+from queue import SimpleQueue
+from types import ModuleType, TracebackType
+from typing import Any
+
+GRACE_SECONDS = 1.0
+_LONGEST_TRACEBACK = 4000
+_LONGEST_SUMMARY = 300
+_PR_SET_PDEATHSIG = 1
+
+
+class Unusable(Exception):
+    """The user's code can't be used: `str(error)` is the sentence for the user, the rest says where."""
+
+    def __init__(self, sentence: str, *, line: int | None = None, sample: int | None = None, details: str = "") -> None:
+        """Keep the line in the user's file, the index of the sample in the batch, and the user's traceback."""
+        super().__init__(sentence)
+        self.line = line
+        self.sample = sample
+        self.details = details
+
+    def answer(self) -> dict[str, Any]:
+        """The JSON that the parent turns into its own error."""
+        return {"error": str(self), "line": self.line, "sample": self.sample, "details": self.details}
+
+
+def main(arguments: list[str]) -> None:
+    """Serve the function NAME of FILE until standard input ends: arguments are FILE, NAME, ANSWERS_FD and PARENT."""
+    file, name, descriptor, parent = arguments
+    os.set_inheritable(int(descriptor), False)
+    requests: SimpleQueue[bytes | None] = SimpleQueue()
+    source = os.dup(0)
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    die_with_parent(int(parent))
+    threading.Thread(target=_receive, args=(source, requests), daemon=True).start()
+    with open(int(descriptor), "wb", buffering=0) as answers:
+        try:
+            digest, function = load(file, name)
+            wants_records = takes_records(function, name)
+        except Unusable as problem:
+            answers.write(_line(problem.answer()))
+            return
+        answers.write(_line({"sha256": digest, "records": wants_records}))
+        while (request := requests.get()) is not None:
+            answers.write(_line(score(function, json.loads(request), file)))
+
+
+def die_with_parent(parent: int) -> None:
+    """On Linux, be killed at once when the parent ends, even in C code that never lets a thread run; 0 leaves it."""
+    if parent == 0 or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def load(file: str, name: str) -> tuple[str, Callable[..., Any]]:
+    """Run the user's file as a module and pick the function.
+
+    Returns:
+        The SHA-256 of the bytes that were run, and the function.
+    Raises:
+        Unusable: the file raises, or holds no such function.
+    """
+    path = Path(file)
+    content = path.read_bytes()
+    module = ModuleType(path.stem if path.stem not in sys.modules else f"reward_file_{path.stem}")
+    module.__file__ = file
+    sys.modules[module.__name__] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        exec(compile(content, file, "exec", dont_inherit=True), module.__dict__)
+    except BaseException as error:
+        raise _raised(error, file) from None
+    if name not in module.__dict__:
+        own = [key for key, value in module.__dict__.items() if getattr(value, "__module__", None) == module.__name__]
+        near = get_close_matches(name, own, n=1)
+        raise Unusable(f"no function '{name}' in this file." + (f" Did you mean '{near[0]}'?" if near else ""))
+    function = module.__dict__[name]
+    if not callable(function):
+        kind = type(function).__name__
+        raise Unusable(f"'{name}' is of type {kind}, not a function; write def {name}(prompts, completions)")
+    return hashlib.sha256(content).hexdigest(), function
+
+
+def takes_records(function: Callable[..., Any], name: str) -> bool:
+    """Whether the function accepts `records`; Unusable when it doesn't accept prompts and completions either."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C have none
+        return False
+    for names in (["records"], []):
+        try:
+            signature.bind([], [], **dict.fromkeys(names))
+        except TypeError:
+            continue
+        return bool(names)
+    raise Unusable(f"'{name}{signature}' doesn't accept (prompts, completions) or (prompts, completions, records)")
+
+
+def score(function: Callable[..., Any], request: dict[str, Any], file: str) -> dict[str, Any]:
+    """Call the user's function on one batch; the answer holds either `scores` or `error`."""
+    prompts, completions = request["prompts"], request["completions"]
+    keywords: dict[str, Any] = {"records": request["records"]} if "records" in request else {}
+    try:
+        try:
+            result = function(list(prompts), list(completions), **keywords)
+        except BaseException as error:
+            raise _raised(error, file, prompts, completions) from None
+        return {"scores": checked_scores(result, len(completions))}
+    except Unusable as problem:
+        return problem.answer()
+
+
+def checked_scores(result: Any, count: int) -> list[float]:
+    """The user's return value as `count` finite floats; Unusable says what else it is."""
+    wanted = f"return a list of {count} floats, one per completion"
+    if isinstance(result, str | bytes | Mapping | Set) or not hasattr(result, "__iter__"):
+        raise Unusable(f"returned {_kind(result)}; {wanted}")
+    try:
+        length, values = len(result), list(result)
+    except Exception:  # generators, arrays without dimensions, whatever a user's class raises
+        raise Unusable(f"returned {_kind(result)}, which has no length; {wanted}") from None
+    if length != count or len(values) != count:
+        raise Unusable(f"returned {len(values)} scores for {count} completions; {wanted}")
+    return [_number(value, index) for index, value in enumerate(values)]
+
+
+def _number(value: Any, index: int) -> float:
+    """One score as a finite float; arrays of one element count as their element."""
+    kind = _kind(value)
+    try:
+        if hasattr(value, "item"):
+            value = value.item()
+        if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
+            raise TypeError
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    except Exception:  # __float__ and item are the user's or a library's code
+        raise Unusable(f"returned {kind} where a float belongs", sample=index) from None
+    if not math.isfinite(number):
+        raise Unusable(f"returned {number}; scores must be finite", sample=index)
+    return number
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "None (is a return statement missing?)"
+    return f"a value of type {type(value).__name__}"
+
+
+def _raised(error: BaseException, file: str, prompts: Sequence[str] = (), completions: Sequence[str] = ()) -> Unusable:
+    """What the user's code raised, with its traceback from the first frame of the user's file on."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename != file:
+        frames = frames.tb_next
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == file else None
+    for frame in traceback.extract_tb(frames):
+        line = frame.lineno if frame.filename == file else line
+    summary = " ".join("".join(traceback.format_exception_only(error)).split())
+    if isinstance(error, SyntaxError):  # the other lines quote the code
+        summary = f"{type(error).__name__}: {error.msg}"
+    if len(summary) > _LONGEST_SUMMARY:
+        summary = summary[:_LONGEST_SUMMARY] + "…"
+    full = "".join(traceback.TracebackException(type(error), error, frames, compact=True).format()).rstrip()
+    details = full if len(full) <= _LONGEST_TRACEBACK else "…" + full[-_LONGEST_TRACEBACK:]
+    sample = _sample_at_hand(frames, prompts, completions)
+    return Unusable(f"raised {_printable(summary)}", line=line, sample=sample, details=_printable(details))
+
+
+def _printable(text: str) -> str:
+    """The text without terminal codes and lone surrogates, which an exception may quote from a completion."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def _sample_at_hand(frames: TracebackType | None, prompts: Sequence[str], completions: Sequence[str]) -> int | None:
+    """The sample whose texts the local variables of the failing code hold: most likely the one that it failed on."""
+    if len(completions) == 1:
+        return 0
+    texts: set[str] = set()
+    while frames is not None:
+        texts.update(value for value in list(frames.tb_frame.f_locals.values()) if type(value) is str)
+        frames = frames.tb_next
+    held = [index for index, completion in enumerate(completions) if completion in texts]
+    return max(held, key=lambda index: (prompts[index] in texts, len(completions[index])), default=None)
+
+
+def _line(answer: dict[str, Any]) -> bytes:
+    return json.dumps(answer).encode("ascii") + b"\n"
+
+
+def _receive(source: int, requests: SimpleQueue[bytes | None]) -> None:
+    """Queue the requests; when the parent closes or dies, end the process even if the user's code never returns."""
+    with open(source, "rb") as lines:
+        for line in lines:
+            requests.put(line)
+    requests.put(None)
+    time.sleep(GRACE_SECONDS)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,191 @@
+"""The four roles as views of as few weights as possible; the one place that knows which arrays are shared."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_ppo.config import CriticSection, LoraSection, ModelSection, RewardSource, TrainConfig
+from mlx_ppo.errors import ModelError
+from mlx_ppo.networks.adapters import HEAD, Weights, load_adapters, new_adapters
+from mlx_ppo.networks.heads import RewardModel, apply_head, load_reward_model, new_head, read_reward_facts
+from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.networks.reward_functions import RewardFunction, parse_reference
+from mlx_ppo.networks.trunk import Trunk
+from mlx_ppo.networks.vocabulary import vocabulary_statistics
+from mlx_ppo.records import Sequences
+
+
+@dataclass(frozen=True)
+class Critic:
+    """Where the values come from; its weights are in the training state."""
+
+    kind: str  # "adapters", "head" or "model"
+    trunk: Trunk
+
+    def values(self, weights: Weights, states: mx.array) -> mx.array:
+        """Values [N] of the states [N, D] that precede the counted tokens."""
+        return apply_head(weights.arrays, states)
+
+    def states(self, weights: Weights, sequences: Sequences) -> mx.array:
+        """The critic's own states [N, D]; with kind "head" they are the policy's, taken with the policy's weights."""
+        with self.trunk.using(weights):
+            return self.trunk.response_states(sequences)
+
+
+@dataclass
+class Source:
+    """One source of scores and its weight."""
+
+    name: str
+    weight: float
+    scorer: RewardModel | RewardFunction
+
+
+@dataclass
+class Roles:
+    """Everything that is loaded once and never changes: trunks, reward sources, the reference's weights."""
+
+    trunk: Trunk
+    reference: Weights
+    critic: Critic | None
+    sources: list[Source] = field(default_factory=list)
+
+    def close(self) -> None:
+        """End the processes of reward functions."""
+        for source in self.sources:
+            if isinstance(source.scorer, RewardFunction):
+                source.scorer.close()
+
+
+def token_statistics(
+    trunk: Trunk, states: mx.array, sequences: Sequences, *, temperature: float
+) -> tuple[mx.array, mx.array]:
+    """Log-probabilities and entropies [B, T] of the counted tokens, from the states [N, D] that predict them."""
+    logits = trunk.logits(states)
+    logprobs, entropies = vocabulary_statistics(logits, sequences.targets, temperature=temperature)
+    return sequences.spread(logprobs), sequences.spread(entropies)
+
+
+def load_roles(config: TrainConfig) -> tuple[Roles, Weights, Weights | None]:
+    """Load every model that a run needs.
+
+    Returns:
+        The roles, the policy's initial weights, and the critic's (None without a critic).
+    Raises:
+        ModelError, ConfigError: whatever is wrong, before anything is trained.
+    """
+    trunk = load_trunk(config.model.path, dtype=config.model.dtype)
+    policy = initial_weights(trunk, config.model, config.lora, key="policy", seed=config.run.seed)
+    reference = policy if config.model.adapter is not None else Weights({})
+    roles = Roles(trunk, reference, None)
+    try:
+        for source in config.reward:
+            roles.sources.append(_load_source(source, trunk, config))
+        critic_weights = None
+        if config.ppo.advantage == "gae":
+            roles.critic, critic_weights = _load_critic(config, roles)
+    except BaseException:
+        roles.close()
+        raise
+    return roles, policy, critic_weights
+
+
+def initial_weights(trunk: Trunk, model: ModelSection, lora: LoraSection, *, key: str, seed: int) -> Weights:
+    """The trained weights at the start: fresh or given adapters, or all of the trunk's own weights in float32.
+
+    Raises:
+        ModelError: given adapters that don't fit.
+    """
+    given = load_adapters(model.adapter, trunk.adapted) if model.adapter is not None else None
+    if model.train == "full":
+        if given is not None:
+            raise ModelError(f"{model.adapter}: model.adapter goes with model.train = 'lora'; fuse the adapters first")
+        return Weights(_trainable(trunk))
+    if given is not None:
+        return given
+    return new_adapters(
+        trunk.adapted, layers=lora.layers, rank=lora.rank, scale=lora.scale, targets=lora.targets, key=key, seed=seed
+    )
+
+
+def _trainable(trunk: Trunk) -> Mapping[str, mx.array]:
+    """The trunk's floating-point parameters, in float32 so that small steps aren't lost.
+
+    Raises:
+        ModelError: the trunk is quantised.
+    """
+    if any(array.dtype == mx.uint32 for array in trunk.base.values()):
+        raise ModelError(f"{trunk.name}: a quantised model cannot be trained in full; use model.train = 'lora'")
+    return {name: array.astype(mx.float32) for name, array in trunk.base.items() if _is_trained(array)}
+
+
+def _is_trained(array: mx.array) -> bool:
+    return bool(mx.issubdtype(array.dtype, mx.floating))
+
+
+def _load_source(source: RewardSource, trunk: Trunk, config: TrainConfig) -> Source:
+    if source.kind == "model":
+        assert source.path is not None
+        model = load_reward_model(source.path, trunk, dtype=config.model.dtype)
+        _same_vocabulary(model.trunk, trunk, source.path)
+        return Source(source.path.name, source.weight, model)
+    assert source.function is not None
+    file, name = parse_reference(source.function)
+    function = RewardFunction(Path(file), name, timeout=source.timeout).__enter__()
+    return Source(name, source.weight, function)
+
+
+def _same_vocabulary(other: Trunk, trunk: Trunk, path: Path) -> None:
+    probe = "The film is a moving, 90-minute story — of two friends.\n"
+    if other is trunk:
+        return
+    if other.tokenizer.encode(probe, bos=True) != trunk.tokenizer.encode(probe, bos=True):
+        raise ModelError(f"{path}: its tokenizer differs from the policy's; both must share one")
+
+
+def _load_critic(config: TrainConfig, roles: Roles) -> tuple[Critic, Weights]:
+    critic: CriticSection = config.critic
+    trunk = roles.trunk
+    if critic.kind == "head":
+        return Critic("head", trunk), Weights(new_head(trunk.width))
+    if critic.kind == "model":
+        return _separate_critic(config, roles)
+    body = _adapters_of_reward(roles) if critic.initialise == "reward" else None
+    if body is None:
+        lora = config.lora
+        body = new_adapters(
+            trunk.adapted,
+            layers=lora.layers,
+            rank=lora.rank,
+            scale=lora.scale,
+            targets=lora.targets,
+            key="critic",
+            seed=config.run.seed,
+        )
+    return Critic("adapters", trunk), body.holding({**_body(body), **new_head(trunk.width)})
+
+
+def _separate_critic(config: TrainConfig, roles: Roles) -> tuple[Critic, Weights]:
+    """A critic with all weights of its own: from a folder, from a reward model in its own folder, or from the policy's."""
+    path = config.critic.path
+    if path is None and config.critic.initialise == "reward":
+        for source in config.reward:
+            if source.path is not None and read_reward_facts(source.path).placement == "folder":
+                path = source.path
+                break
+    trunk = load_trunk(path or config.model.path, dtype=config.model.dtype)
+    _same_vocabulary(trunk, roles.trunk, path or config.model.path)
+    return Critic("model", trunk), Weights({**_trainable(trunk), **new_head(trunk.width)})
+
+
+def _adapters_of_reward(roles: Roles) -> Weights | None:
+    for source in roles.sources:
+        if isinstance(source.scorer, RewardModel) and source.scorer.facts.placement == "adapters":
+            return source.scorer.weights
+    return None
+
+
+def _body(weights: Weights) -> dict[str, mx.array]:
+    return {name: array for name, array in weights.arrays.items() if not name.startswith(HEAD)}

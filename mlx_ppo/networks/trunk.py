@@ -1,0 +1,153 @@
+"""The trunk: one mlx-lm model whose weights never change, on which roles lay their own weights for a while."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_ppo.data.tokenizer import Tokenizer
+from mlx_ppo.errors import ModelError
+from mlx_ppo.networks.adapters import HEAD, AdaptedEmbedding, Weights, make_adaptable, parameters_of, plain
+from mlx_ppo.records import Sequences
+
+_INNER_NAMES = ("model", "backbone", "transformer")
+_BRANCH_ENDS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2", "w2", "wo", "dense_4h_to_h")
+
+
+class _States:
+    """Stands in for a model's inner part and returns hidden states that are already there."""
+
+    def __init__(self, inner: nn.Module, hidden: mx.array) -> None:
+        self._inner = inner
+        self._hidden = hidden
+
+    def __call__(self, *_: Any, **__: Any) -> mx.array:
+        return self._hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class Trunk:
+    """A frozen language model: hidden states, logits from them, and scoped weights of a role."""
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, name: str) -> None:
+        """Prepare a loaded model; `name` is its folder, for messages."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self._owner, self._inner_name = _find_inner(model, name)
+        self.adapted = make_adaptable(model)
+        self.base = parameters_of(model)
+        self._noisy = _make_noisy(self._owner[self._inner_name], self.adapted)
+        self._in_use = False
+        model.eval()
+        self._check_split()
+
+    @property
+    def blocks(self) -> int:
+        """The number of transformer blocks."""
+        return len(self.model.layers)
+
+    @property
+    def width(self) -> int:
+        """The size D of a hidden state."""
+        return int(self.hidden(mx.zeros((1, 1), mx.int32)).shape[-1])
+
+    def hidden(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Final hidden states [B, S, D] of tokens [B, S], the final norm included."""
+        inner = self._owner[self._inner_name]
+        states: mx.array = inner(tokens) if cache is None else inner(tokens, cache=cache)
+        return states
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits [..., V] of hidden states [..., D], by whatever the architecture does after its inner part."""
+        inner = self._owner[self._inner_name]
+        states = hidden if hidden.ndim == 3 else hidden[None]
+        dict.__setitem__(self._owner, self._inner_name, _States(inner, states))
+        try:
+            logits: mx.array = self._owner(mx.zeros(states.shape[:2], mx.int32))
+        finally:
+            dict.__setitem__(self._owner, self._inner_name, inner)
+        return logits if hidden.ndim == 3 else logits[0]
+
+    def response_states(self, sequences: Sequences) -> mx.array:
+        """Hidden states [N, D] from which each of the N counted response tokens is predicted."""
+        states = self.hidden(sequences.tokens)
+        return states.reshape(-1, states.shape[-1])[sequences.predicting]
+
+    @contextmanager
+    def using(self, weights: Weights) -> Iterator[None]:
+        """Lay a role's weights on the trunk for the length of a `with` block; nothing stays behind.
+
+        Raises:
+            RuntimeError: another role's weights are on the trunk.
+        """
+        if self._in_use:
+            raise RuntimeError("another role's weights are on the trunk; roles don't nest")
+        replaced: dict[str, mx.array] = {}
+        attached: list[nn.Module] = []
+        self._in_use = True
+        try:
+            for name, array in weights.arrays.items():
+                if name.endswith(".lora_a"):
+                    layer = self.adapted[name.removesuffix(".lora_a")]
+                    other = weights.arrays[name.removesuffix("a") + "b"]
+                    object.__setattr__(layer, "attached", (array, other, weights.scale))
+                    attached.append(layer)
+                elif not name.endswith(".lora_b") and not name.startswith(HEAD):
+                    replaced[name] = array.astype(self.base[name].dtype)
+            if replaced:
+                self._put(replaced)
+            yield
+        finally:
+            for layer in attached:
+                plain(layer)
+            if replaced:
+                self._put({name: self.base[name] for name in replaced})
+            self._in_use = False
+
+    @contextmanager
+    def noise(self, share: float, key: mx.array) -> Iterator[None]:
+        """Dropout on embeddings and on the outputs of attention and feed-forward, within a `using` block."""
+        keys = list(mx.random.split(key, len(self._noisy))) if share else []
+        try:
+            for layer, own in zip(self._noisy, keys, strict=bool(share)):
+                object.__setattr__(layer, "noise", (share, own))
+            yield
+        finally:
+            for layer in self._noisy:
+                object.__setattr__(layer, "noise", None)
+
+    def _put(self, arrays: Mapping[str, mx.array]) -> None:
+        self.model.update(tree_unflatten(list(arrays.items())))
+
+    def _check_split(self) -> None:
+        """Logits of split and whole model must agree, or the architecture isn't understood."""
+        probe = mx.array([[1, 2, 3]]) % self.tokenizer.vocab_size
+        whole = self.model(probe)
+        split = self.logits(self.hidden(probe))
+        if not mx.allclose(whole.astype(mx.float32), split.astype(mx.float32), rtol=1e-3, atol=1e-3).item():
+            raise ModelError(f"{self.name}: this architecture's logits don't follow from its final hidden states")
+
+
+def _make_noisy(inner: nn.Module, adapted: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The layers on whose output dropout acts: the embedding, and the last of each attention and feed-forward part."""
+    found = [layer for name, layer in adapted.items() if name.endswith(_BRANCH_ENDS)]
+    for module in inner.values():
+        if type(module) is nn.Embedding:
+            module.__class__ = AdaptedEmbedding
+            plain(module)
+            found.append(module)
+    return found
+
+
+def _find_inner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner = model["language_model"] if "language_model" in model else model
+    for inner in _INNER_NAMES:
+        if isinstance(owner.get(inner), nn.Module):
+            return owner, inner
+    raise ModelError(f"{name}: this architecture has no part that gives hidden states ({', '.join(_INNER_NAMES)})")

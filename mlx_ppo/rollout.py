@@ -1,0 +1,191 @@
+"""Prompts into responses of the current policy, with the probability of every token as it was sampled."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_ppo.data.batches import pad_right
+from mlx_ppo.data.random import philox
+from mlx_ppo.networks.adapters import Weights
+from mlx_ppo.networks.trunk import Trunk
+from mlx_ppo.records import Rollout
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Request(NamedTuple):
+    """One response to be sampled."""
+
+    prompt: tuple[int, ...]
+    draws: Floats  # [T] uniform numbers, one for each token: the response is a function of them, whatever the batch
+
+
+class Response(NamedTuple):
+    """A sampled response."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+
+
+def generate(
+    trunk: Trunk,
+    weights: Weights,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    samples_per_prompt: int,
+    max_tokens: int,
+    temperature: float,
+    batch_size: int,
+    seed_parts: tuple[int | str, ...],
+    positions: Sequence[int],
+    records: Sequence[dict[str, Any]],
+    on_tokens: Callable[[int], None] = lambda _: None,
+) -> Rollout:
+    """Sample responses.
+
+    Args:
+        trunk: the language model.
+        weights: the policy's weights on it.
+        prompts: rows of prompt tokens.
+        samples_per_prompt: responses of each; they share its prefill.
+        max_tokens: bound T on a response.
+        temperature: of the sampling distribution; 0 takes the most probable token.
+        batch_size: sequences decoded together. Changes speed and memory only.
+        seed_parts: what the random draws derive from, with the prompt's position and the sample's number.
+        positions: each prompt's number in the stream of prompts.
+        records: each prompt's JSONL record, carried along.
+        on_tokens: called with the number of tokens sampled at each step.
+    Returns:
+        B = len(prompts) * samples_per_prompt responses, those of one prompt together.
+    """
+    requests: list[Request] = []
+    for prompt, position in zip(prompts, positions, strict=True):
+        for sample in range(samples_per_prompt):
+            draws = philox(*seed_parts, position, sample).random(max_tokens, dtype=np.float32)
+            requests.append(Request(prompt, draws))
+    responses: list[Response] = [Response((), (), False)] * len(requests)
+    with trunk.using(weights):
+        for rows in _chunks(requests, batch_size):
+            decoder = _Decoder(trunk, [requests[row] for row in rows], max_tokens, temperature)
+            for row, response in zip(rows, decoder.run(on_tokens), strict=True):
+                responses[row] = response
+    lengths = np.array([len(response.tokens) for response in responses])
+    width = max(1, int(lengths.max()))
+    logprobs = np.zeros((len(requests), width), np.float32)
+    for row, response in enumerate(responses):
+        logprobs[row, : len(response.logprobs)] = response.logprobs
+    return Rollout(
+        prompts=tuple(request.prompt for request in requests),
+        responses=tuple(response.tokens for response in responses),
+        logprobs=mx.array(logprobs),
+        mask=mx.array(np.arange(width)[None, :] < lengths[:, None]),
+        finished=mx.array([response.finished for response in responses]),
+        group=mx.array(np.repeat(np.arange(len(prompts), dtype=np.int32), samples_per_prompt)),
+        records=tuple(record for record in records for _ in range(samples_per_prompt)),
+    )
+
+
+def _chunks(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
+    """Rows decoded together: of similar prompt length, samples of one prompt side by side."""
+    order = sorted(range(len(requests)), key=lambda row: (len(requests[row].prompt), row))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+class _Decoder:
+    """Decodes one chunk: shared prefill, then a token a step for the rows that are not finished."""
+
+    def __init__(self, trunk: Trunk, requests: Sequence[Request], max_tokens: int, temperature: float) -> None:
+        self.trunk = trunk
+        self.requests = requests
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+        self.stops = np.array(sorted(trunk.tokenizer.eos_ids))
+
+    def run(self, on_tokens: Callable[[int], None]) -> list[Response]:
+        cache, states = self._prefill()
+        count = len(self.requests)
+        draws = np.stack([request.draws for request in self.requests])
+        tokens = np.zeros((count, self.max_tokens), np.int32)
+        logprobs = np.zeros((count, self.max_tokens), np.float32)
+        lengths = np.zeros(count, np.int32)
+        finished = np.zeros(count, bool)
+        live = np.arange(count)
+        for step in range(self.max_tokens):
+            logits = np.array(self.trunk.logits(states).astype(mx.float32))
+            picked, logprob = sample(logits, draws[live, step], self.temperature)
+            tokens[live, step], logprobs[live, step] = picked, logprob
+            lengths[live] = step + 1
+            on_tokens(len(live))
+            going = ~np.isin(picked, self.stops)
+            finished[live[~going]] = True
+            if step + 1 == self.max_tokens or not going.any():
+                break
+            if not going.all():
+                keep = mx.array(np.flatnonzero(going).astype(np.int32))
+                for layer in cache:
+                    layer.filter(keep)
+                live, picked = live[going], picked[going]
+            states = self.trunk.hidden(mx.array(picked[:, None]), cache)[:, -1]
+        return [
+            Response(tuple(tokens[row, :n].tolist()), tuple(logprobs[row, :n].tolist()), bool(finished[row]))
+            for row, n in enumerate(lengths)
+        ]
+
+    def _prefill(self) -> tuple[list[Any], mx.array]:
+        """Read each distinct prompt once; returns the cache of all rows and the states [rows, D] after the prompts."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        distinct = list(dict.fromkeys(request.prompt for request in self.requests))
+        rows, lengths = pad_right(distinct)
+        empty = [make_prompt_cache(self.trunk.model) for _ in distinct]
+        cache = [layers[0].merge(list(layers)) for layers in zip(*empty, strict=True)]
+        padding = (rows.shape[1] - lengths).tolist()
+        for layer in cache:
+            if getattr(layer, "step", None) == 256 and not hasattr(layer, "max_size"):
+                layer.step = rows.shape[1] + self.max_tokens
+            if any(padding):
+                layer.prepare(lengths=lengths.tolist(), right_padding=padding)
+        states = self.trunk.hidden(mx.array(rows), cache)
+        last = states[mx.arange(len(distinct)), mx.array(lengths) - 1]
+        index = {prompt: row for row, prompt in enumerate(distinct)}
+        owner = mx.array([index[request.prompt] for request in self.requests])
+        for layer in cache:
+            if any(padding):
+                layer.finalize()
+            if len(distinct) < len(self.requests):
+                layer.filter(owner)
+        return cache, last[owner]
+
+
+def sample(logits: Floats, draws: Floats, temperature: float) -> tuple[np.ndarray[Any, Any], Floats]:
+    """Pick a token for each row by the inverse of its cumulative distribution.
+
+    Args:
+        logits: [B, V] float32.
+        draws: [B] uniform in [0, 1).
+        temperature: 0 takes the most probable token.
+    Returns:
+        tokens [B] and their log-probabilities [B] under softmax(logits / temperature) (temperature 1 where it is 0).
+    Raises:
+        FloatingPointError: a logit is NaN or positive infinity.
+    """
+    scaled = logits / temperature if temperature > 0 else logits
+    top = scaled.max(axis=-1, keepdims=True)
+    if not np.isfinite(top).all():
+        raise FloatingPointError("the policy's logits are not finite")
+    scaled = scaled - top
+    masses = np.exp(scaled)
+    rows = np.arange(len(scaled))
+    if temperature > 0:
+        cumulative = np.cumsum(masses, axis=-1, dtype=np.float64)
+        wanted = draws.astype(np.float64) * cumulative[:, -1]
+        tokens = np.array([np.searchsorted(c, w, side="right") for c, w in zip(cumulative, wanted, strict=True)])
+        total = cumulative[:, -1]
+    else:
+        tokens = scaled.argmax(axis=-1)
+        total = masses.sum(axis=-1, dtype=np.float64)
+    return tokens, (scaled[rows, tokens] - np.log(total)).astype(np.float32)

@@ -1,0 +1,1 @@
+"""What surrounds a job on this machine: the offline environment, BLAS, devices."""

@@ -1,0 +1,158 @@
+"""A rollout into scores, old and reference log-probabilities, and values."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_ppo.algo.rewards import clip_scores, penalise_truncated, soft_overlong_penalty
+from mlx_ppo.config import ScoreSection
+from mlx_ppo.data.batches import length_batches
+from mlx_ppo.errors import RunError
+from mlx_ppo.networks.adapters import Weights
+from mlx_ppo.networks.heads import RewardModel
+from mlx_ppo.networks.roles import Critic, Roles, Source, token_statistics
+from mlx_ppo.networks.tokenizer import completion_text
+from mlx_ppo.records import Rollout, Scored, Sequences, number
+
+
+class RawScores(NamedTuple):
+    """Scores of each source before weights, penalties and clipping."""
+
+    normalised: dict[str, mx.array]  # [B] each: the model's normalised score, or the function's value
+    points: dict[str, mx.array]  # [B] each: predicted ratings, for models trained on ratings
+
+
+def raw_scores(roles: Roles, rollout: Rollout, *, batch_size: int) -> RawScores:
+    """Ask every source.
+
+    Raises:
+        RunError: a score is not finite, or a reward function failed.
+    """
+    normalised: dict[str, mx.array] = {}
+    points: dict[str, mx.array] = {}
+    for source in roles.sources:
+        if isinstance(source.scorer, RewardModel):
+            model = source.scorer
+            raw = _by_rows(rollout, batch_size, _raw_of(model))[0]
+            values = model.normalised(raw)
+            in_points = model.points(raw)
+            if in_points is not None:
+                points[source.name] = in_points
+        else:
+            values = mx.array(_ask_function(roles, source, rollout), mx.float32)
+        _require_finite(values, f"a score of the reward {source.name!r}", rollout, roles)
+        normalised[source.name] = values
+    return RawScores(normalised, points)
+
+
+def _raw_of(model: RewardModel) -> Callable[[Sequences], list[mx.array]]:
+    return lambda sequences: [model.raw(sequences)]
+
+
+def _ask_function(roles: Roles, source: Source, rollout: Rollout) -> list[float]:
+    assert not isinstance(source.scorer, RewardModel)
+    tokenizer = roles.trunk.tokenizer
+    prompts = [tokenizer.decode(prompt) for prompt in rollout.prompts]
+    texts = [
+        completion_text(tokenizer, prompt, response)
+        for prompt, response in zip(rollout.prompts, rollout.responses, strict=True)
+    ]
+    return source.scorer.score(prompts, texts, list(rollout.records))
+
+
+def combined_scores(raw: RawScores, roles: Roles, rollout: Rollout, section: ScoreSection, max_tokens: int) -> mx.array:
+    """One score [B] for each response: weighted sum, penalties for length, clipping."""
+    scores = mx.zeros((len(rollout.prompts),))
+    for source in roles.sources:
+        scores = scores + source.weight * raw.normalised[source.name]
+    scores = penalise_truncated(scores, rollout.finished, mode=section.truncated, value=section.truncated_value)
+    if section.overlong_buffer:
+        lengths = mx.array([len(response) for response in rollout.responses])
+        scores = scores + soft_overlong_penalty(lengths, max_length=max_tokens, buffer=section.overlong_buffer)
+    return clip_scores(scores, section.clip) if section.clip else scores
+
+
+def score(
+    roles: Roles,
+    policy: Weights,
+    critic: Weights | None,
+    rollout: Rollout,
+    *,
+    section: ScoreSection,
+    temperature: float,
+    max_tokens: int,
+) -> tuple[Scored, RawScores]:
+    """Everything the update needs to know of a rollout, by the training forward over response positions only.
+
+    Raises:
+        RunError: a score, log-probability or value is not finite.
+    """
+    size = section.batch_size
+    raw = raw_scores(roles, rollout, batch_size=size)
+    scores = combined_scores(raw, roles, rollout, section, max_tokens)
+    head = critic if roles.critic is not None and roles.critic.kind == "head" else None
+
+    def of_policy(sequences: Sequences) -> list[mx.array]:
+        with roles.trunk.using(policy):
+            states = roles.trunk.response_states(sequences)
+            found = list(token_statistics(roles.trunk, states, sequences, temperature=temperature))
+        if head is not None and roles.critic is not None:
+            found.append(sequences.spread(roles.critic.values(head, states)))
+        return found
+
+    old, entropy, *rest = _by_rows(rollout, size, of_policy)
+    reference = policy_logprobs(roles, roles.reference, rollout, temperature=temperature, batch_size=size)
+    values = rest[0] if rest else None
+    if roles.critic is not None and critic is not None and head is None:
+        values = _by_rows(rollout, size, _critic_values(roles.critic, critic))[0]
+    _require_finite(old, "a log-probability of the policy", rollout, roles)
+    _require_finite(reference, "a log-probability of the reference", rollout, roles)
+    if values is not None:
+        _require_finite(values, "a value of the critic", rollout, roles)
+    return Scored(scores, raw.normalised, old, reference, entropy, values), raw
+
+
+def _critic_values(critic: Critic, weights: Weights) -> Callable[[Sequences], list[mx.array]]:
+    return lambda sequences: [sequences.spread(critic.values(weights, critic.states(weights, sequences)))]
+
+
+def policy_logprobs(
+    roles: Roles, weights: Weights, rollout: Rollout, *, temperature: float, batch_size: int
+) -> mx.array:
+    """Log-probabilities [B, T] of the responses under some weights on the shared trunk, such as the reference's."""
+
+    def under_weights(sequences: Sequences) -> list[mx.array]:
+        with roles.trunk.using(weights):
+            states = roles.trunk.response_states(sequences)
+            return [token_statistics(roles.trunk, states, sequences, temperature=temperature)[0]]
+
+    return _by_rows(rollout, batch_size, under_weights)[0]
+
+
+def _by_rows(rollout: Rollout, batch_size: int, function: Callable[[Sequences], list[mx.array]]) -> list[mx.array]:
+    """Apply a function to batches of rows of similar length, and put its results back in the rollout's order."""
+    order: list[int] = []
+    parts: list[list[mx.array]] = []
+    for rows in _row_batches(rollout, batch_size):
+        found = function(rollout.sequences(rows))
+        mx.eval(found)
+        parts.append(found)
+        order.extend(rows)
+    back = mx.array(np.argsort(np.array(order)).astype(np.int32))
+    return [mx.concatenate(list(column))[back] for column in zip(*parts, strict=True)]
+
+
+def _row_batches(rollout: Rollout, batch_size: int) -> Iterator[list[int]]:
+    lengths = [len(prompt) + len(response) for prompt, response in zip(rollout.prompts, rollout.responses, strict=True)]
+    yield from length_batches(lengths, max_rows=batch_size, max_tokens=None, seed_parts=None)
+
+
+def _require_finite(values: mx.array, what: str, rollout: Rollout, roles: Roles) -> None:
+    finite = mx.isfinite(values) if values.ndim == 1 else mx.where(rollout.mask, mx.isfinite(values), True).all(axis=1)
+    if finite.all().item():
+        return
+    row = int(number(mx.argmin(finite.astype(mx.int32))))
+    text = roles.trunk.tokenizer.decode([*rollout.prompts[row], *rollout.responses[row]])
+    raise RunError(f"{what} is not finite, for the response {text[:120]!r}; nothing was updated")

@@ -1,0 +1,137 @@
+"""Supervised fine-tuning: the story."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_ppo.config import SFTConfig
+from mlx_ppo.data.batches import length_batches
+from mlx_ppo.data.examples import Example, ExampleSet, load_examples
+from mlx_ppo.data.tokenizer import Tokenizer
+from mlx_ppo.networks.adapters import Weights
+from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.networks.roles import initial_weights, token_statistics
+from mlx_ppo.networks.trunk import Trunk
+from mlx_ppo.optimization import Optimizer
+from mlx_ppo.records import make_sequences, number
+from mlx_ppo.runs import Run
+from mlx_ppo.runtime.signals import Interrupts
+from mlx_ppo.supervised import Fit, StepReporter, Task, drop_tokens, fit, write_result
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """A batch and what its noise derives from."""
+
+    examples: Sequence[Example]
+    epoch: int
+    index: int
+
+
+def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: Interrupts) -> Path:
+    """Train on examples and write the finished model or adapters; returns their folder.
+
+    Raises:
+        UserError: whatever is wrong with model or data, or went wrong.
+    """
+    seed = config.run.seed
+    trunk = load_trunk(
+        config.model.path,
+        dtype=config.model.dtype,
+        random_seed=seed if config.model.initialise == "random" else None,
+    )
+    weights = initial_weights(trunk, config.model, config.lora, key="policy", seed=seed)
+    train, validation = load_data(config, trunk.tokenizer, reporter)
+    lengths = [len(example.tokens) for example in train.examples]
+    size = config.sft.batch_size
+
+    def batches(epoch: int) -> list[Numbered]:
+        groups = length_batches(lengths, max_rows=size, max_tokens=None, seed_parts=(seed, epoch))
+        return [Numbered([train.examples[row] for row in rows], epoch, at) for at, rows in enumerate(groups)]
+
+    def loss(weights: Weights, batch: Numbered, key: mx.array) -> mx.array:
+        total, count = _summed_loss(
+            trunk,
+            weights,
+            batch.examples,
+            token_dropout=config.sft.token_dropout,
+            noise_parts=(seed, batch.epoch, batch.index),
+            dropout=config.sft.dropout,
+            key=key,
+        )
+        return total / count
+
+    def validate(weights: Weights) -> dict[str, float]:
+        held_out = validation.examples if validation is not None else train.examples[:256]
+        value = mean_loss(trunk, weights, held_out, batch_size=size)
+        return {"validation_loss": value, "perplexity": math.exp(min(value, 50.0))}
+
+    steps = config.sft.epochs * math.ceil(len(lengths) / size)
+    optimizer = Optimizer(config.optimizer, learning_rate=config.optimizer.learning_rate, total_steps=steps)
+    best = fit(
+        Task(batches, loss, validate, "validation_loss"),
+        Fit(weights, optimizer),
+        run,
+        reporter,
+        interrupts,
+        section=config.run,
+        epochs=config.sft.epochs,
+        patience=config.sft.patience,
+        blocks=trunk.blocks,
+    )
+    return write_result(run.folder, trunk, best, config.model)
+
+
+def load_data(config: SFTConfig, tokenizer: Tokenizer, reporter: StepReporter) -> tuple[ExampleSet, ExampleSet | None]:
+    """Training and validation examples."""
+    section = config.data
+    sets: list[ExampleSet | None] = []
+    for path in (section.train, section.validation):
+        if path is None:
+            sets.append(None)
+            continue
+        examples = load_examples(path, tokenizer, max_tokens=section.max_tokens, overlong=section.overlong)
+        if examples.dropped or examples.truncated:
+            reporter.message(f"{path.name}: {examples.dropped} overlong dropped, {examples.truncated} truncated")
+        sets.append(examples)
+    assert sets[0] is not None
+    return sets[0], sets[1]
+
+
+def mean_loss(trunk: Trunk, weights: Weights, examples: Sequence[Example], *, batch_size: int) -> float:
+    """Mean negative log-probability of the counted tokens, in nats."""
+    groups = length_batches([len(e.tokens) for e in examples], max_rows=batch_size, max_tokens=None, seed_parts=None)
+    total = counted = 0.0
+    for rows in groups:
+        loss, count = _summed_loss(trunk, weights, [examples[row] for row in rows])
+        total, counted = total + number(loss), counted + count
+    return total / counted
+
+
+def _summed_loss(
+    trunk: Trunk,
+    weights: Weights,
+    examples: Sequence[Example],
+    *,
+    token_dropout: float = 0.0,
+    noise_parts: tuple[int, ...] = (),
+    dropout: float = 0.0,
+    key: mx.array | None = None,
+) -> tuple[mx.array, int]:
+    """Summed negative log-probability of the counted tokens, and their number."""
+    rows = [example.tokens for example in examples]
+    starts = [max(1, example.loss_from) for example in examples]
+    sequences = make_sequences(
+        [row[:at] for row, at in zip(rows, starts, strict=True)],
+        [row[at:] for row, at in zip(rows, starts, strict=True)],
+    )
+    if token_dropout:
+        noisy = drop_tokens(rows, token_dropout, trunk.tokenizer.vocab_size, *noise_parts)
+        sequences = sequences._replace(tokens=make_sequences(noisy, [()] * len(noisy)).tokens)
+    with trunk.using(weights), trunk.noise(dropout, key if key is not None else mx.random.key(0)):
+        states = trunk.response_states(sequences)
+        logprobs, _ = token_statistics(trunk, states, sequences, temperature=1.0)
+    return -logprobs.sum(), sequences.targets.size

@@ -1,0 +1,175 @@
+"""The loop that supervised fine-tuning and reward training share: epochs of batches, validation, best weights, resume."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_ppo import checkpoint
+from mlx_ppo.checkpoint import Checkpoint
+from mlx_ppo.config import RunSection, TrainableModelSection
+from mlx_ppo.data.random import mx_key, philox
+from mlx_ppo.errors import RunError
+from mlx_ppo.networks.adapters import HEAD, Weights, adapter_config
+from mlx_ppo.networks.export import write_adapters, write_model
+from mlx_ppo.networks.trunk import Trunk
+from mlx_ppo.optimization import Optimizer
+from mlx_ppo.records import number
+from mlx_ppo.runs import METRICS, Run
+from mlx_ppo.runtime.signals import Interrupted, Interrupts
+
+Batch = TypeVar("Batch")
+
+
+class StepReporter(Protocol):
+    """What a person sees of a supervised job."""
+
+    def message(self, text: str) -> None:
+        """One line of information or warning."""
+
+    def step(self, done: int, total: int, figures: Mapping[str, float]) -> None:
+        """An optimizer step is done."""
+
+
+@dataclass(frozen=True)
+class Task(Generic[Batch]):
+    """What differs between the jobs.
+
+    `batches` must give the same list for the same epoch; `loss` is a mean over the batch; `validate` returns
+    named figures, of which the one called `criterion` is to be as low as possible.
+    """
+
+    batches: Callable[[int], Sequence[Batch]]
+    loss: Callable[[Weights, Batch, mx.array], mx.array]
+    validate: Callable[[Weights], dict[str, float]]
+    criterion: str
+
+
+@dataclass
+class Fit:
+    """Everything that training changes."""
+
+    weights: Weights
+    optimizer: Optimizer
+    epoch: int = 0
+    done: int = 0  # batches of this epoch
+    best: dict[str, mx.array] = field(default_factory=dict)
+    best_value: float = float("inf")
+    best_epoch: int = 0
+
+    def as_checkpoint(self, blocks: int) -> Checkpoint:
+        """The state as files."""
+        own = {name: array for name, array in self.weights.arrays.items() if not name.startswith(HEAD)}
+        head = {name: array for name, array in self.weights.arrays.items() if name.startswith(HEAD)}
+        arrays = {"adapters": own, "head": head, "optimizer": self.optimizer.state(), "best": self.best}
+        value = self.best_value if np.isfinite(self.best_value) else None
+        state = {"epoch": self.epoch, "done": self.done, "best_value": value, "best_epoch": self.best_epoch}
+        document = {"adapter_config.json": adapter_config(self.weights, blocks)}
+        return Checkpoint(self.optimizer.steps, {n: a for n, a in arrays.items() if a}, state, document)
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go back to a checkpoint of the same configuration."""
+        arrays = {**saved.arrays["adapters"], **saved.arrays.get("head", {})}
+        if set(arrays) != set(self.weights.arrays):
+            raise RunError("the checkpoint has other weights than this configuration; nothing was loaded")
+        self.weights = self.weights.holding({name: arrays[name] for name in self.weights.arrays})
+        self.optimizer.load(dict(saved.arrays.get("optimizer", {})), saved.step)
+        self.best = dict(saved.arrays.get("best", {}))
+        value = saved.state["best_value"]
+        self.best_value = float("inf") if value is None else value
+        self.epoch, self.done = saved.state["epoch"], saved.state["done"]
+        self.best_epoch = saved.state["best_epoch"]
+
+
+def fit(
+    task: Task[Batch],
+    state: Fit,
+    run: Run,
+    reporter: StepReporter,
+    interrupts: Interrupts,
+    *,
+    section: RunSection,
+    epochs: int,
+    patience: int,
+    blocks: int,
+) -> Weights:
+    """Train for some epochs and return the best weights by the criterion; resumes from the run's last checkpoint.
+
+    Raises:
+        RunError: a loss or gradient is not finite; the last checkpoint stands.
+        Interrupted: a signal came; the state is saved.
+    """
+    saved = checkpoint.steps(run.folder)
+    if saved:
+        state.restore(checkpoint.load(run.folder, saved[-1]))
+        reporter.message(f"resuming after step {state.optimizer.steps}")
+    run.cut_logs(state.optimizer.steps)
+    total = epochs * len(task.batches(0))
+    while state.epoch < epochs and not (patience and state.epoch - state.best_epoch > patience):
+        batches = task.batches(state.epoch)
+        losses: list[float] = []
+        while state.done < len(batches):
+            try:
+                interrupts.check()
+            except Interrupted:
+                checkpoint.save(run.folder, state.as_checkpoint(blocks), keep_last=section.keep_last, best=None)
+                raise
+            losses.append(_step(task, state, batches[state.done], section.seed))
+            state.done += 1
+            reporter.step(state.optimizer.steps, total, {"loss": losses[-1]})
+            if state.optimizer.steps % section.save_every == 0 and state.done < len(batches):
+                checkpoint.save(run.folder, state.as_checkpoint(blocks), keep_last=section.keep_last, best=None)
+        state.epoch, state.done = state.epoch + 1, 0
+        figures = task.validate(state.weights)
+        value = figures[task.criterion]
+        if value < state.best_value:
+            state.best, state.best_value, state.best_epoch = dict(state.weights.arrays), value, state.epoch
+        row = {"step": state.optimizer.steps, "epoch": state.epoch, **figures}
+        if losses:
+            row["loss"] = float(np.mean(losses))
+        run.log(METRICS, [row])
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in ("step", "epoch"))
+        reporter.message(
+            f"epoch {state.epoch} of {epochs}: {shown}" + ("  (best)" if value == state.best_value else "")
+        )
+        checkpoint.save(run.folder, state.as_checkpoint(blocks), keep_last=section.keep_last, best=None)
+    return state.weights.holding(state.best or state.weights.arrays)
+
+
+def _step(task: Task[Batch], state: Fit, batch: Batch, seed: int) -> float:
+    key = mx_key(seed, "noise", state.optimizer.steps)
+
+    def loss_of(arrays: Mapping[str, mx.array]) -> mx.array:
+        return task.loss(state.weights.holding(arrays), batch, key)
+
+    loss, gradients = mx.value_and_grad(loss_of)(dict(state.weights.arrays))
+    mx.eval(loss, gradients)
+    value = number(loss)
+    if not np.isfinite(value):
+        raise RunError(f"the loss is not finite at step {state.optimizer.steps + 1}; the update was not applied")
+    state.weights, _ = state.optimizer.step(state.weights, gradients, what="model")
+    return value
+
+
+def drop_tokens(rows: Sequence[Sequence[int]], share: float, vocabulary: int, *parts: int | str) -> list[list[int]]:
+    """Input rows in which a share of the tokens (never the first) is replaced by random ones."""
+    if not share:
+        return [list(row) for row in rows]
+    generator = philox("token dropout", *parts)
+    noisy: list[list[int]] = []
+    for row in rows:
+        replaced = generator.random(len(row)) < share
+        replaced[0] = False
+        other = generator.integers(0, vocabulary, len(row))
+        noisy.append(np.where(replaced, other, np.array(row)).tolist())
+    return noisy
+
+
+def write_result(folder: Path, trunk: Trunk, weights: Weights, model: TrainableModelSection) -> Path:
+    """The finished weights as a folder that stock mlx-lm loads: `model`, or `adapters` for LoRA."""
+    if model.train == "full":
+        return write_model(folder / "model", Path(trunk.name), trunk, weights, dtype=model.save_dtype)
+    return write_adapters(folder / "adapters", weights, trunk.blocks)

@@ -1,0 +1,240 @@
+"""A scored rollout into new weights: epochs, minibatches, micro-batches, two optimizers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_ppo.algo.diagnostics import approx_kl, clip_fractions, effective_sample_size
+from mlx_ppo.algo.losses import aggregate, clipped_policy_loss, clipped_value_loss
+from mlx_ppo.config import PPOSection
+from mlx_ppo.data.random import philox
+from mlx_ppo.errors import RunError
+from mlx_ppo.networks.adapters import Weights
+from mlx_ppo.networks.roles import Critic, Roles, token_statistics
+from mlx_ppo.optimization import Optimizer
+from mlx_ppo.records import PPOBatch, Rollout, Sequences, number
+
+RATIO_TOLERANCE = 1e-4
+_RATIO_TOLERANCE_HALF = 5e-2
+
+Gradients = dict[str, mx.array]
+
+
+@dataclass
+class Learner:
+    """Weights that learn, with their optimizer."""
+
+    weights: Weights
+    optimizer: Optimizer
+
+
+@dataclass
+class UpdateStats:
+    """What was seen during the update; every list has one number a minibatch unless said otherwise."""
+
+    policy_loss: list[float] = field(default_factory=list)
+    value_loss: list[float] = field(default_factory=list)
+    clip_low: list[float] = field(default_factory=list)
+    clip_high: list[float] = field(default_factory=list)
+    kl_to_old: list[float] = field(default_factory=list)  # k3, nats a token
+    effective_samples: list[float] = field(default_factory=list)
+    policy_norm: list[float] = field(default_factory=list)
+    critic_norm: list[float] = field(default_factory=list)
+    first_ratio_error: float = 0.0  # largest |ratio - 1| in the first minibatch
+    stopped_early: bool = False  # stop_at_kl ended the passes
+
+
+def update(
+    roles: Roles,
+    policy: Learner,
+    critic: Learner | None,
+    rollout: Rollout,
+    batch: PPOBatch,
+    *,
+    section: PPOSection,
+    temperature: float,
+    max_tokens: int,
+    seed_parts: tuple[int | str, ...],
+    train_policy: bool = True,
+) -> UpdateStats:
+    """Several passes over the rollout; `policy` and `critic` are changed in place.
+
+    Args:
+        roles: the shared trunks.
+        policy: weights and optimizer of the policy.
+        critic: the same of the critic; None with a critic-free estimator.
+        rollout: the responses.
+        batch: old log-probabilities, advantages, old values, returns.
+        section: the `[ppo]` section.
+        temperature: of the sampling distribution.
+        max_tokens: T of the "constant" denominator.
+        seed_parts: what the order of the minibatches derives from.
+        train_policy: False while only the critic is warmed up.
+    Raises:
+        RunError: a loss or gradient is not finite, or the first minibatch's ratio is not 1. Nothing is applied then.
+    """
+    stats = UpdateStats()
+    generator = philox(*seed_parts)
+    step = _Step(roles, policy, critic, rollout, batch, section, temperature, max_tokens)
+    for epoch in range(section.epochs):
+        order = generator.permutation(len(rollout.prompts))
+        for index, rows in enumerate(np.array_split(order, section.minibatches)):
+            first = epoch == 0 and index == 0
+            step.run(rows.tolist(), stats, first=first, train_policy=train_policy)
+        if (
+            section.stop_at_kl
+            and train_policy
+            and np.mean(stats.kl_to_old[-section.minibatches :]) > section.stop_at_kl
+        ):
+            stats.stopped_early = epoch + 1 < section.epochs
+            break
+    return stats
+
+
+@dataclass
+class _Step:
+    """One optimizer step of policy and critic over one minibatch."""
+
+    roles: Roles
+    policy: Learner
+    critic: Learner | None
+    rollout: Rollout
+    batch: PPOBatch
+    section: PPOSection
+    temperature: float
+    max_tokens: int
+
+    def run(self, rows: Sequence[int], stats: UpdateStats, *, first: bool, train_policy: bool) -> None:
+        size = self.section.micro_batch or len(rows)
+        micro = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+        mask = self.rollout.mask[mx.array(list(rows))]
+        tokens = number(mask.sum())
+        if tokens == 0:
+            return
+        denominator = {
+            "token-mean": tokens,
+            "sequence-mean": number(mask.any(axis=1).sum()),
+            "constant": float(len(rows) * self.max_tokens),
+        }[self.section.aggregate]
+        policy_gradients: Gradients = {}
+        critic_gradients: Gradients = {}
+        policy_loss = value_loss = 0.0
+        logprobs: list[mx.array] = []
+        ratios: list[mx.array] = []
+        for part in micro:
+            sequences = self.rollout.sequences(part)
+            loss, (now, ratio, states), gradients = self._policy(sequences, part, denominator, train_policy)
+            policy_loss += loss
+            logprobs.append(now)
+            ratios.append(ratio)
+            _accumulate(policy_gradients, gradients)
+            if self.critic is not None:
+                loss, gradients = self._critic(self.critic, sequences, part, tokens, states)
+                value_loss += loss
+                _accumulate(critic_gradients, gradients)
+        self._watch(rows, micro, mx.concatenate(logprobs), mx.concatenate(ratios), stats, first=first)
+        if not np.isfinite(policy_loss) or not np.isfinite(value_loss):
+            raise RunError(f"the loss is not finite (policy {policy_loss}, critic {value_loss}); nothing was applied")
+        stats.policy_loss.append(policy_loss)
+        if train_policy:
+            self.policy.weights, norm = self.policy.optimizer.step(self.policy.weights, policy_gradients, what="policy")
+            stats.policy_norm.append(norm)
+        if self.critic is not None:
+            stats.value_loss.append(value_loss)
+            self.critic.weights, norm = self.critic.optimizer.step(self.critic.weights, critic_gradients, what="critic")
+            stats.critic_norm.append(norm)
+
+    def _policy(
+        self, sequences: Sequences, rows: list[int], denominator: float, train: bool
+    ) -> tuple[float, tuple[mx.array, mx.array, mx.array], Gradients]:
+        """Loss, (log-probabilities, ratios, states) and gradients of one micro-batch; no gradients without `train`."""
+        index = mx.array(rows)
+        old, advantages = self.batch.old_logprobs[index], self.batch.advantages[index]
+        weights, section, trunk = self.policy.weights, self.section, self.roles.trunk
+
+        def loss_of(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+            with trunk.using(weights.holding(arrays)):
+                states = trunk.response_states(sequences)
+                now, entropy = token_statistics(trunk, states, sequences, temperature=self.temperature)
+            losses, ratio = clipped_policy_loss(
+                now,
+                old,
+                advantages,
+                clip_low=section.clip_low,
+                clip_high=section.clip_high,
+                dual_clip=section.dual_clip or None,
+            )
+            if section.entropy_coef:
+                losses = losses - section.entropy_coef * entropy
+            total = aggregate(losses, sequences.mask, mode=section.aggregate, denominator=denominator)
+            return total, now, ratio, mx.stop_gradient(states)
+
+        if train:
+            (loss, now, ratio, states), gradients = mx.value_and_grad(loss_of)(dict(weights.arrays))
+        else:
+            (loss, now, ratio, states), gradients = loss_of(weights.arrays), {}
+        mx.eval(loss, now, ratio, states, gradients)
+        return number(loss), (now, ratio, states), gradients
+
+    def _critic(
+        self, learner: Learner, sequences: Sequences, rows: list[int], tokens: float, policy_states: mx.array
+    ) -> tuple[float, Gradients]:
+        index = mx.array(rows)
+        critic = self.roles.critic
+        assert critic is not None and self.batch.old_values is not None and self.batch.returns is not None
+        old, returns = self.batch.old_values[index], self.batch.returns[index]
+        role: Critic = critic
+
+        def loss_of(arrays: Mapping[str, mx.array]) -> mx.array:
+            weights = learner.weights.holding(arrays)
+            states = policy_states if role.kind == "head" else role.states(weights, sequences)
+            values = sequences.spread(role.values(weights, states))
+            losses, _ = clipped_value_loss(values, old, returns, clip=self.section.value_clip or None)
+            return aggregate(losses, sequences.mask, mode="token-mean", denominator=tokens)
+
+        loss, gradients = mx.value_and_grad(loss_of)(dict(learner.weights.arrays))
+        mx.eval(loss, gradients)
+        return number(loss), gradients
+
+    def _watch(
+        self,
+        rows: Sequence[int],
+        micro: list[list[int]],
+        logprobs: mx.array,
+        ratio: mx.array,
+        stats: UpdateStats,
+        *,
+        first: bool,
+    ) -> None:
+        """Diagnostics before the step; in the very first minibatch the ratio must be 1."""
+        index = mx.array([row for part in micro for row in part])
+        mask = self.rollout.mask[index]
+        if first:
+            error = number(mx.where(mask, mx.abs(ratio - 1), 0.0).max())
+            stats.first_ratio_error = error
+            exact = all(array.dtype == mx.float32 for array in self.roles.trunk.base.values())
+            if not error <= (RATIO_TOLERANCE if exact else _RATIO_TOLERANCE_HALF):
+                raise RunError(
+                    f"self-check failed: in the first minibatch the ratio to the old policy is off by {error:.2g}, not 0; "
+                    "the weights that scored are not those that are trained"
+                )
+        low, high = clip_fractions(
+            ratio,
+            self.batch.advantages[index],
+            mask,
+            clip_low=self.section.clip_low,
+            clip_high=self.section.clip_high,
+        )
+        stats.clip_low.append(number(low))
+        stats.clip_high.append(number(high))
+        stats.kl_to_old.append(number(approx_kl(logprobs, self.batch.old_logprobs[index], mask)[1]))
+        stats.effective_samples.append(number(effective_sample_size(ratio, mask)))
+
+
+def _accumulate(total: Gradients, part: Gradients) -> None:
+    """Add gradients in place; an evaluation between micro-batches keeps their graphs from piling up."""
+    for name, gradient in part.items():
+        total[name] = total[name] + gradient if name in total else gradient
+    mx.eval(total)
