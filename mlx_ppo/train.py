@@ -204,7 +204,7 @@ def _iterate(
         temperature=config.rollout.temperature,
         batch_size=config.rollout.batch_size,
         seed_parts=(seed, "rollout"),
-        positions=[position for position, _ in taken],
+        positions=range(state.cursor, state.cursor + len(taken)),
         records=[prompt.record for _, prompt in taken],
         on_tokens=reporter.tokens,
     )

@@ -1,0 +1,136 @@
+"""What a person sees of a running job: a live panel on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from mlx_ppo.evaluate import Evaluation
+from mlx_ppo.metrics import BY_KEY, show
+
+_LIVE_KEYS = (
+    ("score", "reward", "kl", "entropy"),
+    ("clip_low", "clip_high", "kl_old", "explained_variance"),
+    ("length", "finished", "policy_norm", "tokens_per_second"),
+)
+_LINE_KEYS = ("score", "kl", "entropy", "clip_high", "explained_variance", "finished", "tokens_per_second")
+_SHOWN_ANSWERS = 6
+
+
+class Display:
+    """Implements the reporters of all jobs."""
+
+    def __init__(self) -> None:
+        """Nothing is shown until something is reported."""
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._started = time.monotonic()
+        self._first: int | None = None
+        self._metrics: dict[str, float] = {}
+        self._sample: tuple[str, str, float] | None = None
+        self._phase = ""
+        self._tokens = 0
+        self._total = 0
+        self._last_line = 0.0
+
+    def __enter__(self) -> Self:
+        """The display itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the terminal as it was."""
+        self.close()
+
+    def close(self) -> None:
+        """End the live panel."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def message(self, text: str) -> None:
+        """One line of information or warning."""
+        self.console.print(Text(text))
+
+    def phase(self, name: str, iteration: int, iterations: int) -> None:
+        """A phase begins."""
+        self._phase, self._total, self._tokens = name, iterations, 0
+        if self.console.is_terminal and self._live is None:
+            self._live = Live(console=self.console, refresh_per_second=4, transient=True, get_renderable=self._panel)
+            self._live.start()
+
+    def tokens(self, count: int) -> None:
+        """Tokens have been sampled."""
+        self._tokens += count
+
+    def iteration(self, metrics: dict[str, float], iterations: int, sample: tuple[str, str, float]) -> None:
+        """An iteration is done."""
+        self._metrics, self._sample, self._total = metrics, sample, iterations
+        done = int(metrics["step"])
+        if self._first is None:
+            self._first, self._started = done, time.monotonic()
+        if self._live is None:
+            shown = "  ".join(show(key, metrics[key]) for key in _LINE_KEYS if key in metrics)
+            self.console.print(Text(f"iteration {done}/{iterations}  {self._left(done)}{shown}"))
+
+    def step(self, done: int, total: int, figures: Mapping[str, float]) -> None:
+        """An optimizer step of a supervised job is done; shown about every ten seconds."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._started, self._total, self._last_line = done, now, total, now
+        if now - self._last_line >= 10:
+            self._last_line = now
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            self.console.print(Text(f"step {done}/{total}  {self._left(done)}{shown}"))
+
+    def _left(self, done: int) -> str:
+        if self._first is None or done == self._first:
+            return ""
+        seconds = (time.monotonic() - self._started) / (done - self._first) * (self._total - done)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left  "
+
+    def _panel(self) -> Group:
+        done = int(self._metrics.get("step", 0))
+        lines = [Text(f"iteration {done}/{self._total}  {self._left(done)}{self._phase}", style="bold")]
+        if self._phase == "rollout" and self._tokens:
+            lines[0].append(f"  {self._tokens} tokens")
+        grid = Table.grid(padding=(0, 3))
+        for row in _LIVE_KEYS:
+            cells = []
+            for key in row:
+                if key in self._metrics:
+                    label, form = BY_KEY[key].label, BY_KEY[key].form
+                    cells.append(f"{label} [bold]{self._metrics[key]:{form}}[/bold]")
+            grid.add_row(*cells)
+        parts: list[Text | Table] = [*lines, grid]
+        if self._sample is not None:
+            prompt, completion, score = self._sample
+            text = Text(f"{score:+.2f}  ", style="dim")
+            text.append(prompt, style="dim")
+            text.append(completion, style="cyan")
+            parts.append(text)
+        return Group(*parts)
+
+    def before_and_after(self, before: Evaluation, after: Evaluation) -> None:
+        """The table at the end of a run, on the same prompts with the same random draws."""
+        self.close()
+        table = Table("held-out prompts", "before", "after", "change", title=f"{len(before.completions)} prompts")
+        first, last = before.figures(), after.figures()
+        names = {"score": "score (normalised)", "kl": "KL, nats a sequence", "distinct_2": "distinct 2-grams"}
+        for key in first:
+            name = (
+                f"rating points ({key.removeprefix('points_')})" if key.startswith("points_") else names.get(key, key)
+            )
+            table.add_row(name, f"{first[key]:.3f}", f"{last[key]:.3f}", f"{last[key] - first[key]:+.3f}")
+        self.console.print(table)
+        for old, new in list(zip(before.completions, after.completions, strict=True))[:_SHOWN_ANSWERS]:
+            self.console.print(Text(f"\n{old.prompt}", style="bold"))
+            self.console.print(Text(f"  before {old.score:+.2f} {old.text}"))
+            self.console.print(Text(f"  after  {new.score:+.2f} {new.text}", style="cyan"))
+        self.console.print()

@@ -1,0 +1,125 @@
+"""Starting and resuming jobs: configuration, run folder, signals, and what is shown at the end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+
+from mlx_ppo.cli.display import Display
+from mlx_ppo.config import Job, RewardConfig, SFTConfig, TrainConfig
+from mlx_ppo.config_file import read_config
+from mlx_ppo.errors import RunError
+from mlx_ppo.runs import Run, changed_inputs, create_run, open_config
+from mlx_ppo.runtime.signals import Interrupted, Interrupts, catching_interrupts
+
+
+def start(job: type[Job], path: Path, overrides: Sequence[str], *, dry_run: bool, runs_here: bool = False) -> None:
+    """Read the configuration, make a run folder, and do the job in it; or only look, with `dry_run`."""
+    config = read_config(job, path, overrides, output_base=Path.cwd() if runs_here else None)
+    if dry_run:
+        dry(config)
+        return
+    assert isinstance(config, TrainConfig | SFTConfig | RewardConfig)
+    with Run(create_run(config, config.run.folder, config.run.name)) as run:
+        _work(config, run)
+
+
+def resume(folder: Path) -> None:
+    """Go on with a run; refused when its data or models have changed since."""
+    config = open_config(folder)
+    with Run(folder) as run:
+        changed = changed_inputs(config, run.record())
+        if changed:
+            raise RunError(f"{changed[0]}: changed since the run was started; restore it, or start a new run")
+        _work(config, run)
+
+
+def _work(config: Job, run: Run) -> None:
+    click.echo(f"run folder: {_short(run.folder)}")
+    with catching_interrupts() as interrupts, Display() as display:
+        try:
+            finish = _do(config, run, display, interrupts)
+        except Interrupted as stop:
+            display.close()
+            click.echo(f"stopped by {stop}; saved. Go on with: mlx-ppo resume {_short(run.folder)}", err=True)
+            raise SystemExit(128 + stop.number) from None
+    for line in finish:
+        click.echo(line)
+
+
+def _do(config: Job, run: Run, display: Display, interrupts: Interrupts) -> list[str]:
+    if isinstance(config, SFTConfig):
+        from mlx_ppo.sft import finetune
+
+        folder = finetune(config, run, display, interrupts)
+        return [f"finished: {_short(folder)}"]
+    if isinstance(config, RewardConfig):
+        from mlx_ppo.reward_training import train_reward_model
+
+        folder = train_reward_model(config, run, display, interrupts)
+        return [f'finished: {_short(folder)}  (give it to train as [[reward]] kind = "model", path)']
+    assert isinstance(config, TrainConfig)
+    from mlx_ppo.train import train
+
+    result = train(config, run, display, interrupts)
+    display.before_and_after(result.before, result.after)
+    return [
+        f"policy: {_short(result.checkpoint)}",
+        f"try it: mlx-ppo sample {_short(run.folder)}",
+        f"   or:  mlx_lm.generate --model {_short(config.model.path)} --adapter-path {_short(result.checkpoint)} "
+        "--temp 1 --prompt '...'",
+    ]
+
+
+def dry(config: Job) -> None:
+    """Check models and data without training, and print what the data looks like in tokens."""
+    with Display() as display:
+        if isinstance(config, TrainConfig):
+            from mlx_ppo.networks.roles import load_roles
+            from mlx_ppo.train import load_data
+
+            roles, _, _ = load_roles(config)
+            roles.close()
+            data, held_out = load_data(config, roles.trunk.tokenizer, display)
+            _statistics("training prompts", [len(prompt.tokens) for prompt in data.prompts])
+            _statistics("evaluation prompts", [len(prompt.tokens) for prompt in held_out])
+            responses = config.rollout.prompts * config.rollout.samples_per_prompt
+            click.echo(
+                f"an iteration: {responses} responses of at most {config.rollout.max_tokens} tokens, "
+                f"{config.ppo.epochs * config.ppo.minibatches} optimizer steps"
+            )
+        elif isinstance(config, SFTConfig):
+            from mlx_ppo import sft
+            from mlx_ppo.networks.load import load_trunk
+
+            seed = config.run.seed if config.model.initialise == "random" else None
+            trunk = load_trunk(config.model.path, dtype=config.model.dtype, random_seed=seed)
+            train, validation = sft.load_data(config, trunk.tokenizer, display)
+            _statistics("training examples", [len(example.tokens) for example in train.examples])
+            if validation is not None:
+                _statistics("validation examples", [len(example.tokens) for example in validation.examples])
+        elif isinstance(config, RewardConfig):
+            from mlx_ppo import reward_training
+            from mlx_ppo.networks.load import load_trunk
+
+            seed = config.run.seed if config.model.initialise == "random" else None
+            trunk = load_trunk(config.model.path, dtype=config.model.dtype, random_seed=seed)
+            sets = reward_training.load_data(config, trunk.tokenizer, display)
+            for name, feedback in zip(("training", "validation", "test"), sets, strict=True):
+                if feedback is not None:
+                    _statistics(f"{name} texts", [len(text) for text in feedback.texts])
+    click.echo("dry run: everything is in order; nothing was trained")
+
+
+def _statistics(name: str, lengths: Sequence[int]) -> None:
+    tokens = np.array(lengths)
+    click.echo(
+        f"{name}: {len(tokens)}, {tokens.sum()} tokens; each {tokens.min()} to {tokens.max()}, "
+        f"median {np.median(tokens):.0f}, 95 % up to {np.percentile(tokens, 95):.0f}"
+    )
+
+
+def _short(path: Path) -> Path:
+    """A path as seen from the working folder, where that is shorter."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,135 @@
+"""`sample` and `compare`: what models write, and which of two writes better."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+
+from mlx_ppo.config import TrainConfig
+from mlx_ppo.data.prompts import Prompt, load_prompts
+from mlx_ppo.data.tokenizer import Tokenizer
+from mlx_ppo.errors import ConfigError
+from mlx_ppo.networks.heads import RewardModel, load_reward_model
+from mlx_ppo.networks.tokenizer import completion_text
+from mlx_ppo.records import Rollout
+from mlx_ppo.reward_figures import Floats
+from mlx_ppo.rollout import generate
+from mlx_ppo.targets import Target, load_target
+
+_Z95 = 1.96
+
+
+def sample(
+    model: Path,
+    texts: Sequence[str],
+    file: Path | None,
+    count: int,
+    *,
+    samples: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+) -> None:
+    """Print completions of given prompts, of a file's, or of those of the run."""
+    target = load_target(model)
+    prompts = _prompts(target, texts, file, count)
+    rollout = _write(target, prompts, samples, max_tokens, temperature, seed)
+    for row, text in enumerate(_texts(target.trunk.tokenizer, rollout)):
+        if row % samples == 0:
+            click.secho(f"\n{prompts[row // samples].text}", bold=True)
+        click.echo(f"  {text.strip(chr(10))}")
+
+
+def compare(
+    first: Path,
+    second: Path,
+    *,
+    file: Path | None,
+    reward: Path | None,
+    count: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+) -> None:
+    """Print the second model's win rate over the first on the same prompts, judged by a reward model."""
+    targets = [load_target(first), load_target(second)]
+    configured = next((t.config for t in reversed(targets) if isinstance(t.config, TrainConfig)), None)
+    judge = _judge(targets, reward, configured)
+    source = next((t for t in reversed(targets) if isinstance(t.config, TrainConfig)), targets[1])
+    prompts = _prompts(source, (), file, count)
+    scores = []
+    for target in targets:
+        rollout = _write(target, prompts, 1, max_tokens, temperature, seed)
+        scores.append(_scores(judge, target, rollout))
+    wins, low, high = win_rate(scores[0], scores[1])
+    shown = "rating points" if judge.facts.slope is not None else "normalised score"
+    click.echo(f"{len(prompts)} prompts, judged by {judge.facts.placement} reward model ({shown})")
+    for path, values in zip((first, second), scores, strict=True):
+        click.echo(f"  {path}: mean {values.mean():+.3f}, deviation {values.std():.3f}")
+    click.echo(f"{second} wins {wins:.1%} (95 % interval {low:.1%} to {high:.1%}; ties count half)")
+
+
+def win_rate(first: Floats, second: Floats) -> tuple[float, float, float]:
+    """Share of wins of `second`, ties counting half, with Wilson's 95 % interval.
+
+    Source: Wilson 1927, J. Am. Stat. Assoc. 22(158), 209-212.
+    """
+    share = float(((second > first) + 0.5 * (second == first)).mean())
+    n, square = len(first), _Z95**2
+    centre = (share + square / (2 * n)) / (1 + square / n)
+    half = _Z95 * math.sqrt(share * (1 - share) / n + square / (4 * n * n)) / (1 + square / n)
+    return share, centre - half, centre + half
+
+
+def _judge(targets: Sequence[Target], reward: Path | None, config: TrainConfig | None) -> RewardModel:
+    if reward is None and config is not None:
+        reward = next((source.path for source in config.reward if source.path is not None), None)
+    if reward is None:
+        raise ConfigError("--reward: name a reward model's folder; neither model is a run that used one")
+    return load_reward_model(reward.resolve(), targets[1].trunk)
+
+
+def _prompts(target: Target, texts: Sequence[str], file: Path | None, count: int) -> list[Prompt]:
+    tokenizer = target.trunk.tokenizer
+    if texts:
+        empty = [text for text in texts if not text.strip()]
+        if empty:
+            raise ConfigError("--prompt: is empty; write some text")
+        return [Prompt(tuple(tokenizer.encode(text, bos=True)), text, {"prompt": text}, "--prompt") for text in texts]
+    if file is None and isinstance(target.config, TrainConfig):
+        file = target.config.data.eval_prompts or target.config.data.prompts
+    if file is None:
+        raise ConfigError("give --prompt or --prompts; only a run of `train` has prompts of its own")
+    return list(load_prompts(file, tokenizer, max_tokens=4096, overlong="drop").prompts[:count])
+
+
+def _write(
+    target: Target, prompts: Sequence[Prompt], samples: int, max_tokens: int, temperature: float, seed: int
+) -> Rollout:
+    return generate(
+        target.trunk,
+        target.weights,
+        [prompt.tokens for prompt in prompts],
+        samples_per_prompt=samples,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        batch_size=64,
+        seed_parts=(seed, "sample"),
+        positions=range(len(prompts)),
+        records=[prompt.record for prompt in prompts],
+    )
+
+
+def _texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
+    pairs = zip(rollout.prompts, rollout.responses, strict=True)
+    return [completion_text(tokenizer, prompt, response) for prompt, response in pairs]
+
+
+def _scores(judge: RewardModel, target: Target, rollout: Rollout) -> Floats:
+    if target.trunk.tokenizer.vocab_size != judge.trunk.tokenizer.vocab_size:
+        raise ConfigError("both models and the reward model must share a tokenizer")
+    raw = judge.raw(rollout.sequences())
+    points = judge.points(raw)
+    return np.array(points if points is not None else judge.normalised(raw))

@@ -1,0 +1,277 @@
+"""Reward models from human feedback: the story, from pairs or ratings to a folder with a calibrated, normalised score."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_ppo.algo.losses import pairwise_reward_loss
+from mlx_ppo.config import FeedbackDataSection, RewardConfig
+from mlx_ppo.data.batches import length_batches
+from mlx_ppo.data.jsonl import read_records
+from mlx_ppo.data.preferences import Rated, derive_pairs, load_pairs, load_rated
+from mlx_ppo.data.tokenizer import Tokenizer
+from mlx_ppo.errors import ConfigError, DataError
+from mlx_ppo.networks.adapters import HEAD, Weights
+from mlx_ppo.networks.export import write_adapters, write_folder, write_model
+from mlx_ppo.networks.heads import HEAD_FILE, RewardFacts, apply_head, new_head, pooled
+from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.networks.roles import initial_weights
+from mlx_ppo.networks.trunk import Trunk
+from mlx_ppo.optimization import Optimizer
+from mlx_ppo.records import make_sequences
+from mlx_ppo.reward_figures import Floats, pair_figures, rating_figures
+from mlx_ppo.runs import Run, replace_file
+from mlx_ppo.runtime.signals import Interrupts
+from mlx_ppo.supervised import Fit, StepReporter, Task, drop_tokens, fit
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """Human judgement of texts: their ratings, or which of two is the better one."""
+
+    texts: tuple[Tokens, ...]
+    ratings: Floats | None  # [n], mean rating of each text
+    pairs: np.ndarray  # [p, 2] indices (chosen, rejected); empty for ratings
+    margins: Floats  # [p]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts that are read together, with what is known of them."""
+
+    texts: Sequence[Tokens]
+    ratings: mx.array | None  # [n]
+    chosen: mx.array  # [p] index into texts
+    rejected: mx.array  # [p]
+    margins: mx.array  # [p]
+    noise_parts: tuple[int, ...]
+
+
+def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, interrupts: Interrupts) -> Path:
+    """Train a reward model and write it; returns its folder, which `[[reward]] path` takes.
+
+    Raises:
+        UserError: whatever is wrong with model or data, or went wrong.
+    """
+    seed, section = config.run.seed, config.reward_training
+    initial = seed if config.model.initialise == "random" else None
+    trunk = load_trunk(config.model.path, dtype=config.model.dtype, random_seed=initial)
+    body = initial_weights(trunk, config.model, config.lora, key="reward", seed=seed)
+    weights = body.holding({**body.arrays, **new_head(trunk.width)})
+    train, validation, test = load_data(config, trunk.tokenizer, reporter)
+    plan = [_index_batches(train, config, epoch) for epoch in range(section.epochs)]
+    optimizer = Optimizer(
+        config.optimizer, learning_rate=config.optimizer.learning_rate, total_steps=sum(len(epoch) for epoch in plan)
+    )
+
+    def batches(epoch: int) -> list[Batch]:
+        return [_batch(train, rows, config, (seed, epoch, at)) for at, rows in enumerate(plan[epoch])]
+
+    def loss(weights: Weights, batch: Batch, key: mx.array) -> mx.array:
+        return _loss(trunk, weights, batch, config, key)
+
+    held_out = validation if validation is not None else train
+    best = fit(
+        Task(batches, loss, lambda weights: measure(trunk, weights, held_out, config), "loss"),
+        Fit(weights, optimizer),
+        run,
+        reporter,
+        interrupts,
+        section=config.run,
+        epochs=section.epochs,
+        patience=0,
+        blocks=trunk.blocks,
+    )
+    best = _rounded(best, config.model.save_dtype) if config.model.train == "full" else best
+    facts = _facts(trunk, best, train, held_out, config)
+    report = {"validation" if validation is not None else "training": measure(trunk, best, held_out, config)}
+    if test is not None:
+        report["test"] = measure(trunk, best, test, config)
+    for name, figures in report.items():
+        reporter.message(f"{name}: " + "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
+    replace_file(run.folder / "report.json", json.dumps(report, indent=2) + "\n")
+    return _write(run.folder / "reward", trunk, best, facts, config)
+
+
+def load_data(
+    config: RewardConfig, tokenizer: Tokenizer, reporter: StepReporter
+) -> tuple[Feedback, Feedback | None, Feedback | None]:
+    """Training, validation and test feedback."""
+    section = config.data
+    train = load_feedback(section.train, tokenizer, section, reporter)
+    others = [
+        load_feedback(path, tokenizer, section, reporter) if path is not None else None
+        for path in (section.validation, section.test)
+    ]
+    if train.ratings is None and config.reward_training.objective != "pairs":
+        raise ConfigError(
+            f"reward_training.objective: {config.reward_training.objective!r} needs ratings, "
+            f"but {section.train} has pairs; use 'pairs'"
+        )
+    for other, path in zip(others, (section.validation, section.test), strict=True):
+        if other is not None and (other.ratings is None) != (train.ratings is None):
+            raise DataError(f"{path}: has another kind of feedback than {section.train}; both need pairs, or ratings")
+        shared = len(set(train.texts) & set(other.texts)) if other is not None else 0
+        if shared and path is not None:
+            reporter.message(f"warning: {shared} texts of {path.name} are also training texts")
+    return train, others[0], others[1]
+
+
+def load_feedback(path: Path, tokenizer: Tokenizer, section: FeedbackDataSection, reporter: StepReporter) -> Feedback:
+    """Read pairs or ratings, whichever the file's first line has."""
+    limits = {"max_tokens": section.max_tokens, "overlong": section.overlong}
+    if "chosen" in read_records(path)[0].fields:
+        found = load_pairs(path, tokenizer, **limits)  # type: ignore[arg-type]
+        texts = [text for pair in found.pairs for text in (pair.chosen, pair.rejected)]
+        index = np.arange(len(texts)).reshape(-1, 2)
+        margins = np.array([pair.margin for pair in found.pairs], np.float32)
+        feedback = Feedback(tuple(texts), None, index, margins)
+        dropped, truncated = found.dropped, found.truncated
+    else:
+        rated = load_rated(path, tokenizer, **limits)  # type: ignore[arg-type]
+        feedback = _from_ratings(rated.rated)
+        dropped, truncated = rated.dropped, rated.truncated
+    if dropped or truncated:
+        reporter.message(f"{path.name}: {dropped} overlong dropped, {truncated} truncated")
+    return feedback
+
+
+def _from_ratings(rated: Sequence[Rated]) -> Feedback:
+    ratings = np.array([item.rating for item in rated], np.float32)
+    return Feedback(tuple(item.tokens for item in rated), ratings, np.zeros((0, 2), np.int64), np.zeros(0, np.float32))
+
+
+def _index_batches(feedback: Feedback, config: RewardConfig, epoch: int) -> list[np.ndarray]:
+    """An epoch's batches: rows of texts [n, 1] (regression), or of (chosen, rejected, number of the pair) [p, 3]."""
+    section, seed = config.reward_training, config.run.seed
+    if section.objective == "regression":
+        items = np.arange(len(feedback.texts))[:, None]
+    else:
+        pairs = feedback.pairs
+        if feedback.ratings is not None:
+            drawn = np.random.SeedSequence([seed, epoch]).generate_state(1)[0]
+            pairs = derive_pairs(
+                feedback.ratings.tolist(),
+                min_difference=section.min_difference,
+                per_item=section.pairs_per_item,
+                seed=int(drawn),
+            )
+        items = np.concatenate([pairs, np.arange(len(pairs))[:, None]], axis=1)
+    sides = 1 if section.objective == "regression" else 2
+    lengths = [max(len(feedback.texts[text]) for text in row[:sides]) for row in items]
+    groups = length_batches(lengths, max_rows=section.batch_size, max_tokens=None, seed_parts=(seed, epoch))
+    return [items[rows] for rows in groups]
+
+
+def _batch(feedback: Feedback, rows: np.ndarray, config: RewardConfig, parts: tuple[int, ...]) -> Batch:
+    count = len(rows)
+    paired = config.reward_training.objective != "regression"
+    index = np.concatenate([rows[:, 0], rows[:, 1]]) if paired else rows[:, 0]
+    rated = feedback.ratings is not None and config.reward_training.objective != "pairs"
+    margins = feedback.margins[rows[:, 2]] if paired and feedback.ratings is None else np.zeros(count, np.float32)
+    return Batch(
+        texts=[feedback.texts[text] for text in index],
+        ratings=mx.array(feedback.ratings[index]) if rated and feedback.ratings is not None else None,
+        chosen=mx.arange(count) if paired else mx.zeros((0,), mx.int32),
+        rejected=mx.arange(count) + count if paired else mx.zeros((0,), mx.int32),
+        margins=mx.array(margins),
+        noise_parts=parts,
+    )
+
+
+def _loss(trunk: Trunk, weights: Weights, batch: Batch, config: RewardConfig, key: mx.array) -> mx.array:
+    section = config.reward_training
+    texts = drop_tokens(batch.texts, section.token_dropout, trunk.tokenizer.vocab_size, *batch.noise_parts)
+    raw = _outputs(trunk, weights, texts, section.pooling, dropout=section.dropout, key=key)
+    total = mx.zeros(())
+    if batch.chosen.size:
+        chosen, rejected = raw[batch.chosen], raw[batch.rejected]
+        total = total + pairwise_reward_loss(chosen, rejected, margin=batch.margins, centering=section.centering).mean()
+    if batch.ratings is not None:
+        total = total + mx.square(raw - batch.ratings).mean()
+    return total
+
+
+def _outputs(
+    trunk: Trunk,
+    weights: Weights,
+    texts: Sequence[Sequence[int]],
+    pooling: str,
+    *,
+    dropout: float = 0.0,
+    key: mx.array | None = None,
+) -> mx.array:
+    """Raw outputs [n] for texts."""
+    sequences = make_sequences(texts, [()] * len(texts))
+    with trunk.using(weights), trunk.noise(dropout, key if key is not None else mx.random.key(0)):
+        return apply_head(weights.arrays, pooled(trunk.hidden(sequences.tokens), sequences, pooling))
+
+
+def raw_outputs(trunk: Trunk, weights: Weights, texts: Sequence[Tokens], pooling: str) -> Floats:
+    """Raw outputs [n] for any number of texts, in their order."""
+    found = np.zeros(len(texts), np.float32)
+    for rows in length_batches([len(text) for text in texts], max_rows=64, max_tokens=None, seed_parts=None):
+        found[rows] = np.array(_outputs(trunk, weights, [texts[row] for row in rows], pooling))
+    return found
+
+
+def measure(trunk: Trunk, weights: Weights, feedback: Feedback, config: RewardConfig) -> dict[str, float]:
+    """Figures on held-out feedback; `loss` is the one that picks the best weights."""
+    raw = raw_outputs(trunk, weights, feedback.texts, config.reward_training.pooling)
+    if feedback.ratings is None:
+        return pair_figures(raw[feedback.pairs[:, 0]], raw[feedback.pairs[:, 1]])
+    objective, difference = config.reward_training.objective, config.reward_training.min_difference
+    return rating_figures(raw, feedback.ratings, min_difference=difference, paired=objective == "pairs")
+
+
+def _facts(trunk: Trunk, weights: Weights, train: Feedback, held_out: Feedback, config: RewardConfig) -> RewardFacts:
+    """Normalisation over the training texts; rating points by least squares on the held-out ones."""
+    pooling = config.reward_training.pooling
+    reference = raw_outputs(trunk, weights, train.texts, pooling)
+    slope = intercept = None
+    if held_out.ratings is not None:
+        raw = raw_outputs(trunk, weights, held_out.texts, pooling)
+        slope, intercept = (float(value) for value in np.polyfit(raw, held_out.ratings, 1))
+    return RewardFacts(
+        placement="adapters" if config.model.train == "lora" else "folder",
+        pooling=pooling,
+        mean=float(reference.mean()),
+        deviation=max(float(reference.std()), math.sqrt(np.finfo(np.float32).eps)),
+        slope=slope,
+        intercept=intercept,
+    )
+
+
+def _rounded(weights: Weights, dtype: str) -> Weights:
+    """Weights as they will be read back from a folder of that type, so that the figures are those of the folder."""
+    kinds = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+    rounded: Mapping[str, mx.array] = {
+        name: array if name.startswith(HEAD) else array.astype(kinds[dtype]).astype(mx.float32)
+        for name, array in weights.arrays.items()
+    }
+    return weights.holding(rounded)
+
+
+def _write(target: Path, trunk: Trunk, weights: Weights, facts: RewardFacts, config: RewardConfig) -> Path:
+    head = {name: array for name, array in weights.arrays.items() if name.startswith(HEAD)}
+
+    def fill(folder: Path) -> None:
+        inner = folder / "content"
+        if facts.placement == "folder":
+            write_model(inner, Path(trunk.name), trunk, weights, dtype=config.model.save_dtype)
+        else:
+            write_adapters(inner, weights, trunk.blocks)
+        for file in inner.iterdir():
+            file.rename(folder / file.name)
+        inner.rmdir()
+        mx.save_safetensors(str(folder / HEAD_FILE), head)
+        facts.write(folder)
+
+    return write_folder(target, fill)
