@@ -1,5 +1,6 @@
 """Checkpoints: complete or absent, verified, rotated. Written beside their place, then renamed into it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from safetensors import SafetensorError, safe_open
 
 from mlx_ppo.errors import RunError
 from mlx_ppo.runs import sha256
@@ -47,22 +47,21 @@ def save(run: Path, checkpoint: Checkpoint, *, keep_last: int, best: int | None)
         RunError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
     target = folder_of(run, checkpoint.step)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.new")
     try:
         target.parent.mkdir(mode=0o700, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(mode=0o700)
         _write(temporary, checkpoint)
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(temporary, target)
+        damage = verify(temporary)
+        if damage:
+            raise OSError(damage)
+        _put(temporary, target)
         _sync(target.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, RuntimeError) as error:
         raise RunError(f"{target}: the checkpoint cannot be written ({error}); earlier ones are untouched") from None
-    damage = verify(target)
-    if damage:
-        raise RunError(f"{damage}; earlier checkpoints are untouched")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     _rotate(run, keep_last, best)
     return target
 
@@ -73,11 +72,34 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     documents = {**checkpoint.documents, STATE: {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}}
     for name, document in documents.items():
         (folder / name).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
-    manifest = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+    files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+    manifest = {**files, MANIFEST: _digest(files)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
     for file in folder.iterdir():
         _sync(file)
     _sync(folder)
+
+
+def _digest(files: Mapping[str, str]) -> str:
+    """The manifest's own entry, so that damage to it is not taken for damage to a file."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _put(temporary: Path, target: Path) -> None:
+    """Move a complete folder to its place, where an interruption right after a save may have left the same one."""
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    if not verify(target) and (target / MANIFEST).read_bytes() == (temporary / MANIFEST).read_bytes():
+        return
+    aside = target.with_name(f".{target.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(target, aside)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
 
 
 def _sync(path: Path) -> None:
@@ -90,26 +112,39 @@ def _sync(path: Path) -> None:
 
 def verify(folder: Path) -> str:
     """What is wrong with a checkpoint, naming the file; "" where everything is as it was written."""
+    wanted = _read_manifest(folder)
+    if wanted is None:
+        return f"{folder / MANIFEST}: missing or damaged"
+    for name, digest in wanted.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{file}: missing"
+        try:
+            intact = sha256(file) == digest
+        except OSError as error:
+            return f"{file}: cannot be read ({error.strerror})"
+        if not intact:
+            return f"{file}: damaged (its SHA-256 is not the recorded one)"
+    return ""
+
+
+def _read_manifest(folder: Path) -> dict[str, str] | None:
+    """File names and their digests; None where the manifest is missing or damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         wanted = {str(name): str(digest) for name, digest in manifest.items()}
     except (OSError, ValueError, AttributeError):
-        return f"{folder / MANIFEST}: missing or damaged"
-    if STATE not in wanted:
-        return f"{folder / MANIFEST}: missing or damaged"
-    for name, digest in wanted.items():
-        file = folder / Path(name).name
-        if not file.is_file():
-            return f"{file}: missing"
-        if sha256(file) != digest:
-            return f"{file}: damaged (its SHA-256 is not the recorded one)"
-    return ""
+        return None
+    own = wanted.pop(MANIFEST, "")
+    whole = STATE in wanted and own == _digest(wanted) and all(Path(name).name == name for name in wanted)
+    return wanted if whole else None
 
 
 def steps(run: Path) -> list[int]:
     """The steps that have a checkpoint, oldest first."""
     folder = run / "checkpoints"
-    return sorted(int(item.name) for item in folder.glob("[0-9]*") if item.is_dir()) if folder.is_dir() else []
+    names = [item.name for item in folder.iterdir() if item.is_dir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def load(run: Path, step: int) -> Checkpoint:
@@ -127,17 +162,16 @@ def load(run: Path, step: int) -> Checkpoint:
     if state.get("format") != FORMAT:
         raise RunError(f"{folder}: written in format {state.get('format')}; this version reads format {FORMAT}")
     arrays: dict[str, Arrays] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="np"):
+    documents: dict[str, Any] = {}
+    for name in _read_manifest(folder) or ():  # not the folder's own listing: other files in it are not verified
+        file = folder / name
+        if file.suffix == ".safetensors":
             loaded = mx.load(str(file))
-        assert isinstance(loaded, dict)
-        mx.eval(loaded)
-        arrays[file.stem] = loaded
-    documents = {
-        file.name: json.loads(file.read_text("utf-8"))
-        for file in folder.glob("*.json")
-        if file.name not in (MANIFEST, STATE)
-    }
+            assert isinstance(loaded, dict)
+            mx.eval(loaded)
+            arrays[file.stem] = loaded
+        elif name != STATE:
+            documents[name] = json.loads(file.read_text("utf-8"))
     return Checkpoint(step, arrays, state, documents)
 
 
@@ -145,3 +179,5 @@ def _rotate(run: Path, keep_last: int, best: int | None) -> None:
     for step in steps(run)[:-keep_last]:
         if step != best:
             shutil.rmtree(folder_of(run, step), ignore_errors=True)
+    for left in (run / "checkpoints").glob(".[0-9]*"):
+        shutil.rmtree(left, ignore_errors=True)

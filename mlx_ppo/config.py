@@ -1,6 +1,7 @@
 """The configuration: every key, its type, its bounds, its one default, and the sentence that explains it.
 
-One frozen model a section, one job a class. `mlx_ppo.config_file` reads TOML into them.
+One frozen model a section, one job a class. `mlx_ppo.config_file` reads TOML into them, `mlx_ppo.config_checks` knows
+which keys don't go together.
 """
 
 from pathlib import Path
@@ -131,7 +132,8 @@ class RewardSource(Section):
     path: InputPath | None = Field(None, description="folder written by `mlx-ppo reward` (kind = model)")
     function: str | None = Field(
         None,
-        description="`file.py:name` (kind = function); called with lists of prompts and completions, in a process of its own",
+        description="`file.py:name` (kind = function); called with lists of prompts and completions, "
+        "in a process of its own",
     )
     weight: float = Field(1.0, description="factor in the sum of the sources")
     timeout: Positive = Field(60.0, description="seconds a call of the function may take")
@@ -214,10 +216,6 @@ class Job(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     command: ClassVar[str]
 
-    def contradictions(self) -> list[tuple[str, str]]:
-        """Keys that don't go together: (`section.key`, what is wrong and the mend)."""
-        return []
-
 
 class TrainConfig(Job):
     """`mlx-ppo train`."""
@@ -234,61 +232,6 @@ class TrainConfig(Job):
     ppo: PPOSection = PPOSection()
     kl: KLSection = KLSection()
     optimizer: OptimizerSection = OptimizerSection()
-
-    def contradictions(self) -> list[tuple[str, str]]:
-        """Keys that don't go together."""
-        found: list[tuple[str, str]] = []
-        responses = self.rollout.prompts * self.rollout.samples_per_prompt
-        if self.ppo.advantage != "gae":
-            if self.rollout.samples_per_prompt < 2:
-                found.append(
-                    (
-                        "ppo.advantage",
-                        f"{self.ppo.advantage!r} compares a prompt's responses; set rollout.samples_per_prompt to 2 or more",
-                    )
-                )
-            if self.critic.warmup_iterations:
-                found.append(
-                    (
-                        "critic.warmup_iterations",
-                        f"there is no critic with ppo.advantage = {self.ppo.advantage!r}; remove the key",
-                    )
-                )
-        if self.ppo.minibatches > responses:
-            found.append(
-                (
-                    "ppo.minibatches",
-                    f"more than the {responses} responses of an iteration (rollout.prompts * rollout.samples_per_prompt)",
-                )
-            )
-        if self.kl.controller == "adaptive" and responses >= 5 * self.kl.horizon:
-            found.append(("kl.horizon", f"must be above a fifth of the {responses} responses of an iteration"))
-        if 0 < self.ppo.dual_clip <= 1:
-            found.append(("ppo.dual_clip", "must be 0 (off) or above 1"))
-        if self.critic.path is not None and self.critic.kind != "model":
-            found.append(("critic.path", f"is read only with critic.kind = 'model', not {self.critic.kind!r}"))
-        if self.critic.warmup_iterations >= self.run.iterations:
-            found.append(
-                (
-                    "critic.warmup_iterations",
-                    f"leaves none of the {self.run.iterations} iterations of run.iterations for the policy",
-                )
-            )
-        for index, source in enumerate(self.reward):
-            found.extend((f"reward.{index}.{key}", text) for key, text in _source_problems(source))
-        return found
-
-
-def _source_problems(source: RewardSource) -> list[tuple[str, str]]:
-    wanted, other = ("path", "function") if source.kind == "model" else ("function", "path")
-    problems: list[tuple[str, str]] = []
-    if getattr(source, wanted) is None:
-        problems.append((wanted, f"missing: a reward of kind {source.kind!r} needs it"))
-    if getattr(source, other) is not None:
-        problems.append((other, f"belongs to another kind of reward, not {source.kind!r}"))
-    if source.function is not None and not all(source.function.rpartition(":")[::2]):
-        problems.append(("function", f"must be 'file.py:name', not {source.function!r}"))
-    return problems
 
 
 class ExampleDataSection(Section):
@@ -330,16 +273,6 @@ class SFTConfig(Job):
     data: ExampleDataSection
     sft: SFTSection = SFTSection()
     optimizer: OptimizerSection = OptimizerSection()
-
-    def contradictions(self) -> list[tuple[str, str]]:
-        """Keys that don't go together."""
-        return _trainable_problems(self.model)
-
-
-def _trainable_problems(model: TrainableModelSection) -> list[tuple[str, str]]:
-    if model.initialise == "random" and model.train != "full":
-        return [("model.initialise", "'random' needs model.train = 'full': adapters on random weights learn nothing")]
-    return []
 
 
 class FeedbackDataSection(Section):
@@ -388,10 +321,6 @@ class RewardConfig(Job):
     data: FeedbackDataSection
     reward_training: RewardTrainingSection = RewardTrainingSection()
     optimizer: OptimizerSection = OptimizerSection()
-
-    def contradictions(self) -> list[tuple[str, str]]:
-        """Keys that don't go together."""
-        return _trainable_problems(self.model)
 
 
 JOBS: dict[str, type[Job]] = {job.command: job for job in (TrainConfig, SFTConfig, RewardConfig)}

@@ -11,13 +11,18 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mlx_ppo.config import Job
+from mlx_ppo.config_checks import contradictions
 from mlx_ppo.errors import ConfigError
 
 J = TypeVar("J", bound=Job)
 Key = tuple[str | int, ...]
 
-_HEADER = re.compile(r"^\s*(\[{1,2})\s*([A-Za-z0-9_.\-\"' ]+?)\s*\]{1,2}")
-_ASSIGNMENT = re.compile(r"^\s*([A-Za-z0-9_.\-\"']+)\s*=")
+# What may hide brackets, '=' and line ends: multi-line strings, strings, comments.
+_OPAQUE = re.compile(
+    r'("""(?:\\.|[^\\])*?"{3,5}|' r"'''.*?'{3,5})" r'|("(?:\\.|[^"\\\n])*"|' r"'[^'\n]*')|#[^\n]*", re.DOTALL
+)
+_HEADER = re.compile(r"^\s*(\[{1,2})([^\[\]]+)\]")
+_ASSIGNMENT = re.compile(r"^\s*([^=\[\]{}]+)=")
 
 
 def read_config(job: type[J], path: Path, overrides: Sequence[str] = (), *, output_base: Path | None = None) -> J:
@@ -34,38 +39,38 @@ def read_config(job: type[J], path: Path, overrides: Sequence[str] = (), *, outp
         ConfigError: with every problem found, one line each.
     """
     text = _read_text(path)
-    try:
-        table = tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
-        raise ConfigError(_syntax_error(path, text, error)) from None
+    table = _parse(path, text)
     lines = _key_lines(text)
-    problems: list[str] = []
     origins: dict[Key, str] = {}
-    for override in overrides:
-        problem = _apply_override(table, override, origins)
-        if problem:
-            problems.append(problem)
-    _resolve_paths(job, table, path.resolve().parent, output_base or path.resolve().parent, origins)
-
-    def where(key: Key) -> str:
-        for length in range(len(key), 0, -1):
-            if key[:length] in origins:
-                return f"--set {origins[key[:length]]}"
-            if key[:length] in lines:
-                return f"{path}:{lines[key[:length]]}"
-        return str(path)
-
+    problems = [problem for override in overrides if (problem := _apply_override(table, override, origins))]
+    folder = path.resolve().parent
+    _resolve_paths(job, table, folder, output_base or folder, origins)
     try:
         config = job.model_validate(table)
     except ValidationError as error:
-        problems.extend(f"{where(tuple(item['loc']))}: {_explain(job, item)}" for item in error.errors())
+        for item in error.errors():
+            problems.append(f"{_place(tuple(item['loc']), path, lines, origins)}: {_explain(job, item)}")
         raise ConfigError(problems) from None
-    for dotted, text_ in config.contradictions():
-        key = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
-        problems.append(f"{where(key)}: {_display(key)}: {text_}")
+    for dotted, problem in contradictions(config):
+        key = _key(dotted.split("."))
+        problems.append(f"{_place(key, path, lines, origins)}: {_display(key)}: {problem}")
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _place(key: Key, path: Path, lines: Mapping[Key, int], origins: Mapping[Key, str]) -> str:
+    """Where a key was given: by `--set`, or on a line of the file; else where its section was."""
+    for length in range(len(key), 0, -1):
+        if key[:length] in origins:
+            return f"--set {origins[key[:length]]}"
+        if key[:length] in lines:
+            return f"{path}:{lines[key[:length]]}"
+    return next((f"--set {override}" for full, override in origins.items() if full[: len(key)] == key), str(path))
+
+
+def _key(parts: Iterable[str]) -> Key:
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
 def _read_text(path: Path) -> str:
@@ -75,7 +80,7 @@ def _read_text(path: Path) -> str:
         data = path.read_bytes()
     except FileNotFoundError:
         near = nearest(path.name, (item.name for item in path.parent.glob("*.toml")) if path.parent.is_dir() else ())
-        raise ConfigError(f"{path}: no such configuration file" + _did_you_mean(near)) from None
+        raise ConfigError(f"{path}: no such configuration file." + _did_you_mean(near)) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     try:
@@ -88,36 +93,54 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _syntax_error(path: Path, text: str, error: tomli.TOMLDecodeError) -> str:
-    message = str(error)
-    match = re.search(r" \(at line (\d+), column (\d+)\)", message)
-    line = int(match[1]) if match else text.count("\n") + 1
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        raise ConfigError(_syntax_error(path, text, str(error))) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets hundreds deep
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _syntax_error(path: Path, text: str, message: str) -> str:
+    match = re.search(r" \(at line (\d+), column \d+\)", message)
+    line = int(match[1]) if match else text.rstrip().count("\n") + 1
+    if re.match(r"Cannot (overwrite a value|declare .* twice)", message):
+        name = text.split("\n")[line - 1].partition("=")[0].strip()
+        what = name if name.startswith("[") else f"'{name}'"
+        return f"{path}:{line}: {what} is there twice; keep one"
     return f"{path}:{line}: not valid TOML: {message.replace(match[0], '') if match else message}"
 
 
 def _key_lines(text: str) -> dict[Key, int]:
-    """Line numbers of tables and keys. Good enough to point at; the parser has already accepted the text."""
+    """Line numbers of tables and keys in a text that the parser has accepted; keys of inline tables have none."""
     lines: dict[Key, int] = {}
     prefix: Key = ()
-    counts: dict[str, int] = {}
-    in_string = ""
-    for number, line in enumerate(text.split("\n"), start=1):
-        quotes = [match for match in ('"""', "'''") if line.count(match) % 2]
-        if in_string:
-            in_string = "" if in_string in quotes else in_string
-            continue
-        if header := _HEADER.match(line):
-            name = header[2].replace('"', "").replace("'", "").replace(" ", "")
-            prefix = tuple(name.split("."))
-            if header[1] == "[[":
-                prefix = (*prefix, counts.get(name, 0))
-                counts[name] = counts.get(name, 0) + 1
+    counts: dict[Key, int] = {}
+    depth = 0
+    for number, line in enumerate(_OPAQUE.sub(_without_content, text).split("\n"), start=1):
+        if depth == 0 and (header := _HEADER.match(line)):
+            prefix = _names(header[2])
             lines.setdefault(prefix, number)
-        elif assignment := _ASSIGNMENT.match(line):
-            name = assignment[1].replace('"', "").replace("'", "")
-            lines.setdefault((*prefix, *name.split(".")), number)
-        in_string = quotes[0] if quotes else ""
+            if header[1] == "[[":
+                counts[prefix] = counts.get(prefix, -1) + 1
+                prefix = (*prefix, counts[prefix])
+                lines[prefix] = number
+        elif depth == 0 and (assignment := _ASSIGNMENT.match(line)):
+            lines.setdefault((*prefix, *_names(assignment[1])), number)
+        depth += sum(line.count(mark) for mark in "[{") - sum(line.count(mark) for mark in "]}")
     return lines
+
+
+def _without_content(match: re.Match[str]) -> str:
+    """Line ends of a multi-line string; a string without what could be mistaken for structure; nothing of a comment."""
+    if match[1]:
+        return "\n" * match[1].count("\n")
+    return re.sub(r"[][{}=.]", "_", match[2]) if match[2] else ""
+
+
+def _names(dotted: str) -> Key:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
 
 
 def _apply_override(table: dict[str, Any], override: str, origins: dict[Key, str]) -> str:
@@ -126,21 +149,26 @@ def _apply_override(table: dict[str, Any], override: str, origins: dict[Key, str
     parts = path.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
         return f"--set {override}: write it as section.key=value, for example --set ppo.epochs=4"
-    key: Key = tuple(int(part) if part.isdigit() else part for part in parts)
+    key = _key(parts)
+    *sections, last = key
     target: Any = table
-    for part in key[:-1]:
+    for part in sections:
         if isinstance(target, list) and isinstance(part, int) and part < len(target):
             target = target[part]
         elif isinstance(target, dict) and isinstance(part, str):
-            target = target.setdefault(part, {})
+            target = target.get(part, {})
         else:
             return f"--set {override}: there is no {_display(key[:-1])} in the configuration"
-    if not isinstance(target, dict) or not isinstance(key[-1], str):
-        return f"--set {override}: {_display(key[:-1])} is not a section; lists take an index, for example reward.0.weight=2"
+    if not isinstance(target, dict) or not isinstance(last, str):
+        example = "lists take an index, for example reward.0.weight=2"
+        return f"--set {override}: {_display(key[:-1])} is not a section; {example}"
+    target = table
+    for part in sections:
+        target = target[part] if isinstance(part, int) else target.setdefault(part, {})
     try:
-        target[key[-1]] = tomli.loads(f"value = {value}")["value"]
-    except tomli.TOMLDecodeError:
-        target[key[-1]] = value
+        target[last] = tomli.loads(f"value = {value}")["value"]
+    except (ValueError, RecursionError):
+        target[last] = value
     origins[key] = override
     return ""
 
@@ -148,7 +176,10 @@ def _apply_override(table: dict[str, Any], override: str, origins: dict[Key, str
 def _resolve_paths(
     job: type[Job], table: dict[str, Any], inputs: Path, outputs: Path, origins: Mapping[Key, str]
 ) -> None:
-    """Make relative paths absolute: from the file's folder, or from the working folder where `--set` gave them."""
+    """Make relative paths absolute: from the file's folder, or from the working folder where `--set` gave them.
+
+    A section that is only partly given takes the rest from the job's own default of it.
+    """
     for name, field in job.model_fields.items():
         many = "tuple" in str(field.annotation)
         section = get_args(field.annotation)[0] if many else field.annotation
@@ -160,6 +191,8 @@ def _resolve_paths(
             rows = [((name, index), row) for index, row in enumerate(value)]
         for prefix, row in rows:
             if isinstance(row, dict):
+                if isinstance(field.default, BaseModel):
+                    row.update({k: getattr(field.default, k) for k in field.default.model_fields_set if k not in row})
                 _resolve_section(section, row, prefix, inputs, outputs, origins)
 
 
@@ -174,7 +207,14 @@ def _resolve_section(
         if not isinstance(value, str) or not (kind or key == "function"):
             continue
         base = Path.cwd() if (*prefix, key) in origins else outputs if kind == "output" else inputs
-        row[key] = str(base / Path(value).expanduser()) if value else value
+        row[key] = str(base / _expand(value)) if value else value
+
+
+def _expand(value: str) -> Path:
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:  # `~name` of no user here
+        return Path(value)
 
 
 def _path_kind(annotation: Any, extra: Any, metadata: Iterable[Any]) -> str:
@@ -195,7 +235,7 @@ def _explain(job: type[Job], item: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         return _unknown(job, loc)
     if kind == "missing":
-        what = f"section [{loc[0]}]" if len(loc) == 1 else f"key '{loc[-1]}' in {_section(loc)}"
+        what = f"section {_header(job, loc[0])}" if len(loc) == 1 else f"key '{loc[-1]}' in {_header(job, loc[0])}"
         return f"missing {what}" + (": " + _required(job, str(loc[0])) if len(loc) == 1 else "")
     shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "..."
     wanted = {
@@ -210,14 +250,16 @@ def _explain(job: type[Job], item: ErrorDetails) -> str:
         "bool_type": "must be true or false",
         "string_type": "must be a text in quotes",
         "path_type": "must be a path in quotes",
-        "model_type": "must be a section",
+        "model_type": f"must be a section, written [{loc[0]}]",
+        "tuple_type": "must be a list in brackets" if len(loc) > 1 else f"must be sections, written [[{loc[0]}]]",
+        "too_short": f"needs at least one [[{loc[0]}]]",
         "string_pattern_mismatch": "must be letters, digits, '.', '_' or '-'",
     }.get(kind, item["msg"].lower())
     if kind == "literal_error" and isinstance(value, str):
         choices = re.findall(r"'([^']*)'", str(context["expected"]))
-        near = nearest(value, choices)
-        wanted = f"must be one of {', '.join(repr(choice) for choice in choices)}" + _did_you_mean(near)
-        return f"{_display(loc)}: {wanted} Got {shown}." if near else f"{_display(loc)}: {wanted} (got {shown})"
+        hint = _did_you_mean(nearest(value, choices))
+        wanted = f"must be one of {', '.join(repr(choice) for choice in choices)}"
+        return f"{_display(loc)}: {wanted} (got {shown})" + (f".{hint}" if hint else "")
     if kind in {"float_type", "int_type"} and isinstance(value, str) and re.fullmatch(r"[-+0-9.eE_]+", value):
         wanted += "; remove the quotes"
     return f"{_display(loc)}: {wanted} (got {shown})"
@@ -226,15 +268,16 @@ def _explain(job: type[Job], item: ErrorDetails) -> str:
 def _unknown(job: type[Job], loc: Key) -> str:
     fields = _fields(job, loc[:-1])
     name = str(loc[-1])
-    if len(loc) == 1:
-        return f"unknown section [{name}]." + _did_you_mean(nearest(name, fields), "[{}]") + _elsewhere(job, name)
     near = nearest(name, fields)
-    return f"unknown key '{name}' in {_section(loc)}." + (_did_you_mean(near) or _elsewhere(job, name))
+    if len(loc) == 1:
+        hint = f" Did you mean {_header(job, near)}?" if near else _elsewhere(job, name)
+        return f"unknown section [{name}]." + hint
+    return f"unknown key '{name}' in {_header(job, loc[0])}." + (_did_you_mean(near) or _elsewhere(job, name))
 
 
 def _elsewhere(job: type[Job], name: str) -> str:
     homes = [section for section in job.model_fields if name in _fields(job, (section,))]
-    return f" It belongs in [{homes[0]}]." if homes else ""
+    return f" It belongs in {_header(job, homes[0])}." if homes else ""
 
 
 def _fields(job: type[Job], loc: Key) -> list[str]:
@@ -256,8 +299,9 @@ def _required(job: type[Job], section: str) -> str:
     return f"it needs {', '.join(repr(name) for name in names)}"
 
 
-def _section(loc: Key) -> str:
-    return f"[[{loc[0]}]]" if len(loc) > 2 else f"[{loc[0]}]"
+def _header(job: type[Job], section: str | int) -> str:
+    field = job.model_fields.get(str(section))
+    return f"[[{section}]]" if field is not None and get_args(field.annotation) else f"[{section}]"
 
 
 def _display(key: Key) -> str:
@@ -270,5 +314,5 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def _did_you_mean(name: str | None, form: str = "'{}'") -> str:
-    return f" Did you mean {form.format(name)}?" if name else ""
+def _did_you_mean(name: str | None) -> str:
+    return f" Did you mean '{name}'?" if name else ""

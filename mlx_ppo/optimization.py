@@ -14,6 +14,18 @@ from mlx_ppo.records import number
 Arrays = dict[str, mx.array]
 
 
+def finite_norm(gradients: Mapping[str, mx.array], *, what: str) -> float:
+    """The global norm of a role's gradients.
+
+    Raises:
+        RunError: it is not finite.
+    """
+    norm = number(mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), mx.zeros(()))))
+    if not math.isfinite(norm):
+        raise RunError(f"the {what}'s gradient is not finite; the update was not applied")
+    return norm
+
+
 class Optimizer:
     """AdamW with bias correction. The rate of a step is a function of the step's number alone, so resuming is exact."""
 
@@ -55,9 +67,7 @@ class Optimizer:
         Raises:
             RunError: the norm is not finite; nothing is applied.
         """
-        norm = number(mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), mx.zeros(()))))
-        if not math.isfinite(norm):
-            raise RunError(f"the {what}'s gradient is not finite; the update was not applied")
+        norm = finite_norm(gradients, what=what)
         factor = min(1.0, self._section.gradient_clip / (norm + 1e-6))
         clipped = {name: gradient * factor for name, gradient in gradients.items()}
         self._adam.learning_rate = mx.array(self.rate(self.steps))

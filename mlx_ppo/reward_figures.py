@@ -18,7 +18,7 @@ def pair_figures(chosen: Floats, rejected: Floats) -> dict[str, float]:
     """
     difference = chosen.astype(np.float64) - rejected
     return {
-        "loss": float(np.logaddexp(0.0, -difference).mean()),
+        "loss": _bradley_terry(difference),
         "accuracy": _share_right(difference),
         "calibration_error": calibration_error(difference),
     }
@@ -36,6 +36,7 @@ def rating_figures(raw: Floats, ratings: Floats, *, min_difference: float, paire
         loss: mean -log sigmoid over the clear pairs (paired), else the mean squared error in rating points squared;
         accuracy: on clear pairs; accuracy_all: on all pairs; correlation: Pearson's, with the ratings;
         slope: of the rating regressed on the output, 1 where a regression is calibrated; calibration_error (paired).
+        Without a clear pair, 0 for what is taken over them.
     """
     wide = raw.astype(np.float64)
     high, low = np.nonzero(ratings[:, None] > ratings[None, :])
@@ -43,7 +44,7 @@ def rating_figures(raw: Floats, ratings: Floats, *, min_difference: float, paire
     clear = ratings[high] - ratings[low] >= min_difference
     varied = wide.std() > 0 and ratings.std() > 0
     figures = {
-        "loss": float(np.logaddexp(0.0, -difference[clear]).mean() if paired else np.square(wide - ratings).mean()),
+        "loss": _bradley_terry(difference[clear]) if paired else float(np.square(wide - ratings).mean()),
         "accuracy": _share_right(difference[clear]),
         "accuracy_all": _share_right(difference),
         "correlation": float(np.corrcoef(wide, ratings)[0, 1]) if varied else 0.0,
@@ -57,12 +58,13 @@ def rating_figures(raw: Floats, ratings: Floats, *, min_difference: float, paire
 def calibration_error(difference: np.ndarray[Any, np.dtype[np.float64]]) -> float:
     """Expected calibration error of sigmoid(difference) as the probability that the better text is preferred.
 
-    Each pair is read in the direction the model prefers, so that confidences lie between 0.5 and 1.
+    Each pair is read in the direction the model prefers, so that confidences lie between 0.5 and 1; a tie
+    is half right.
     """
     if not len(difference):
         return 0.0
     confidence = 1 / (1 + np.exp(-np.abs(difference)))
-    right = difference > 0
+    right = (difference > 0) + 0.5 * (difference == 0)
     place = np.minimum(((confidence - 0.5) * 2 * _BINS).astype(int), _BINS - 1)
     gaps = [
         abs(confidence[place == at].mean() - right[place == at].mean()) * (place == at).mean()
@@ -70,6 +72,10 @@ def calibration_error(difference: np.ndarray[Any, np.dtype[np.float64]]) -> floa
         if (place == at).any()
     ]
     return float(sum(gaps))
+
+
+def _bradley_terry(difference: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+    return float(np.logaddexp(0.0, -difference).mean()) if len(difference) else 0.0
 
 
 def _share_right(difference: np.ndarray[Any, np.dtype[np.float64]]) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 
 from mlx_ppo.data.batches import pad_right
 from mlx_ppo.data.random import philox
+from mlx_ppo.errors import RunError
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.records import Rollout
@@ -171,12 +172,12 @@ def sample(logits: Floats, draws: Floats, temperature: float) -> tuple[np.ndarra
     Returns:
         tokens [B] and their log-probabilities [B] under softmax(logits / temperature) (temperature 1 where it is 0).
     Raises:
-        FloatingPointError: a logit is NaN or positive infinity.
+        RunError: a logit is NaN or positive infinity.
     """
     scaled = logits / temperature if temperature > 0 else logits
     top = scaled.max(axis=-1, keepdims=True)
     if not np.isfinite(top).all():
-        raise FloatingPointError("the policy's logits are not finite")
+        raise RunError("the policy's logits are not finite; nothing was sampled")
     scaled = scaled - top
     masses = np.exp(scaled)
     rows = np.arange(len(scaled))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +31,7 @@ class Run:
         """
         self.folder = folder
         try:
-            self._lock = open(folder / LOCK, "a+", encoding="utf-8")
+            self._lock = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  held until __exit__
         except OSError as error:
             raise RunError(f"{folder}: cannot be written ({error.strerror})") from None
         try:
@@ -55,8 +56,7 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """What `run.json` says."""
-        content: dict[str, Any] = _read_json(self.folder / RECORD)
-        return content
+        return _read_json(self.folder / RECORD)
 
     def log(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to one of the JSONL logs.
@@ -76,13 +76,14 @@ class Run:
             path = self.folder / name
             if not path.exists():
                 continue
-            kept = [line for line in path.read_text("utf-8").splitlines(keepends=True) if _logged_step(line) <= step]
-            replace_file(path, "".join(kept))
+            # Bytes, and "\n" only: a kill may cut a character, and a completion may hold U+2028 or another line end.
+            *lines, _ = path.read_bytes().split(b"\n")
+            replace_file(path, "".join(f"{line.decode()}\n" for line in lines if _logged_step(line) <= step))
 
 
-def _logged_step(line: str) -> float:
+def _logged_step(line: bytes) -> float:
     try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else float("inf")
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
 
@@ -93,17 +94,20 @@ def create_run(config: Job, base: Path, name: str) -> Path:
     Raises:
         RunError: the place cannot be written; found before any model is loaded.
     """
+    folder: Path | None = None
     try:
+        text = to_toml(config).encode()
         base.mkdir(parents=True, exist_ok=True)
         number = 1
         while True:
-            folder = base / (name if number == 1 else f"{name}-{number}")
+            candidate = base / (name if number == 1 else f"{name}-{number}")
             try:
-                folder.mkdir(mode=0o700)
+                candidate.mkdir(mode=0o700)
                 break
             except FileExistsError:
                 number += 1
-        (folder / CONFIG).write_text(to_toml(config), "utf-8")
+        folder = candidate
+        (folder / CONFIG).write_bytes(text)
         record = {
             "format": 1,
             "command": config.command,
@@ -113,8 +117,10 @@ def create_run(config: Job, base: Path, name: str) -> Path:
             "inputs": _hashes(config),
         }
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-    except OSError as error:
-        raise RunError(f"{base}: a run folder cannot be written here ({error.strerror})") from None
+    except (OSError, UnicodeEncodeError) as error:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise RunError(f"{base}: a run folder cannot be written here ({error})") from None
     return folder
 
 
@@ -129,7 +135,7 @@ def open_config(folder: Path) -> Job:
         names = [item.name for item in parent.iterdir() if (item / RECORD).is_file()] if parent.is_dir() else []
         near = nearest(folder.name, names)
         raise ConfigError(f"{folder}: not a run folder" + (f". Did you mean '{parent / near}'?" if near else ""))
-    command = _read_json(folder / RECORD).get("command")
+    command = str(_read_json(folder / RECORD).get("command"))
     if command not in JOBS:
         raise ConfigError(f"{folder / RECORD}: unknown command {command!r}")
     return read_config(JOBS[command], folder / CONFIG)
@@ -191,21 +197,33 @@ def _toml_value(value: Any) -> str:
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if isinstance(value, int | float):
         return repr(value)
-    return json.dumps(str(value)).replace("\x7f", "\\u007f")
+    # JSON's escapes are TOML's, but for DEL and for the surrogate pairs that ensure_ascii would write
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Replace a file's content in one step; a kill leaves the old or the new content."""
+    """Replace a file's content in one step; a kill leaves the old or the new content.
+
+    Raises:
+        RunError: the disk is full, or the file cannot be written; the old content stands.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: cannot be read (not a JSON object)")
+    return content

@@ -13,7 +13,7 @@ from mlx_ppo.data.random import philox
 from mlx_ppo.errors import RunError
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.roles import Critic, Roles, token_statistics
-from mlx_ppo.optimization import Optimizer
+from mlx_ppo.optimization import Optimizer, finite_norm
 from mlx_ppo.records import PPOBatch, Rollout, Sequences, number
 
 RATIO_TOLERANCE = 1e-4
@@ -134,9 +134,10 @@ class _Step:
                 loss, gradients = self._critic(self.critic, sequences, part, tokens, states)
                 value_loss += loss
                 _accumulate(critic_gradients, gradients)
-        self._watch(rows, micro, mx.concatenate(logprobs), mx.concatenate(ratios), stats, first=first)
         if not np.isfinite(policy_loss) or not np.isfinite(value_loss):
             raise RunError(f"the loss is not finite (policy {policy_loss}, critic {value_loss}); nothing was applied")
+        self._watch(rows, micro, mx.concatenate(logprobs), mx.concatenate(ratios), stats, first=first)
+        finite_norm(critic_gradients, what="critic")  # before the policy's step: both are applied, or neither
         stats.policy_loss.append(policy_loss)
         if train_policy:
             self.policy.weights, norm = self.policy.optimizer.step(self.policy.weights, policy_gradients, what="policy")

@@ -202,4 +202,8 @@ def load_adapters(folder: Path, adapted: Mapping[str, nn.Module]) -> Weights:
             raise ModelError(f"{folder}: {name} has shape {array.shape}, which doesn't fit this model")
         if f"{layer}.lora_b" not in arrays or f"{layer}.lora_a" not in arrays:
             raise ModelError(f"{folder}: {layer} has only one of lora_a and lora_b")
+        if arrays[f"{layer}.lora_a"].shape[-1] != arrays[f"{layer}.lora_b"].shape[0]:
+            raise ModelError(f"{folder}: lora_a and lora_b of {layer} have different ranks")
+        if not mx.isfinite(array).all().item():
+            raise ModelError(f"{folder}: {name} contains NaN or infinity; the adapters are damaged")
     return Weights({name: array.astype(mx.float32) for name, array in sorted(arrays.items())}, scale)

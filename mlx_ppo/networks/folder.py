@@ -320,7 +320,9 @@ def _safetensors(file: Path) -> Tensors:
     if not content.startswith(b"{"):
         raise _wrong(file, "header: doesn't begin with {; not safetensors, or damaged")
     header = _parsed(file, content, header=True)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # as mlx writes where it has nothing to say
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _wrong(file, "header: '__metadata__' must hold strings only")
     if not header:

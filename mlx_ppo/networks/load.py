@@ -53,7 +53,7 @@ def load_trunk(path: Path, *, dtype: str = "auto", random_seed: int | None = Non
     with _open_files_limit_kept():
         from mlx_lm.utils import dequantize_model, load_model
     try:
-        model, _ = load_model(
+        model, config = load_model(
             path, lazy=True, strict=random_seed is None, model_config=_rope(folder.config), trust_remote_code=False
         )
     except Exception as error:
@@ -66,7 +66,7 @@ def load_trunk(path: Path, *, dtype: str = "auto", random_seed: int | None = Non
         _randomise(model, random_seed)
     target = _DTYPES.get(dtype, mx.float32 if on_cpu else None)
     _settle(model, target, path)
-    tokenizer = load_tokenizer(path, folder.config)
+    tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
     _check_vocabulary(folder, model, tokenizer.vocab_size)
     return Trunk(model, tokenizer, str(path))
 
@@ -85,11 +85,13 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _randomise(model: nn.Module, seed: int) -> None:
-    """Normal weights of deviation 0.02 for matrices (residual outputs scaled by depth); norms and biases stay."""
+    """Normal weights of deviation 0.02 for matrices (residual outputs scaled by depth); biases 0; norms stay."""
     depth = math.sqrt(2 * len(model.layers))
     fresh: list[tuple[str, mx.array]] = []
     for name, array in parameters_of(model).items():
         if array.ndim < 2:
+            if name.endswith(".bias"):
+                fresh.append((name, mx.zeros_like(array)))  # mlx draws them from its global generator
             continue
         deviation = _INITIAL_DEVIATION / (depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
         fresh.append((name, deviation * mx.random.normal(array.shape, key=mx_key(seed, "initialise", name))))

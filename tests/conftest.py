@@ -1,0 +1,245 @@
+"""Tiny random models in folders such as mlx-lm and transformers write, for every test that needs one."""
+
+import mlx_ppo  # noqa: F401  before mlx: it loads the BLAS and switches libraries offline
+
+# isort: split
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from mlx_ppo.config import OptimizerSection, PPOSection, ScoreSection
+from mlx_ppo.networks.adapters import Weights, new_adapters
+from mlx_ppo.networks.heads import new_head
+from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.networks.roles import Critic, Roles
+from mlx_ppo.networks.trunk import Trunk
+from mlx_ppo.optimization import Optimizer
+from mlx_ppo.records import PPOBatch, Rollout
+from mlx_ppo.rollout import generate
+from mlx_ppo.scoring import policy_logprobs, score
+from mlx_ppo.update import Learner, UpdateStats, update
+
+MakeModel = Callable[..., Path]
+
+_WORDS = ("▁the", "▁a", "▁film", "▁is", "▁of", "▁good", "▁bad", "▁and", "▁it", "▁was", "▁story", "▁very", "▁not", "▁in")
+_PIECES = ("<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(97, 123)), *_WORDS)
+VOCABULARY = 304  # the pieces (300), what transformers may add for a model type, and unused rows
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 8, "tie_word_embeddings": False},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6, "sliding_window_pattern": 2},
+}
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A unigram tokenizer with byte fallback, like that of `models/reviews`."""
+    scores = [-10.0 if piece.startswith("<") else -float(6 - len(piece)) for piece in _PIECES]
+    tokenizer = Tokenizer(models.Unigram(list(zip(_PIECES, scores, strict=True)), unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    document = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(document), "utf-8")
+
+
+def _write_weights(folder: Path, config: dict[str, Any], seed: int, deviation: float) -> None:
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = module.Model(module.ModelArgs.from_dict(config))
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    keys = dict(zip(names, mx.random.split(mx.random.key(seed), len(names)), strict=True))
+    arrays = {}
+    for name, array in tree_flatten(model.parameters()):
+        noise = deviation * mx.random.normal(array.shape, key=keys[name])
+        arrays[name] = noise if array.ndim > 1 or name.endswith("bias") else array + noise
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Write a random model's folder: `make_model("gemma2", seed=1, num_hidden_layers=3)`; equal calls share it."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str = "llama", *, seed: int = 0, deviation: float = 0.25, **changes: Any) -> Path:
+        config = {"model_type": kind, **_COMMON, **_KINDS[kind], **changes}
+        key = json.dumps([config, seed, deviation])
+        if key not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            (folder / "config.json").write_text(json.dumps(config), "utf-8")
+            _write_tokenizer(folder)
+            _write_weights(folder, config, seed, deviation)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(make_model: MakeModel) -> Path:
+    """A tiny llama: 304 tokens, width 32, 2 blocks."""
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def _shared_trunk(model_folder: Path) -> Trunk:
+    return load_trunk(model_folder)
+
+
+@pytest.fixture
+def trunk(_shared_trunk: Trunk) -> Iterator[Trunk]:
+    """The tiny llama, loaded once; a test that leaves anything on it fails."""
+    yield _shared_trunk
+    now = dict(tree_flatten(_shared_trunk.model.parameters()))
+    assert now.keys() == _shared_trunk.base.keys()
+    assert all(now[name] is array for name, array in _shared_trunk.base.items()), "weights were left on the trunk"
+    assert all(layer.attached is None and layer.noise is None for layer in _shared_trunk.adapted.values())
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Prompts of different lengths."""
+    return ["the film", "a very good story of the film and it was", "it", "bad", "is it not in the story"]
+
+
+@pytest.fixture
+def prompts(trunk: Trunk, texts: list[str]) -> list[tuple[int, ...]]:
+    """The prompts' tokens, BOS first."""
+    return [tuple(trunk.tokenizer.encode(text, bos=True)) for text in texts]
+
+
+@pytest.fixture(scope="session")
+def stopping_trunk(make_model: MakeModel) -> Trunk:
+    """The tiny llama with 80 end-of-sequence tokens, so that responses end after about four tokens."""
+    return load_trunk(make_model(eos_token_id=[2, *range(100, 179)]))
+
+
+@pytest.fixture(scope="session")
+def make_adapters() -> Callable[..., Weights]:
+    """Adapters that change a trunk's output, as after some training."""
+
+    def make(trunk: Trunk, *, seed: int = 0, size: float = 0.1, **options: Any) -> Weights:
+        chosen: dict[str, Any] = {"layers": 0, "rank": 3, "scale": 2.0, "targets": (), **options}
+        weights = new_adapters(trunk.adapted, key="test", seed=seed, **chosen)
+        keys = mx.random.split(mx.random.key(seed), len(weights.arrays))
+        noise = {
+            n: size * mx.random.normal(a.shape, key=k) for (n, a), k in zip(weights.arrays.items(), keys, strict=True)
+        }
+        return weights.holding({name: array + noise[name] for name, array in weights.arrays.items()})
+
+    return make
+
+
+@dataclass
+class World:
+    """A scored rollout, and who learns from it."""
+
+    roles: Roles
+    policy: Learner
+    critic: Learner | None
+    rollout: Rollout
+    batch: PPOBatch
+    max_tokens: int = 6
+    temperature: float = 0.9
+
+    def update(self, *, train_policy: bool = True, seed: int = 0, **section: Any) -> UpdateStats:
+        return update(
+            self.roles,
+            self.policy,
+            self.critic,
+            self.rollout,
+            self.batch,
+            section=PPOSection(**section),
+            temperature=self.temperature,
+            max_tokens=self.max_tokens,
+            seed_parts=("update", seed),
+            train_policy=train_policy,
+        )
+
+    def logprobs(self, weights: Weights) -> np.ndarray:
+        options = {"temperature": self.temperature, "batch_size": 32}
+        return np.array(policy_logprobs(self.roles, weights, self.rollout, **options))
+
+
+def _adam(rate: float) -> Optimizer:
+    return Optimizer(OptimizerSection(), learning_rate=rate, total_steps=100)
+
+
+@pytest.fixture
+def make_world(
+    make_model: Callable[..., Path],
+    stopping_trunk: Trunk,
+    make_adapters: Callable[..., Weights],
+    prompts: list[tuple[int, ...]],
+) -> Callable[..., World]:
+    """A scored rollout of 5 * `samples` responses, with advantages and returns drawn at random."""
+
+    def make(
+        kind: str | None = "adapters",
+        *,
+        full: bool = False,
+        samples: int = 2,
+        only: int | None = None,
+        max_tokens: int = 6,
+    ) -> World:
+        trunk, chosen = stopping_trunk, prompts[:only]
+        weights = Weights(dict(trunk.base)) if full else make_adapters(trunk, seed=1)
+        critic = None
+        roles = Roles(trunk, Weights({}), None)
+        if kind is not None:
+            own = load_trunk(Path(trunk.name)) if kind == "model" else trunk
+            body = {"adapters": make_adapters(trunk, seed=2), "model": Weights(dict(own.base))}.get(kind, Weights({}))
+            critic = Learner(body.holding({**body.arrays, **new_head(32)}), _adam(3e-2))
+            roles.critic = Critic(kind, own)
+        rollout = generate(
+            trunk,
+            weights,
+            chosen,
+            samples_per_prompt=samples,
+            max_tokens=max_tokens,
+            temperature=0.9,
+            batch_size=64,
+            seed_parts=(3,),
+            positions=range(len(chosen)),
+            records=[{}] * len(chosen),
+        )
+        options: dict[str, Any] = {"temperature": 0.9, "max_tokens": max_tokens}
+        critic_weights = critic.weights if critic is not None else None
+        scored, _ = score(roles, weights, critic_weights, rollout, section=ScoreSection(), **options)
+        generator = np.random.default_rng(0)
+        advantages, returns = (mx.array(generator.normal(size=rollout.mask.shape), mx.float32) for _ in range(2))
+        values = (scored.values, returns) if kind is not None else (None, None)
+        junk = mx.where(rollout.mask, advantages, mx.nan)  # nothing may leak from padding
+        return World(
+            roles, Learner(weights, _adam(1e-3)), critic, rollout, PPOBatch(scored.old_logprobs, junk, *values)
+        )
+
+    return make

@@ -1,0 +1,139 @@
+import json
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_ppo.errors import ModelError
+from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.networks.tokenizer import completion_text
+from mlx_ppo.networks.trunk import Trunk
+
+MakeModel = Callable[..., Path]
+TOKENS = mx.array([[1, 286, 288, 40, 7, 212, 9, 8, 30]])
+
+
+@pytest.fixture
+def copy(make_model: MakeModel, tmp_path: Path) -> Callable[..., Path]:
+    """A model folder of one's own, with keys of config.json added, or removed where None."""
+
+    def make(kind: str = "llama", **changes: Any) -> Path:
+        folder = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(make_model(kind), folder)
+        config = {**json.loads((folder / "config.json").read_text()), **changes}
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        return folder
+
+    return make
+
+
+def logits(trunk: Trunk) -> np.ndarray:
+    return np.array(trunk.logits(trunk.hidden(TOKENS)).astype(mx.float32))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_compute_type(model_folder: Path, dtype: str) -> None:
+    trunk = load_trunk(model_folder, dtype=dtype)
+    wanted = {"bfloat16": mx.bfloat16, "float16": mx.float16}.get(dtype, mx.float32)
+    assert {array.dtype for array in trunk.base.values()} == {wanted}
+    assert trunk.hidden(TOKENS).dtype == wanted
+
+
+def test_the_limit_of_open_files_stays(model_folder: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    load_trunk(model_folder)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+def test_random_weights_depend_on_the_seed_alone(copy: Callable[..., Path], kind: str) -> None:
+    folder = copy(kind)
+    (folder / "model.safetensors").unlink()
+    first, second, other = (load_trunk(folder, random_seed=seed) for seed in (5, 5, 6))
+    for name, array in first.base.items():
+        np.testing.assert_array_equal(np.array(array), np.array(second.base[name]), err_msg=name)
+    embedding = np.array(first.base["model.embed_tokens.weight"])
+    assert np.abs(embedding - np.array(other.base["model.embed_tokens.weight"])).max() > 0.01
+    assert embedding.std() == pytest.approx(0.02, rel=0.03)
+    down = np.array(first.base["model.layers.0.mlp.down_proj.weight"])
+    assert down.std() == pytest.approx(0.02 / np.sqrt(2 * 2), rel=0.1), "residual outputs shrink with depth"
+    if kind == "qwen2":
+        assert not np.array(first.base["model.layers.0.self_attn.q_proj.bias"]).any()
+
+
+def test_rope_of_transformers_5_is_read(copy: Callable[..., Path]) -> None:
+    old = logits(load_trunk(copy(rope_theta=77.0)))
+    nested = {"rope_theta": 77.0, "rope_type": "default"}
+    np.testing.assert_array_equal(logits(load_trunk(copy(rope_theta=None, rope_parameters=nested))), old)
+    assert np.abs(old - logits(load_trunk(copy()))).max() > 0.1, "theta must matter for this test to say anything"
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    scaled = logits(load_trunk(copy(rope_theta=77.0, rope_scaling=scaling)))
+    nested = {"rope_theta": 77.0, **scaling}
+    np.testing.assert_array_equal(logits(load_trunk(copy(rope_theta=None, rope_parameters=nested))), scaled)
+    assert np.abs(scaled - old).max() > 0.1
+
+
+def test_every_end_of_sequence_token_counts(copy: Callable[..., Path]) -> None:
+    assert load_trunk(copy()).tokenizer.eos_ids == {2}
+    assert load_trunk(copy(eos_token_id=[2, 40])).tokenizer.eos_ids == {2, 40}
+    assert load_trunk(copy(eos_token_id=None)).tokenizer.eos_ids == {2}
+    folder = copy()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 41]}')
+    trunk = load_trunk(folder)
+    assert trunk.tokenizer.eos_ids == {2, 41}
+    assert trunk.tokenizer.eos_id == 2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_damaged_weights_are_refused_by_name(copy: Callable[..., Path], value: float) -> None:
+    folder = copy()
+    arrays = mx.load(str(folder / "model.safetensors"))
+    arrays["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    mx.eval(arrays)
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight contains NaN"):
+        load_trunk(folder)
+
+
+def test_a_file_saved_by_mlx_without_metadata_is_read(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    arrays = {name: array + 0 for name, array in mx.load(str(folder / "model.safetensors")).items()}
+    mx.eval(arrays)
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+    assert b'"__metadata__":null' in (folder / "model.safetensors").read_bytes()[:100]
+    load_trunk(folder)
+
+
+def test_tensors_that_dont_fit_the_config_are_refused(copy: Callable[..., Path]) -> None:
+    with pytest.raises(ModelError, match="mlx-lm cannot load this model") as caught:
+        load_trunk(copy(num_hidden_layers=3))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(make_model: MakeModel) -> None:
+    with pytest.raises(ModelError, match="300 tokens, the model only 299"):
+        load_trunk(make_model(vocab_size=299))
+
+
+def test_no_end_of_sequence_is_refused(copy: Callable[..., Path]) -> None:
+    folder = copy(eos_token_id=None)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        load_trunk(folder)
+
+
+def test_tokenizer_round_trip_and_continuations(trunk: Trunk) -> None:
+    tokenizer = trunk.tokenizer
+    text = "the film is good, é"
+    prompt = tokenizer.encode(text, bos=True)
+    assert prompt[0] == 1
+    assert tokenizer.encode(text, bos=False) == prompt[1:]
+    assert tokenizer.decode(prompt) == text
+    answer = [*tokenizer.encode("the film and it", bos=True)[2:], 2]
+    assert completion_text(tokenizer, tokenizer.encode("the", bos=True), answer) == " film and it"
+    assert completion_text(tokenizer, prompt, [2]) == ""

@@ -1,0 +1,148 @@
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_ppo.networks.adapters import Weights
+from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.networks.trunk import Trunk
+
+TOKENS = mx.array([[1, 286, 288, 40, 7], [1, 9, 200, 61, 299]])
+Adapters = Callable[..., Weights]
+
+
+def snapshot(trunk: Trunk) -> dict[str, np.ndarray]:
+    return {name: np.array(array) for name, array in tree_flatten(trunk.model.parameters())}
+
+
+def assert_same(before: dict[str, np.ndarray], trunk: Trunk) -> None:
+    now = snapshot(trunk)
+    assert now.keys() == before.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(now[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+def test_split_logits_are_the_whole_models(make_model: Callable[..., object], kind: str) -> None:
+    trunk = load_trunk(make_model(kind))
+    whole = np.array(trunk.model(TOKENS))
+    states = trunk.hidden(TOKENS)
+    np.testing.assert_allclose(np.array(trunk.logits(states)), whole, atol=1e-5)
+    flat = trunk.logits(states.reshape(-1, trunk.width))
+    np.testing.assert_allclose(np.array(flat), whole.reshape(-1, whole.shape[-1]), atol=1e-5)
+    np.testing.assert_array_equal(np.array(trunk.model(TOKENS)), whole, err_msg="the inner part was not put back")
+    if kind == "gemma2":
+        assert 1.5 < np.abs(whole).max() <= 2.0, "the soft cap must bite for this test to say anything"
+
+
+def test_logits_put_the_inner_part_back_after_an_exception(trunk: Trunk) -> None:
+    before = np.array(trunk.model(TOKENS))
+    with pytest.raises(ValueError, match="matmul"):
+        mx.eval(trunk.logits(mx.zeros((1, 2, 7))))
+    np.testing.assert_array_equal(np.array(trunk.model(TOKENS)), before)
+
+
+def role_of(trunk: Trunk, make_adapters: Adapters, kind: str) -> Weights:
+    if kind == "lora":
+        return make_adapters(trunk)
+    return Weights({name: array + 0.01 for name, array in trunk.base.items()})
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("end", ["normal", "exception", "gradient", "exception in gradient"])
+def test_using_leaves_nothing_behind(trunk: Trunk, make_adapters: Adapters, kind: str, end: str) -> None:
+    weights, before, plain = role_of(trunk, make_adapters, kind), snapshot(trunk), np.array(trunk.model(TOKENS))
+    within: list[np.ndarray] = []
+
+    def loss(arrays: dict[str, mx.array]) -> mx.array:
+        with trunk.using(weights.holding(arrays)):
+            logits = trunk.logits(trunk.hidden(TOKENS))
+            if "exception" in end:
+                raise KeyError("in the middle")
+            return mx.square(logits).sum()
+
+    if "exception" in end:
+        with pytest.raises(KeyError):
+            (mx.value_and_grad(loss) if "gradient" in end else loss)(dict(weights.arrays))
+    elif end == "gradient":
+        gradients = mx.grad(loss)(dict(weights.arrays))
+        assert gradients.keys() == weights.arrays.keys()
+        assert all(mx.abs(gradient).max().item() > 0 for gradient in gradients.values())
+    else:
+        with trunk.using(weights):
+            within.append(np.array(trunk.model(TOKENS)))
+        assert np.abs(within[0] - plain).max() > 0.01
+    assert_same(before, trunk)
+    np.testing.assert_array_equal(np.array(trunk.model(TOKENS)), plain)
+    with trunk.using(weights):
+        pass
+
+
+def test_roles_dont_nest(trunk: Trunk, make_adapters: Adapters) -> None:
+    outer, inner = make_adapters(trunk, seed=1), make_adapters(trunk, seed=2)
+    with trunk.using(outer):
+        expected = np.array(trunk.model(TOKENS))
+        with pytest.raises(RuntimeError, match="nest"), trunk.using(inner):
+            pass
+        np.testing.assert_array_equal(np.array(trunk.model(TOKENS)), expected, err_msg="the outer role must stay")
+        with pytest.raises(RuntimeError, match="nest"), trunk.using(inner):
+            pass
+    with trunk.using(inner):
+        assert np.abs(np.array(trunk.model(TOKENS)) - expected).max() > 1e-3
+
+
+def test_unknown_weights_leave_nothing_behind(trunk: Trunk) -> None:
+    some = dict(list(trunk.base.items())[:2])
+    with pytest.raises(KeyError), trunk.using(Weights({**some, "no.such.weight": mx.zeros((2,))})):
+        pass
+    with trunk.using(Weights({})):
+        pass
+
+
+def test_noise_is_scoped_reproducible_and_off_at_zero(trunk: Trunk) -> None:
+    plain = np.array(trunk.model(TOKENS))
+    seen = []
+    for share, seed in ((0.3, 1), (0.3, 1), (0.3, 2), (0.0, 1)):
+        with trunk.using(Weights({})), trunk.noise(share, mx.random.key(seed)):
+            seen.append(np.array(trunk.model(TOKENS)))
+    np.testing.assert_array_equal(seen[0], seen[1])
+    assert np.abs(seen[0] - seen[2]).max() > 0.01
+    np.testing.assert_array_equal(seen[3], plain)
+    np.testing.assert_array_equal(np.array(trunk.model(TOKENS)), plain)
+
+
+def test_noise_keeps_the_mean_of_the_embedding(trunk: Trunk) -> None:
+    layer = trunk.model.model.embed_tokens
+    tokens = mx.full((1, 4000), 286)
+    with trunk.noise(0.25, mx.random.key(0)):
+        noisy = np.array(layer(tokens))[0]
+    assert abs((noisy == 0).mean() - 0.25) < 0.01
+    np.testing.assert_allclose(noisy.mean(axis=0), np.array(layer(tokens))[0, 0], atol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_gradients_through_using_are_those_of_finite_differences(
+    trunk: Trunk, make_adapters: Adapters, kind: str
+) -> None:
+    weights = role_of(trunk, make_adapters, kind)
+
+    def loss(arrays: dict[str, mx.array]) -> mx.array:
+        with trunk.using(weights.holding(arrays)):
+            logits = trunk.logits(trunk.hidden(TOKENS))
+        return (logits[..., 3] - mx.logsumexp(logits, axis=-1)).sum()
+
+    gradients = mx.grad(loss)(dict(weights.arrays))
+    keys = mx.random.split(mx.random.key(5), len(weights.arrays))
+    direction = {
+        name: mx.random.normal(array.shape, key=key)
+        for (name, array), key in zip(weights.arrays.items(), keys, strict=True)
+    }
+    step = 1e-3
+    ahead, behind = (
+        loss({name: array + sign * step * direction[name] for name, array in weights.arrays.items()}).item()
+        for sign in (1, -1)
+    )
+    slope = sum((gradients[name] * direction[name]).sum().item() for name in gradients)
+    assert slope == pytest.approx((ahead - behind) / (2 * step), rel=0.02, abs=0.05)

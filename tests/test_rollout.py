@@ -1,0 +1,169 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_ppo.errors import RunError
+from mlx_ppo.networks.adapters import Weights
+from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.networks.roles import Roles
+from mlx_ppo.networks.trunk import Trunk
+from mlx_ppo.records import Rollout
+from mlx_ppo.rollout import generate, sample
+from mlx_ppo.scoring import policy_logprobs
+
+Prompts = list[tuple[int, ...]]
+PLAIN = Weights({})
+
+
+def run(trunk: Trunk, prompts: Prompts, **changes: Any) -> Rollout:
+    options: dict[str, Any] = {
+        "weights": PLAIN,
+        "samples_per_prompt": 1,
+        "max_tokens": 12,
+        "temperature": 1.0,
+        "batch_size": 64,
+        "seed_parts": (0, "rollout"),
+        "positions": range(len(prompts)),
+        "records": [{"id": row} for row in range(len(prompts))],
+        **changes,
+    }
+    return generate(trunk, options.pop("weights"), prompts, **options)
+
+
+def row_logits(trunk: Trunk, tokens: tuple[int, ...]) -> np.ndarray:
+    """Logits [S, V] of one row by the whole model, without cache or padding."""
+    return np.array(trunk.model(mx.array([tokens])))[0].astype(np.float64)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_batch_size_changes_nothing(make_model: Callable[..., Path], prompts: Prompts, kind: str) -> None:
+    """One row at a time shares no prefill, drops no finished neighbours and pads nothing."""
+    trunk = load_trunk(make_model(kind, eos_token_id=[2, *range(100, 140)]))
+    alone, few, whole = (run(trunk, prompts, samples_per_prompt=3, batch_size=size) for size in (1, 3, 64))
+    lengths = {len(response) for response in alone.responses}
+    assert len(lengths) > 3
+    assert {1, 12} & lengths, "some rows end at once, or not at all"
+    for other in (few, whole):
+        assert other.responses == alone.responses
+        np.testing.assert_allclose(np.array(other.logprobs), np.array(alone.logprobs), atol=1e-4)
+        assert other.finished.tolist() == alone.finished.tolist()
+    assert len(set(alone.responses[:3])) == 3, "samples of one prompt differ"
+
+
+def test_a_prompts_responses_dont_depend_on_the_other_prompts(stopping_trunk: Trunk, prompts: Prompts) -> None:
+    whole = run(stopping_trunk, prompts, samples_per_prompt=2)
+    for row, prompt in enumerate(prompts):
+        alone = run(stopping_trunk, [prompt], samples_per_prompt=2, positions=[row], records=[{}])
+        assert alone.responses == whole.responses[2 * row : 2 * row + 2]
+    moved = run(stopping_trunk, prompts, samples_per_prompt=2, positions=range(1, 6))
+    assert all(a != b for a, b in zip(moved.responses[::2], whole.responses[::2], strict=True))
+    assert run(stopping_trunk, prompts, seed_parts=(1, "rollout")).responses != whole.responses[::2]
+    longer = run(stopping_trunk, prompts, samples_per_prompt=2, max_tokens=20)
+    assert tuple(response[:12] for response in longer.responses) == whole.responses
+
+
+def test_end_of_sequence_is_kept_counted_and_ends_a_response(stopping_trunk: Trunk, prompts: Prompts) -> None:
+    steps: list[int] = []
+    rollout = run(stopping_trunk, prompts, samples_per_prompt=8, max_tokens=6, on_tokens=steps.append)
+    eos = stopping_trunk.tokenizer.eos_ids
+    seen = set()
+    for row, response in enumerate(rollout.responses):
+        finished = rollout.finished[row].item()
+        assert finished == (response[-1] in eos)
+        assert not eos & set(response[:-1])
+        assert finished or len(response) == 6
+        assert np.array(rollout.mask[row]).tolist() == [slot < len(response) for slot in range(6)]
+        assert not np.array(rollout.logprobs[row])[len(response) :].any()
+        seen.add((finished, len(response)))
+    assert {(True, 1), (True, 6), (False, 6)} <= seen, "also ends in the first and in the very last slot"
+    assert sum(steps) == sum(map(len, rollout.responses))
+    assert rollout.group.tolist() == [row // 8 for row in range(40)]
+    assert [record["id"] for record in rollout.records] == rollout.group.tolist()
+    assert rollout.prompts == tuple(prompt for prompt in prompts for _ in range(8))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_sampled_logprobs_are_those_of_the_training_forward(
+    stopping_trunk: Trunk, prompts: Prompts, make_adapters: Callable[..., Weights], temperature: float
+) -> None:
+    policy = make_adapters(stopping_trunk)
+    rollout = run(stopping_trunk, prompts, weights=policy, samples_per_prompt=3, temperature=temperature)
+    roles = Roles(stopping_trunk, PLAIN, None)
+    trained = policy_logprobs(roles, policy, rollout, temperature=temperature, batch_size=4)
+    np.testing.assert_allclose(np.array(rollout.logprobs), np.array(trained), atol=1e-4)
+    plain = policy_logprobs(roles, PLAIN, rollout, temperature=temperature, batch_size=4)
+    assert np.abs(np.array(plain - trained)).max() > 0.1, "the adapters must matter"
+    with stopping_trunk.using(policy):
+        for prompt, response, seen in zip(rollout.prompts, rollout.responses, rollout.logprobs, strict=True):
+            exact = log_softmax(row_logits(stopping_trunk, prompt + response)[len(prompt) - 1 : -1] / temperature)
+            expected = exact[np.arange(len(response)), response]
+            np.testing.assert_allclose(np.array(seen)[: len(response)], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_tokens_come_as_often_as_their_probability(trunk: Trunk, prompts: Prompts, temperature: float) -> None:
+    """Pearson's statistic over the tokens with at least ten expected, the rest taken together."""
+    count = 3000
+    rollout = run(trunk, prompts[:1], samples_per_prompt=count, max_tokens=1, temperature=temperature, batch_size=count)
+    probabilities = np.exp(log_softmax(row_logits(trunk, prompts[0])[-1] / temperature))
+    observed = np.bincount([response[0] for response in rollout.responses], minlength=len(probabilities))
+    common = probabilities * count >= 10
+    expected = np.append(probabilities[common], probabilities[~common].sum()) * count
+    found = np.append(observed[common], observed[~common].sum())
+    statistic, freedom = ((found - expected) ** 2 / expected).sum(), len(expected) - 1
+    assert freedom > 20
+    assert abs(statistic - freedom) < 4 * np.sqrt(2 * freedom)
+
+
+def test_temperature_zero_takes_the_most_probable_token(stopping_trunk: Trunk, prompts: Prompts) -> None:
+    rollout = run(stopping_trunk, prompts, temperature=0, seed_parts=(7,))
+    for prompt, response, seen in zip(rollout.prompts, rollout.responses, rollout.logprobs, strict=True):
+        logits = row_logits(stopping_trunk, prompt + response)[len(prompt) - 1 : -1]
+        assert logits.argmax(axis=-1).tolist() == list(response)
+        np.testing.assert_allclose(
+            np.array(seen)[: len(response)], log_softmax(logits).max(axis=-1), atol=1e-4, err_msg="temperature 1"
+        )
+
+
+def test_one_token_and_nothing_but_end_of_sequence(make_model: Callable[..., Path], prompts: Prompts) -> None:
+    rollout = run(load_trunk(make_model()), prompts, max_tokens=1)
+    assert rollout.mask.tolist() == [[True]] * 5
+    assert not rollout.finished.any().item()
+    always = load_trunk(make_model(eos_token_id=list(range(304))))
+    rollout = run(always, prompts, max_tokens=9)
+    assert rollout.mask.shape == rollout.logprobs.shape == (5, 1)
+    assert rollout.finished.all().item()
+    roles = Roles(always, PLAIN, None)
+    trained = policy_logprobs(roles, PLAIN, rollout, temperature=1.0, batch_size=2)
+    np.testing.assert_allclose(np.array(rollout.logprobs), np.array(trained), atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_stop_the_run(trunk: Trunk, prompts: Prompts, value: float) -> None:
+    head = mx.where(mx.arange(304)[:, None] == 7, value, trunk.base["lm_head.weight"])
+    with pytest.raises(RunError, match="not finite"):
+        run(trunk, prompts, weights=Weights({"lm_head.weight": head}))
+
+
+def test_sample_inverts_the_cumulative_distribution() -> None:
+    probabilities = np.array([0.0, 0.1, 0.2, 0.0, 0.7, 0.0])
+    with np.errstate(divide="ignore"):
+        logits = np.log(probabilities).astype(np.float32) + 5
+    draws = np.array([0.0, 0.099, 0.101, 0.299, 0.301, 1 - 2**-24], np.float32)
+    rows = np.tile(logits, (len(draws), 1))
+    tokens, logprobs = sample(rows, draws, 1.0)
+    assert tokens.tolist() == [1, 1, 2, 2, 4, 4], "never a token of probability 0"
+    np.testing.assert_allclose(logprobs, np.log(probabilities[tokens]), rtol=1e-5)
+    squared = probabilities**2 / (probabilities**2).sum()
+    tokens, logprobs = sample(rows, draws, 0.5)
+    assert tokens.tolist() == [np.searchsorted(np.cumsum(squared), draw, side="right") for draw in draws]
+    np.testing.assert_allclose(logprobs, np.log(squared[tokens]), rtol=1e-5)
