@@ -66,6 +66,9 @@ class TrainableModelSection(ModelSection):
         "weights",
         description="start from the folder's weights, or (`sft`, train = full) from random ones for its config.json",
     )
+    embeddings: InputPath | None = Field(
+        None, description="with initialise = random: take the token embeddings from this model folder of the same width"
+    )
     save_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="type of the weights in the finished folder; checkpoints keep float32"
     )
@@ -280,7 +283,7 @@ class FeedbackDataSection(Section):
 
     train: InputPath = Field(description="training feedback")
     validation: InputPath | None = Field(
-        None, description="held-out feedback; the weights with the best accuracy on it are kept"
+        None, description="held-out feedback; the weights with the lowest loss on it are kept"
     )
     test: InputPath | None = Field(None, description="feedback for the final figures only")
     max_tokens: Count = Field(512, description="a text's bound")
@@ -295,8 +298,10 @@ class RewardTrainingSection(Section):
     objective: Literal["pairs", "regression", "both"] = Field(
         "pairs", description="Bradley-Terry on pairs; squared error to the mean ratings; or their sum"
     )
-    pooling: Literal["last", "mean"] = Field(
-        "last", description="the head reads the last token's final state, or the mean over the text"
+    pooling: Literal["last", "mean", "sqrt"] = Field(
+        "last",
+        description="the head reads the last token's final state, the mean over the text, "
+        "or the sum divided by the root of the length",
     )
     min_difference: NonNegative = Field(1.0, description="ratings make a pair where they differ by at least this much")
     pairs_per_item: Count = Field(4, description="pairs drawn for each rated text and epoch")

@@ -81,4 +81,6 @@ def _source_problems(source: RewardSource) -> list[Problem]:
 def _trainable_problems(model: TrainableModelSection) -> list[Problem]:
     if model.initialise == "random" and model.train != "full":
         return [("model.initialise", "'random' needs model.train = 'full': adapters on random weights learn nothing")]
+    if model.embeddings is not None and model.initialise != "random":
+        return [("model.embeddings", "is read only with model.initialise = 'random'")]
     return []

@@ -1,6 +1,7 @@
 """TOML into a job's configuration: all problems at once, each with file, line, key and the mend."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -207,7 +208,7 @@ def _resolve_section(
         if not isinstance(value, str) or not (kind or key == "function"):
             continue
         base = Path.cwd() if (*prefix, key) in origins else outputs if kind == "output" else inputs
-        row[key] = str(base / _expand(value)) if value else value
+        row[key] = os.path.normpath(base / _expand(value)) if value else value
 
 
 def _expand(value: str) -> Path:

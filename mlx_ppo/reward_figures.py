@@ -33,7 +33,8 @@ def rating_figures(raw: Floats, ratings: Floats, *, min_difference: float, paire
         min_difference: pairs that differ by at least this much count as clear.
         paired: the model was trained on pairs, so that sigmoid of a difference is a probability.
     Returns:
-        loss: mean -log sigmoid over the clear pairs (paired), else the mean squared error in rating points squared;
+        loss: mean -log sigmoid over the clear pairs (paired), else the mean squared error left after the
+        best linear calibration, in rating points squared;
         accuracy: on clear pairs; accuracy_all: on all pairs; correlation: Pearson's, with the ratings;
         slope: of the rating regressed on the output, 1 where a regression is calibrated; calibration_error (paired).
         Without a clear pair, 0 for what is taken over them.
@@ -43,11 +44,12 @@ def rating_figures(raw: Floats, ratings: Floats, *, min_difference: float, paire
     difference = wide[high] - wide[low]
     clear = ratings[high] - ratings[low] >= min_difference
     varied = wide.std() > 0 and ratings.std() > 0
+    correlation = float(np.corrcoef(wide, ratings)[0, 1]) if varied else 0.0
     figures = {
-        "loss": _bradley_terry(difference[clear]) if paired else float(np.square(wide - ratings).mean()),
+        "loss": _bradley_terry(difference[clear]) if paired else float(ratings.var() * (1 - correlation**2)),
         "accuracy": _share_right(difference[clear]),
         "accuracy_all": _share_right(difference),
-        "correlation": float(np.corrcoef(wide, ratings)[0, 1]) if varied else 0.0,
+        "correlation": correlation,
         "slope": float(np.polyfit(wide, ratings, 1)[0]) if varied else 0.0,
     }
     if paired:

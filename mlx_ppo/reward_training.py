@@ -19,7 +19,6 @@ from mlx_ppo.errors import ConfigError, DataError
 from mlx_ppo.networks.adapters import HEAD, Weights
 from mlx_ppo.networks.export import write_adapters, write_folder, write_model
 from mlx_ppo.networks.heads import HEAD_FILE, RewardFacts, apply_head, new_head, pooled
-from mlx_ppo.networks.load import load_trunk
 from mlx_ppo.networks.roles import initial_weights
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.optimization import Optimizer
@@ -27,7 +26,7 @@ from mlx_ppo.records import make_sequences
 from mlx_ppo.reward_figures import Floats, pair_figures, rating_figures
 from mlx_ppo.runs import Run, replace_file
 from mlx_ppo.runtime.signals import Interrupts
-from mlx_ppo.supervised import Fit, StepReporter, Task, drop_tokens, fit
+from mlx_ppo.supervised import Fit, StepReporter, Task, drop_tokens, fit, load_trainable
 
 Tokens = tuple[int, ...]
 
@@ -61,8 +60,7 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
         UserError: whatever is wrong with model or data, or went wrong.
     """
     seed, section = config.run.seed, config.reward_training
-    initial = seed if config.model.initialise == "random" else None
-    trunk = load_trunk(config.model.path, dtype=config.model.dtype, random_seed=initial)
+    trunk = load_trainable(config.model, seed)
     body = initial_weights(trunk, config.model, config.lora, key="reward", seed=seed)
     weights = body.holding({**body.arrays, **new_head(trunk.width)})
     train, validation, test = load_data(config, trunk.tokenizer, reporter)
@@ -79,7 +77,7 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
 
     held_out = validation if validation is not None else train
     best = fit(
-        Task(batches, loss, lambda weights: measure(trunk, weights, held_out, config), "loss"),
+        Task(batches, loss, lambda weights: measure(trunk, weights, held_out, config)),
         Fit(weights, optimizer),
         run,
         reporter,

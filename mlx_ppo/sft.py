@@ -12,14 +12,13 @@ from mlx_ppo.data.batches import length_batches
 from mlx_ppo.data.examples import Example, ExampleSet, load_examples
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.networks.adapters import Weights
-from mlx_ppo.networks.load import load_trunk
 from mlx_ppo.networks.roles import initial_weights, token_statistics
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.optimization import Optimizer
 from mlx_ppo.records import make_sequences, number
 from mlx_ppo.runs import Run
 from mlx_ppo.runtime.signals import Interrupts
-from mlx_ppo.supervised import Fit, StepReporter, Task, drop_tokens, fit, write_result
+from mlx_ppo.supervised import Fit, StepReporter, Task, drop_tokens, fit, load_trainable, write_result
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,7 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
         UserError: whatever is wrong with model or data, or went wrong.
     """
     seed = config.run.seed
-    trunk = load_trunk(
-        config.model.path,
-        dtype=config.model.dtype,
-        random_seed=seed if config.model.initialise == "random" else None,
-    )
+    trunk = load_trainable(config.model, seed)
     weights = initial_weights(trunk, config.model, config.lora, key="policy", seed=seed)
     train, validation = load_data(config, trunk.tokenizer, reporter)
     lengths = [len(example.tokens) for example in train.examples]
@@ -67,12 +62,12 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
     def validate(weights: Weights) -> dict[str, float]:
         held_out = validation.examples if validation is not None else train.examples[:256]
         value = mean_loss(trunk, weights, held_out, batch_size=size)
-        return {"validation_loss": value, "perplexity": math.exp(min(value, 50.0))}
+        return {"loss": value, "perplexity": math.exp(min(value, 50.0))}
 
     steps = config.sft.epochs * math.ceil(len(lengths) / size)
     optimizer = Optimizer(config.optimizer, learning_rate=config.optimizer.learning_rate, total_steps=steps)
     best = fit(
-        Task(batches, loss, validate, "validation_loss"),
+        Task(batches, loss, validate),
         Fit(weights, optimizer),
         run,
         reporter,

@@ -15,6 +15,7 @@ from mlx_ppo.data.random import mx_key, philox
 from mlx_ppo.errors import RunError
 from mlx_ppo.networks.adapters import HEAD, Weights, adapter_config
 from mlx_ppo.networks.export import write_adapters, write_model
+from mlx_ppo.networks.load import load_trunk
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.optimization import Optimizer
 from mlx_ppo.records import number
@@ -39,13 +40,12 @@ class Task(Generic[Batch]):
     """What differs between the jobs.
 
     `batches` must give the same list for the same epoch; `loss` is a mean over the batch; `validate` returns
-    named figures, of which the one called `criterion` is to be as low as possible.
+    named figures, of which the one called "loss" is to be as low as possible.
     """
 
     batches: Callable[[int], Sequence[Batch]]
     loss: Callable[[Weights, Batch, mx.array], mx.array]
     validate: Callable[[Weights], dict[str, float]]
-    criterion: str
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Fit:
     optimizer: Optimizer
     epoch: int = 0
     done: int = 0  # batches of this epoch
+    loss: float = 0.0  # summed over them
     best: dict[str, mx.array] = field(default_factory=dict)
     best_value: float = float("inf")
     best_epoch: int = 0
@@ -66,7 +67,13 @@ class Fit:
         head = {name: array for name, array in self.weights.arrays.items() if name.startswith(HEAD)}
         arrays = {"adapters": own, "head": head, "optimizer": self.optimizer.state(), "best": self.best}
         value = self.best_value if np.isfinite(self.best_value) else None
-        state = {"epoch": self.epoch, "done": self.done, "best_value": value, "best_epoch": self.best_epoch}
+        state = {
+            "epoch": self.epoch,
+            "done": self.done,
+            "loss": self.loss,
+            "best_value": value,
+            "best_epoch": self.best_epoch,
+        }
         document = {"adapter_config.json": adapter_config(self.weights, blocks)}
         return Checkpoint(self.optimizer.steps, {n: a for n, a in arrays.items() if a}, state, document)
 
@@ -80,7 +87,7 @@ class Fit:
         self.best = dict(saved.arrays.get("best", {}))
         value = saved.state["best_value"]
         self.best_value = float("inf") if value is None else value
-        self.epoch, self.done = saved.state["epoch"], saved.state["done"]
+        self.epoch, self.done, self.loss = (saved.state[name] for name in ("epoch", "done", "loss"))
         self.best_epoch = saved.state["best_epoch"]
 
 
@@ -110,26 +117,24 @@ def fit(
     total = epochs * len(task.batches(0))
     while state.epoch < epochs and not (patience and state.epoch - state.best_epoch > patience):
         batches = task.batches(state.epoch)
-        losses: list[float] = []
         while state.done < len(batches):
             try:
                 interrupts.check()
             except Interrupted:
                 checkpoint.save(run.folder, state.as_checkpoint(blocks), keep_last=section.keep_last, best=None)
                 raise
-            losses.append(_step(task, state, batches[state.done], section.seed))
-            state.done += 1
-            reporter.step(state.optimizer.steps, total, {"loss": losses[-1]})
+            loss = _step(task, state, batches[state.done], section.seed)
+            state.done, state.loss = state.done + 1, state.loss + loss
+            reporter.step(state.optimizer.steps, total, {"loss": loss})
             if state.optimizer.steps % section.save_every == 0 and state.done < len(batches):
                 checkpoint.save(run.folder, state.as_checkpoint(blocks), keep_last=section.keep_last, best=None)
-        state.epoch, state.done = state.epoch + 1, 0
+        row = {"step": state.optimizer.steps, "epoch": state.epoch + 1, "loss": state.loss / len(batches)}
+        state.epoch, state.done, state.loss = state.epoch + 1, 0, 0.0
         figures = task.validate(state.weights)
-        value = figures[task.criterion]
+        value = figures["loss"]
         if value < state.best_value:
             state.best, state.best_value, state.best_epoch = dict(state.weights.arrays), value, state.epoch
-        row = {"step": state.optimizer.steps, "epoch": state.epoch, **figures}
-        if losses:
-            row["loss"] = float(np.mean(losses))
+        row = {**row, **{f"validation_{name}": figure for name, figure in figures.items()}}
         run.log(METRICS, [row])
         shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in ("step", "epoch"))
         reporter.message(
@@ -152,6 +157,16 @@ def _step(task: Task[Batch], state: Fit, batch: Batch, seed: int) -> float:
         raise RunError(f"the loss is not finite at step {state.optimizer.steps + 1}; the update was not applied")
     state.weights, _ = state.optimizer.step(state.weights, gradients, what="model")
     return value
+
+
+def load_trainable(model: TrainableModelSection, seed: int) -> Trunk:
+    """The model that a job trains: the folder's weights, or random ones.
+
+    Raises:
+        ModelError: whatever is wrong with the folder.
+    """
+    random_seed = seed if model.initialise == "random" else None
+    return load_trunk(model.path, dtype=model.dtype, random_seed=random_seed, embeddings=model.embeddings)
 
 
 def drop_tokens(rows: Sequence[Sequence[int]], share: float, vocabulary: int, *parts: int | str) -> list[list[int]]:

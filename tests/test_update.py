@@ -197,6 +197,34 @@ def test_the_critic_learns_while_the_policy_stays(make_world: MakeWorld, kind: s
 
 
 @pytest.mark.parametrize("kind", ["adapters", "head", "model"])
+def test_the_critics_gradients_are_those_of_the_formula(make_world: MakeWorld, kind: str) -> None:
+    """The mean of (V - R)^2 / 2 over the tokens, on the critic's own states; with kind head on the policy's."""
+    world = make_world(kind)
+    critic, role, rollout = world.critic.weights, world.roles.critic, world.rollout
+    head = mx.random.normal((32,), key=mx.random.key(0))
+    world.critic.weights = critic = critic.holding({**critic.arrays, "head.weight": head})
+    tokens = rollout.mask.sum()
+
+    def loss(arrays: dict[str, mx.array]) -> mx.array:
+        total = mx.zeros(())
+        for row, response in enumerate(rollout.responses):
+            sequences = rollout.sequences([row])
+            with role.trunk.using(world.policy.weights if kind == "head" else critic.holding(arrays)):
+                states = role.trunk.response_states(sequences)
+            values = states @ arrays["head.weight"] + arrays["head.bias"]
+            total = total + 0.5 * mx.square(values - world.batch.returns[row, : len(response)]).sum()
+        return total / tokens
+
+    gradients = mx.grad(loss)(dict(critic.arrays))
+    expected = {name: np.array(gradient) for name, gradient in gradients.items()}
+    assert {name for name, gradient in expected.items() if not gradient.any()} <= {"lm_head.weight"}
+    for size in (3, 0):
+        _, recorder = record(world)
+        world.update(epochs=1, minibatches=1, micro_batch=size, value_clip=0.0)
+        assert_near(expected, recorder.seen[0])
+
+
+@pytest.mark.parametrize("kind", ["adapters", "head", "model"])
 def test_the_critic_sends_no_gradient_into_the_policy(make_world: MakeWorld, kind: str) -> None:
     worlds = [make_world(kind), make_world(None)]
     for world in worlds:

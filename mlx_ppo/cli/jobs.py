@@ -91,20 +91,18 @@ def dry(config: Job) -> None:
             )
         elif isinstance(config, SFTConfig):
             from mlx_ppo import sft
-            from mlx_ppo.networks.load import load_trunk
+            from mlx_ppo.supervised import load_trainable
 
-            seed = config.run.seed if config.model.initialise == "random" else None
-            trunk = load_trunk(config.model.path, dtype=config.model.dtype, random_seed=seed)
+            trunk = load_trainable(config.model, config.run.seed)
             train, validation = sft.load_data(config, trunk.tokenizer, display)
             _statistics("training examples", [len(example.tokens) for example in train.examples])
             if validation is not None:
                 _statistics("validation examples", [len(example.tokens) for example in validation.examples])
         elif isinstance(config, RewardConfig):
             from mlx_ppo import reward_training
-            from mlx_ppo.networks.load import load_trunk
+            from mlx_ppo.supervised import load_trainable
 
-            seed = config.run.seed if config.model.initialise == "random" else None
-            trunk = load_trunk(config.model.path, dtype=config.model.dtype, random_seed=seed)
+            trunk = load_trainable(config.model, config.run.seed)
             sets = reward_training.load_data(config, trunk.tokenizer, display)
             for name, feedback in zip(("training", "validation", "test"), sets, strict=True):
                 if feedback is not None:

@@ -13,7 +13,8 @@ from mlx_ppo.networks.adapters import HEAD, Weights, adapter_config
 from mlx_ppo.networks.trunk import Trunk
 
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-_LEFT_BEHIND = (".safetensors", ".index.json", ".gguf", ".bin")
+_CARRIED = (".json", ".model", ".jinja", ".txt")
+_LEFT_BEHIND = (".index.json", "reward.json")
 
 
 def write_adapters(target: Path, weights: Weights, blocks: int) -> Path:
@@ -33,7 +34,7 @@ def write_adapters(target: Path, weights: Weights, blocks: int) -> Path:
 
 
 def write_model(target: Path, source: Path, trunk: Trunk, weights: Weights, *, dtype: str) -> Path:
-    """Write a whole model: the trunk with full weights in place, and every small file of the source folder.
+    """Write a whole model: the trunk with full weights in place, and the tokenizer and configuration of the source folder.
 
     Raises:
         RunError: the folder cannot be written.
@@ -41,7 +42,7 @@ def write_model(target: Path, source: Path, trunk: Trunk, weights: Weights, *, d
 
     def fill(folder: Path) -> None:
         for file in source.iterdir():
-            if file.is_file() and not file.name.endswith(_LEFT_BEHIND):
+            if file.is_file() and file.name.endswith(_CARRIED) and not file.name.endswith(_LEFT_BEHIND):
                 shutil.copyfile(file, folder / file.name)
         config = json.loads((source / "config.json").read_text("utf-8"))
         config["torch_dtype"] = dtype

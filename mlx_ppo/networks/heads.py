@@ -29,12 +29,20 @@ def apply_head(arrays: Mapping[str, mx.array], states: mx.array) -> mx.array:
 
 
 def pooled(states: mx.array, sequences: Sequences, pooling: str) -> mx.array:
-    """One state [B, D] a text from all states [B, S, D]: the last token's, or the mean over its tokens, in float32."""
+    """One state [B, D] a text from all states [B, S, D], in float32.
+
+    Args:
+        states: final hidden states.
+        sequences: the texts, for their lengths.
+        pooling: "last" takes the last token's; "mean" the mean over the tokens; "sqrt" their sum divided by the root
+            of their number, whose spread doesn't shrink with length.
+    """
     if pooling == "last":
         return states.reshape(-1, states.shape[-1])[sequences.last].astype(mx.float32)
     counted = mx.arange(states.shape[1])[None, :] < sequences.lengths[:, None]
     kept = mx.where(counted[..., None], states.astype(mx.float32), 0.0)
-    return kept.sum(axis=1) / sequences.lengths[:, None]
+    divisor = sequences.lengths if pooling == "mean" else mx.sqrt(sequences.lengths.astype(mx.float32))
+    return kept.sum(axis=1) / divisor[:, None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class RewardFacts:
     """
 
     placement: Literal["adapters", "folder"]
-    pooling: Literal["last", "mean"]
+    pooling: Literal["last", "mean", "sqrt"]
     mean: float
     deviation: float
     slope: float | None = None
@@ -72,7 +80,7 @@ def read_reward_facts(folder: Path) -> RewardFacts:
         valid = facts.format == 1 and facts.deviation > 0 and facts.placement in ("adapters", "folder")
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{file}: cannot be read ({error})") from None
-    if not valid or facts.pooling not in ("last", "mean"):
+    if not valid or facts.pooling not in ("last", "mean", "sqrt"):
         raise ModelError(f"{file}: not a description this version understands")
     return facts
 

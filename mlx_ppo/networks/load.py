@@ -1,7 +1,6 @@
 """A checked local folder into a trunk: model, tokenizer, compute type. Nothing is ever looked up elsewhere."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import parameters_of
 from mlx_ppo.networks.folder import ModelFolder, check_model_folder
 from mlx_ppo.networks.tokenizer import load_tokenizer
-from mlx_ppo.networks.trunk import Trunk
+from mlx_ppo.networks.trunk import BRANCH_ENDS, Trunk
 
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _INITIAL_DEVIATION = 0.02
+_EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
 
 
 @contextlib.contextmanager
@@ -38,7 +38,9 @@ def _open_files_limit_kept() -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], hard), hard))
 
 
-def load_trunk(path: Path, *, dtype: str = "auto", random_seed: int | None = None) -> Trunk:
+def load_trunk(
+    path: Path, *, dtype: str = "auto", random_seed: int | None = None, embeddings: Path | None = None
+) -> Trunk:
     """Load a model folder.
 
     Args:
@@ -46,6 +48,7 @@ def load_trunk(path: Path, *, dtype: str = "auto", random_seed: int | None = Non
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, where half precision and quantised
             products are slow; the stored types on a GPU.
         random_seed: start from random weights of this seed instead of the folder's.
+        embeddings: then take the token embeddings from this model folder.
     Raises:
         ModelError: whatever is wrong with the folder, in one line.
     """
@@ -64,6 +67,8 @@ def load_trunk(path: Path, *, dtype: str = "auto", random_seed: int | None = Non
         model = dequantize_model(model)
     if random_seed is not None:
         _randomise(model, random_seed)
+        if embeddings is not None:
+            _take_embeddings(model, embeddings)
     target = _DTYPES.get(dtype, mx.float32 if on_cpu else None)
     _settle(model, target, path)
     tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
@@ -72,7 +77,7 @@ def load_trunk(path: Path, *, dtype: str = "auto", random_seed: int | None = Non
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Top-level rope keys for folders of transformers 5, which keep them in `rope_parameters` where mlx-lm may not look."""
+    """Top-level rope keys for folders of transformers 5: they stand in `rope_parameters`, where mlx-lm may not look."""
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict):
         return {}
@@ -85,17 +90,31 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _randomise(model: nn.Module, seed: int) -> None:
-    """Normal weights of deviation 0.02 for matrices (residual outputs scaled by depth); biases 0; norms stay."""
-    depth = math.sqrt(2 * len(model.layers))
+    """Normal weights of deviation 0.02 for matrices; biases and the outputs of each block's branches 0; norms stay.
+
+    So every block starts as the identity, which trains more steadily, on small data above all.
+    """
     fresh: list[tuple[str, mx.array]] = []
     for name, array in parameters_of(model).items():
         if array.ndim < 2:
             if name.endswith(".bias"):
                 fresh.append((name, mx.zeros_like(array)))  # mlx draws them from its global generator
             continue
-        deviation = _INITIAL_DEVIATION / (depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+        deviation = 0.0 if name.removesuffix(".weight").endswith(BRANCH_ENDS) else _INITIAL_DEVIATION
         fresh.append((name, deviation * mx.random.normal(array.shape, key=mx_key(seed, "initialise", name))))
     model.update(tree_unflatten(fresh))
+
+
+def _take_embeddings(model: nn.Module, source: Path) -> None:
+    """Put the token embeddings of another model folder into a model of the same width and vocabulary."""
+    name, own = next(item for item in parameters_of(model).items() if item[0].endswith(_EMBEDDINGS))
+    for file in check_model_folder(source).weight_files:
+        found = mx.load(str(file))
+        assert isinstance(found, dict)
+        if name in found and found[name].shape == own.shape:
+            model.update(tree_unflatten([(name, found[name].astype(mx.float32))]))
+            return
+    raise ModelError(f"{source}: has no token embeddings {name} of shape {own.shape}")
 
 
 def _settle(model: nn.Module, dtype: mx.Dtype | None, path: Path) -> None:

@@ -14,7 +14,7 @@ from mlx_ppo.networks.adapters import HEAD, AdaptedEmbedding, Weights, make_adap
 from mlx_ppo.records import Sequences
 
 _INNER_NAMES = ("model", "backbone", "transformer")
-_BRANCH_ENDS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2", "w2", "wo", "dense_4h_to_h")
+BRANCH_ENDS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2", "w2", "wo", "dense_4h_to_h")
 
 
 class _States:
@@ -136,7 +136,7 @@ class Trunk:
 
 def _make_noisy(inner: nn.Module, adapted: Mapping[str, nn.Module]) -> list[nn.Module]:
     """The layers on whose output dropout acts: the embedding, and the last of each attention and feed-forward part."""
-    found = [layer for name, layer in adapted.items() if name.endswith(_BRANCH_ENDS)]
+    found = [layer for name, layer in adapted.items() if name.endswith(BRANCH_ENDS)]
     for module in inner.values():
         if type(module) is nn.Embedding:
             module.__class__ = AdaptedEmbedding

@@ -9,6 +9,7 @@ tokenizer and its `tokenizer.json`, and the model's `config.json`. See `rebuild.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ MODEL = {
     "eos_token_id": 2,
     "torch_dtype": "float16",
 }
+REWARD_MODEL = {**MODEL, "num_hidden_layers": 1, "intermediate_size": 256}
 
 
 def part_of(text: str) -> str:
@@ -125,9 +127,15 @@ def main() -> None:
         write_lines(DATA / f"{name}.jsonl", rows)
         print(f"{name}: {len(rows)} snippets")
     write_lines(DATA / "prompts-train.jsonl", prompts(parts["judge"] + parts["validation"]))
-    write_lines(DATA / "prompts-test.jsonl", prompts(parts["test"]))
+    known = {row["prompt"] for row in prompts(parts["judge"] + parts["validation"])}
+    write_lines(DATA / "prompts-test.jsonl", [row for row in prompts(parts["test"]) if row["prompt"] not in known])
     train_tokenizer([row["text"] for row in parts["train"]])
     write_json(HERE / "config.json", MODEL)
+    reward = HERE / "reward"
+    reward.mkdir(exist_ok=True)
+    write_json(reward / "config.json", REWARD_MODEL)
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(HERE / name, reward / name)
 
 
 if __name__ == "__main__":

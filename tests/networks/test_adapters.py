@@ -57,14 +57,17 @@ def test_fresh_adapters_change_nothing_and_depend_on_seed_and_role(trunk: Trunk)
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"layers": 1}, {f"model.layers.1.{n}" for n in ("mlp.up_proj", "self_attn.q_proj", "mlp.down_proj")}),
-        ({"targets": ("mlp.up_proj",)}, {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"}),
+        ({"layers": 1}, {f"model.layers.2.{n}" for n in ("mlp.up_proj", "self_attn.q_proj", "mlp.down_proj")}),
+        ({"targets": ("mlp.up_proj",)}, {f"model.layers.{number}.mlp.up_proj" for number in range(3)}),
     ],
 )
-def test_layers_and_targets_choose_where_adapters_go(trunk: Trunk, change: dict[str, Any], expected: set[str]) -> None:
+def test_layers_and_targets_choose_where_adapters_go(
+    make_model: Callable[..., Path], change: dict[str, Any], expected: set[str]
+) -> None:
+    trunk = load_trunk(make_model(num_hidden_layers=3))
     places = {name.rpartition(".")[0] for name in new_adapters(trunk.adapted, **{**OPTIONS, **change}).arrays}
     assert expected <= places
-    assert len(places) == {"layers": 7, "targets": 2}[next(iter(change))]
+    assert len(places) == {"layers": 7, "targets": 3}[next(iter(change))]
     with pytest.raises(ModelError, match=r"up_prog.*mlp\.up_proj"):
         new_adapters(trunk.adapted, **{**OPTIONS, "targets": ("mlp.up_prog",)})
 

@@ -38,7 +38,7 @@ class Silent:
     def step(self, done: int, total: int, figures: Mapping[str, float]) -> None: ...
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("pooling", ["last", "mean", "sqrt"])
 def test_pooling_reads_each_text_alone(trunk: Trunk, pooling: str) -> None:
     sequences = make_sequences(ROWS, [()] * len(ROWS))
     junk = sequences._replace(tokens=mx.where(sequences.tokens == 0, 77, sequences.tokens))
@@ -48,7 +48,8 @@ def test_pooling_reads_each_text_alone(trunk: Trunk, pooling: str) -> None:
     for found in (pooled(states, sequences, pooling), pooled(dirty, sequences, pooling)):
         for row, tokens in enumerate(ROWS):
             alone = np.array(trunk.hidden(mx.array([tokens])))[0]
-            expected = alone[-1] if pooling == "last" else alone.mean(axis=0)
+            total = alone.sum(axis=0)
+            expected = {"last": alone[-1], "mean": total / len(alone), "sqrt": total / np.sqrt(len(alone))}[pooling]
             np.testing.assert_allclose(np.array(found[row]), expected, atol=2e-5)
 
 

@@ -1,6 +1,7 @@
 import json
-import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,19 @@ def test_compute_type(model_folder: Path, dtype: str) -> None:
 
 
 def test_the_limit_of_open_files_stays(model_folder: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    load_trunk(model_folder)
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+    """In a process of its own: `import mlx_lm` lowers the limit once."""
+    program = (
+        "import resource, sys, pathlib\n"
+        "limit = resource.RLIMIT_NOFILE\n"
+        "resource.setrlimit(limit, (3000, resource.getrlimit(limit)[1]))\n"
+        "from mlx_ppo.networks.load import load_trunk\n"
+        "load_trunk(pathlib.Path(sys.argv[1]))\n"
+        "print(resource.getrlimit(limit)[0])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(model_folder)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == "3000"
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
@@ -60,8 +71,8 @@ def test_random_weights_depend_on_the_seed_alone(copy: Callable[..., Path], kind
     embedding = np.array(first.base["model.embed_tokens.weight"])
     assert np.abs(embedding - np.array(other.base["model.embed_tokens.weight"])).max() > 0.01
     assert embedding.std() == pytest.approx(0.02, rel=0.03)
-    down = np.array(first.base["model.layers.0.mlp.down_proj.weight"])
-    assert down.std() == pytest.approx(0.02 / np.sqrt(2 * 2), rel=0.1), "residual outputs shrink with depth"
+    for branch in ("mlp.down_proj", "self_attn.o_proj"):
+        assert not np.array(first.base[f"model.layers.0.{branch}.weight"]).any(), "each block starts as the identity"
     if kind == "qwen2":
         assert not np.array(first.base["model.layers.0.self_attn.q_proj.bias"]).any()
 
