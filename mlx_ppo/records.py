@@ -98,4 +98,5 @@ class PPOBatch(NamedTuple):
     old_logprobs: mx.array  # [B, T] float32
     advantages: mx.array  # [B, T] float32
     old_values: mx.array | None  # [B, T] float32
-    returns: mx.array | None  # [B, T] float32
+    returns: mx.array | None  # [B, T] float32, the critic's targets
+    full_returns: mx.array | None  # [B, T] float32, lambda = 1: what is left of the rewards

@@ -1,4 +1,4 @@
-"""Reward models from human feedback: the story, from pairs or ratings to a folder with a calibrated, normalised score."""
+"""Reward models from human feedback: from pairs or ratings to a folder with a calibrated, normalised score."""
 
 import json
 import math
@@ -116,10 +116,19 @@ def load_data(
     for other, path in zip(others, (section.validation, section.test), strict=True):
         if other is not None and (other.ratings is None) != (train.ratings is None):
             raise DataError(f"{path}: has another kind of feedback than {section.train}; both need pairs, or ratings")
+        if other is not None and other.ratings is not None:
+            _require_clear_pair(other.ratings, config.reward_training.min_difference, path)
         shared = len(set(train.texts) & set(other.texts)) if other is not None else 0
         if shared and path is not None:
             reporter.message(f"warning: {shared} texts of {path.name} are also training texts")
     return train, others[0], others[1]
+
+
+def _require_clear_pair(ratings: Floats, min_difference: float, path: Path | None) -> None:
+    if np.ptp(ratings) < min_difference:
+        raise DataError(
+            f"{path}: no two ratings differ by min_difference = {min_difference:g}, so nothing can be measured on it"
+        )
 
 
 def load_feedback(path: Path, tokenizer: Tokenizer, section: FeedbackDataSection, reporter: StepReporter) -> Feedback:

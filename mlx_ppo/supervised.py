@@ -1,4 +1,4 @@
-"""The loop that supervised fine-tuning and reward training share: epochs of batches, validation, best weights, resume."""
+"""The loop that `sft` and `reward` share: epochs of batches, validation, best weights, resume."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

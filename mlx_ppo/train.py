@@ -161,9 +161,13 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer, reporter: Reporter) -> 
 
 def initial_state(config: TrainConfig, policy: Weights, critic: Weights | None) -> State:
     """Learners, KL controller and counters before the first iteration."""
-    steps = config.run.iterations * config.ppo.epochs * config.ppo.minibatches
+    steps = config.ppo.epochs * config.ppo.minibatches
+    iterations = {"policy": config.run.iterations - config.critic.warmup_iterations, "critic": config.run.iterations}
     rates = {"policy": config.optimizer.learning_rate, "critic": config.critic.learning_rate}
-    make = {role: Optimizer(config.optimizer, learning_rate=rate, total_steps=steps) for role, rate in rates.items()}
+    make = {
+        role: Optimizer(config.optimizer, learning_rate=rate, total_steps=iterations[role] * steps)
+        for role, rate in rates.items()
+    }
     kl: AdaptiveKL | FixedKL = FixedKL(config.kl.coef)
     if config.kl.controller == "adaptive":
         kl = AdaptiveKL(config.kl.coef, config.kl.target, config.kl.horizon)
@@ -253,13 +257,15 @@ def advantages(config: TrainConfig, rollout: Rollout, scored: Scored, *, kl_coef
         assert ppo.advantage != "gae"
         totals = mx.where(mask, rewards, 0.0).sum(axis=1)
         by_response = group_advantages(totals, rollout.group, kind=ppo.advantage)
-        return PPOBatch(scored.old_logprobs, mx.where(mask, by_response[:, None], 0.0), None, None)
+        return PPOBatch(scored.old_logprobs, mx.where(mask, by_response[:, None], 0.0), None, None, None)
     lambda_policy: float | mx.array = ppo.lambda_policy
     if ppo.length_adaptive:
         lambda_policy = length_adaptive_lambda(mask.sum(axis=1), alpha=ppo.length_adaptive)
     estimates, _ = gae(rewards, scored.values, mask, discount=ppo.discount, gae_lambda=lambda_policy)
     _, returns = gae(rewards, scored.values, mask, discount=ppo.discount, gae_lambda=ppo.lambda_critic)
-    return PPOBatch(scored.old_logprobs, whiten(estimates, mask) if ppo.whiten else estimates, scored.values, returns)
+    _, full_returns = gae(rewards, scored.values, mask, discount=ppo.discount, gae_lambda=1.0)
+    whitened = whiten(estimates, mask) if ppo.whiten else estimates
+    return PPOBatch(scored.old_logprobs, whitened, scored.values, returns, full_returns)
 
 
 def _metrics(state: State, rollout: Rollout, scored: Scored, batch: PPOBatch, stats: UpdateStats) -> dict[str, float]:
@@ -289,8 +295,8 @@ def _metrics(state: State, rollout: Rollout, scored: Scored, batch: PPOBatch, st
         "logprob_error": number(masked_mean(mx.abs(rollout.logprobs - scored.old_logprobs), mask)),
         "tokens": number(mask.sum()),
     }
-    if batch.returns is not None and batch.old_values is not None:
-        metrics["explained_variance"] = number(explained_variance(batch.old_values, batch.returns, mask))
+    if batch.full_returns is not None and batch.old_values is not None:
+        metrics["explained_variance"] = number(explained_variance(batch.old_values, batch.full_returns, mask))
         metrics["value_loss"] = _mean(stats.value_loss)
         metrics["critic_norm"] = _mean(stats.critic_norm)
     metrics.update({f"score_{name}": number(values.mean()) for name, values in scored.by_source.items()})

@@ -218,7 +218,7 @@ class _Step:
             exact = all(array.dtype == mx.float32 for array in self.roles.trunk.base.values())
             if not error <= (RATIO_TOLERANCE if exact else _RATIO_TOLERANCE_HALF):
                 raise RunError(
-                    f"self-check failed: in the first minibatch the ratio to the old policy is off by {error:.2g}, not 0; "
+                    f"self-check failed: the first minibatch's ratio to the old policy is off 1 by {error:.2g}; "
                     "the weights that scored are not those that are trained"
                 )
         low, high = clip_fractions(

@@ -239,7 +239,11 @@ def make_world(
         values = (scored.values, returns) if kind is not None else (None, None)
         junk = mx.where(rollout.mask, advantages, mx.nan)  # nothing may leak from padding
         return World(
-            roles, Learner(weights, _adam(1e-3)), critic, rollout, PPOBatch(scored.old_logprobs, junk, *values)
+            roles,
+            Learner(weights, _adam(1e-3)),
+            critic,
+            rollout,
+            PPOBatch(scored.old_logprobs, junk, *values, values[-1]),
         )
 
     return make

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
+from mlx_ppo.networks.model_files import read_arrays
 
 HEAD = "head."
 
@@ -185,11 +186,10 @@ def load_adapters(folder: Path, adapted: Mapping[str, nn.Module]) -> Weights:
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        arrays = mx.load(str(folder / "adapters.safetensors"))
         scale = float(config["lora_parameters"]["scale"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: not a folder of LoRA adapters in mlx-lm's format ({error})") from None
-    assert isinstance(arrays, dict)
+    arrays = read_arrays(folder / "adapters.safetensors")
     for name, array in arrays.items():
         layer, _, side = name.rpartition(".")
         module = adapted.get(layer)

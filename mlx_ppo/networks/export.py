@@ -34,7 +34,7 @@ def write_adapters(target: Path, weights: Weights, blocks: int) -> Path:
 
 
 def write_model(target: Path, source: Path, trunk: Trunk, weights: Weights, *, dtype: str) -> Path:
-    """Write a whole model: the trunk with full weights in place, and the tokenizer and configuration of the source folder.
+    """Write a whole model: the trunk with full weights in place, with the source folder's tokenizer and configuration.
 
     Raises:
         RunError: the folder cannot be written.

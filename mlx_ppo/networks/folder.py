@@ -10,31 +10,19 @@ import functools
 import glob
 import importlib.util
 import json
-import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_ppo.errors import ModelError
+from mlx_ppo.networks.model_files import Tensors, check_regular, check_safetensors, json_object, quoted, wrong
 
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
-
-_ITEM_BYTES = {
-    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E8M0": 1},
-    **{"U16": 2, "I16": 2, "F16": 2, "BF16": 2},
-    **{"U32": 4, "I32": 4, "F32": 4},
-    **{"U64": 8, "I64": 8, "C64": 8},
-}  # the types that mlx reads
-_LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
-_LARGEST_RANK = 32
 _WEIGHTS = "model*.safetensors"  # mlx-lm reads all of these and nothing else
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_POINTER = b"version https://git-lfs"
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".zst", ".7z")
 
 
@@ -65,7 +53,7 @@ def check_model_folder(path: Path, *, weights: bool = True) -> ModelFolder:
     try:
         _check_place(path)
         _check_links(path)
-        config = _json_object(path / "config.json")
+        config = json_object(path / "config.json")
         _check_model_type(path, config)
         _check_code(path, config)
         _check_tokenizer(path)
@@ -74,18 +62,7 @@ def check_model_folder(path: Path, *, weights: bool = True) -> ModelFolder:
             raise _no_weights(path)
         return ModelFolder(path, config, files, _check_weights(path, files) if files else {})
     except OSError as error:
-        raise _wrong(Path(error.filename or path), f"can't be read: {error.strerror or error}") from None
-
-
-def _wrong(where: Path, what: str) -> ModelError:
-    """One line, whatever the names in it hold."""
-    return ModelError("".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{where}: {what}"))
-
-
-def _quoted(name: object) -> str:
-    """A name from a file, cut: it may be as long as the file."""
-    text = str(name)
-    return f"'{text if len(text) <= 100 else text[:100] + '…'}'"
+        raise wrong(Path(error.filename or path), f"can't be read: {error.strerror or error}") from None
 
 
 def _nearest(name: str, names: Iterable[str]) -> str | None:
@@ -101,9 +78,9 @@ def _check_place(path: Path) -> None:
             mend = "a GGUF file has to be imported into a model folder first"
         elif suffix in _ARCHIVES:
             mend = "an archive has to be unpacked into a folder first"
-        raise _wrong(path, f"a file, not a model folder: {mend}")
+        raise wrong(path, f"a file, not a model folder: {mend}")
     if not path.is_dir():
-        raise _wrong(path, _missing_folder(path))
+        raise wrong(path, _missing_folder(path))
     if not os.path.lexists(path / "config.json"):
         inner = sorted([*path.glob("*/config.json"), *path.glob("snapshots/*/config.json")])
         mend = (
@@ -111,7 +88,7 @@ def _check_place(path: Path) -> None:
             if inner
             else "A model folder as transformers or mlx-lm save it has one."
         )
-        raise _wrong(path, f"no config.json in this folder. {mend}")
+        raise wrong(path, f"no config.json in this folder. {mend}")
 
 
 def _missing_folder(path: Path) -> str:
@@ -139,48 +116,9 @@ def _check_links(path: Path) -> None:
                 continue
             target = Path(os.path.realpath(entry))
             if not any(target.is_relative_to(root) for root in roots):
-                raise _wrong(
-                    entry, f"a link that leads out of the model folder, to '{target}'; put a copy in its place"
-                )
+                raise wrong(entry, f"a link that leads out of the model folder, to '{target}'; put a copy in its place")
             if not target.exists():
-                raise _wrong(entry, f"a link to '{target}', which doesn't exist")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Parsers differ in which of two equal keys they take."""
-    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"the key {_quoted(twice[0])} appears twice")
-    return dict(pairs)
-
-
-def _parsed(file: Path, content: bytes, *, header: bool = False) -> dict[str, Any]:
-    what = "header: " if header else ""
-    try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique if header else None)
-    except UnicodeDecodeError as error:
-        raise _wrong(file, f"{what}not UTF-8 at byte {error.start}") from None
-    except (ValueError, RecursionError) as error:  # besides syntax: a repeated key, thousands of digits, deep nesting
-        raise _wrong(file, f"{what}malformed JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise _wrong(file, f"{what}not a JSON object")
-    return value
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    _check_regular(file)
-    return _parsed(file, file.read_bytes())
-
-
-def _check_regular(file: Path) -> None:
-    if not file.is_file():  # a pipe would block whoever opens it
-        raise _wrong(file, "not a regular file")
-    with file.open("rb") as stream:
-        start = stream.read(len(_POINTER))
-    if not start:
-        raise _wrong(file, "an empty file; copy it again")
-    if start == _POINTER:
-        raise _wrong(file, "a Git LFS pointer, not the file itself; fetch it with git lfs pull")
+                raise wrong(entry, f"a link to '{target}', which doesn't exist")
 
 
 @functools.cache
@@ -203,35 +141,35 @@ def _model_types() -> frozenset[str]:
 def _check_model_type(path: Path, config: dict[str, Any]) -> None:
     file, kind = path / "config.json", config.get("model_type")
     if kind is None:
-        raise _wrong(file, "no 'model_type', such as \"llama\"; this isn't a language model's config")
+        raise wrong(file, "no 'model_type', such as \"llama\"; this isn't a language model's config")
     if not isinstance(kind, str):
-        raise _wrong(file, f"'model_type' must be a string, not {_quoted(json.dumps(kind))}")
+        raise wrong(file, f"'model_type' must be a string, not {quoted(json.dumps(kind))}")
     if kind not in _model_types():
         near = _nearest(kind, _model_types())
         mend = f"Did you mean '{near}'?" if near else "A newer mlx-lm may know it."
-        raise _wrong(file, f"the installed mlx-lm has no model type {_quoted(kind)}. {mend}")
+        raise wrong(file, f"the installed mlx-lm has no model type {quoted(kind)}. {mend}")
 
 
 def _check_code(path: Path, config: dict[str, Any]) -> None:
     tokenizer = path / "tokenizer_config.json"
     configs = [(path / "config.json", config)]
     if os.path.lexists(tokenizer):
-        configs.append((tokenizer, _json_object(tokenizer)))
+        configs.append((tokenizer, json_object(tokenizer)))
     for file, content in configs:
         for key in ("model_file", "auto_map"):
             if content.get(key) not in (None, {}):
                 mend = "If the model also works without it, delete the key"
-                raise _wrong(file, f"'{key}' asks to run code that comes with the model, which is never done. {mend}")
+                raise wrong(file, f"'{key}' asks to run code that comes with the model, which is never done. {mend}")
 
 
 def _check_tokenizer(path: Path) -> None:
     fast, pieces = path / "tokenizer.json", path / "tokenizer.model"
     if not os.path.lexists(fast) and not os.path.lexists(pieces):
-        raise _wrong(path, "no tokenizer: neither tokenizer.json nor tokenizer.model is in this folder")
-    if os.path.lexists(fast) and not isinstance(_json_object(fast).get("model"), dict):
-        raise _wrong(fast, "not a tokenizer: it has no object 'model'")
+        raise wrong(path, "no tokenizer: neither tokenizer.json nor tokenizer.model is in this folder")
+    if os.path.lexists(fast) and not isinstance(json_object(fast).get("model"), dict):
+        raise wrong(fast, "not a tokenizer: it has no object 'model'")
     if os.path.lexists(pieces):
-        _check_regular(pieces)
+        check_regular(pieces)
 
 
 def _no_weights(path: Path) -> ModelError:
@@ -243,13 +181,13 @@ def _no_weights(path: Path) -> ModelError:
     ):
         found = [name for name in names if name.lower().endswith(suffixes)]
         if found:
-            return _wrong(path, f"no weights in safetensors: {_quoted(found[0])} is {why}")
-    return _wrong(path, f"no weights: no {_WEIGHTS} in this folder")
+            return wrong(path, f"no weights in safetensors: {quoted(found[0])} is {why}")
+    return wrong(path, f"no weights: no {_WEIGHTS} in this folder")
 
 
 def _check_weights(path: Path, files: tuple[Path, ...]) -> Tensors:
     if glob.has_magic(str(path)):
-        raise _wrong(path, "mlx-lm can't find weights in a path with *, ? or [ in it; rename the folder")
+        raise wrong(path, "mlx-lm can't find weights in a path with *, ? or [ in it; rename the folder")
     tensors: Tensors = {}
     owner: dict[str, str] = {}
     index = _index(path)
@@ -258,14 +196,14 @@ def _check_weights(path: Path, files: tuple[Path, ...]) -> Tensors:
     else:
         _check_shards(path, index, {file.name for file in files})
     for file in files:
-        for name, entry in _safetensors(file).items():
+        for name, entry in check_safetensors(file).items():
             if name in owner:
-                raise _wrong(file, f"tensor {_quoted(name)} is also in {owner[name]}; remove the stray file")
+                raise wrong(file, f"tensor {quoted(name)} is also in {owner[name]}; remove the stray file")
             tensors[name], owner[name] = entry, file.name
     if index is not None and index != owner:
         name = min(set(index.items()) ^ set(owner.items()))[0]
         places = f"{_INDEX} puts it in {index.get(name, 'no file')}, it is in {owner.get(name, 'no file')}"
-        raise _wrong(path, f"tensor {_quoted(name)}: {places}")
+        raise wrong(path, f"tensor {quoted(name)}: {places}")
     return tensors
 
 
@@ -274,9 +212,9 @@ def _index(path: Path) -> dict[str, str] | None:
     file = path / _INDEX
     if not os.path.lexists(file):
         return None
-    shards = _json_object(file).get("weight_map")
+    shards = json_object(file).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise _wrong(file, "'weight_map' must be an object that names a file for each tensor")
+        raise wrong(file, "'weight_map' must be an object that names a file for each tensor")
     return shards
 
 
@@ -284,13 +222,13 @@ def _check_shards(path: Path, index: dict[str, str], present: set[str]) -> None:
     wanted = set(index.values())
     odd = sorted(name for name in wanted if not re.fullmatch(r"model[^/\\]*\.safetensors", name))
     if odd:
-        raise _wrong(path / _INDEX, f"names the file {_quoted(odd[0])}; mlx-lm reads only {_WEIGHTS} in this folder")
+        raise wrong(path / _INDEX, f"names the file {quoted(odd[0])}; mlx-lm reads only {_WEIGHTS} in this folder")
     missing, stray = sorted(wanted - present), sorted(present - wanted)
     if missing:
         count = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise _wrong(path, f"{_quoted(missing[0])}{count} missing, though {_INDEX} names it; copy the folder again")
+        raise wrong(path, f"{quoted(missing[0])}{count} missing, though {_INDEX} names it; copy the folder again")
     if stray:
-        raise _wrong(path / stray[0], f"a stray file that {_INDEX} doesn't name, but mlx-lm would read; remove it")
+        raise wrong(path / stray[0], f"a stray file that {_INDEX} doesn't name, but mlx-lm would read; remove it")
 
 
 def _check_numbering(path: Path, files: tuple[Path, ...]) -> None:
@@ -303,77 +241,4 @@ def _check_numbering(path: Path, files: tuple[Path, ...]) -> None:
         for number in range(1, int(numbered[3]) + 1):
             sibling = f"{numbered[1]}{number:05d}-of-{numbered[3]}.safetensors"
             if sibling not in present:
-                raise _wrong(path, f"'{sibling}' is missing; copy the folder again")
-
-
-def _safetensors(file: Path) -> Tensors:
-    """The tensors of one file whose header tells the truth about every byte."""
-    _check_regular(file)
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise _wrong(file, f"truncated, or not safetensors: its header should have {length} bytes; copy it again")
-        if length > _LARGEST_HEADER:
-            raise _wrong(file, f"a header of {length} bytes; safetensors allows {_LARGEST_HEADER}")
-        content = stream.read(length)
-    if not content.startswith(b"{"):
-        raise _wrong(file, "header: doesn't begin with {; not safetensors, or damaged")
-    header = _parsed(file, content, header=True)
-    metadata = header.pop("__metadata__", None)
-    if metadata is None:  # as mlx writes where it has nothing to say
-        metadata = {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _wrong(file, "header: '__metadata__' must hold strings only")
-    if not header:
-        raise _wrong(file, "holds no tensors")
-    ranges = sorted((*_range(file, name, entry), name) for name, entry in header.items())
-    _check_ranges(file, ranges, size - 8 - length)
-    _check_with_library(file, set(header))
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-
-
-def _range(file: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Where a tensor's bytes begin and end; as many as its type and shape need."""
-    match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end], **rest}:
-            whole = not rest and len(shape) <= _LARGEST_RANK
-        case _:
-            whole = False
-    if not whole or not all(type(count) is int and 0 <= count < 2**63 for count in (*shape, begin, end)):
-        raise _wrong(file, f"header: tensor {_quoted(name)} is malformed")
-    if dtype not in _ITEM_BYTES:
-        raise _wrong(file, f"tensor {_quoted(name)} has the type {_quoted(dtype)}, which mlx doesn't read")
-    needed = math.prod(shape) * _ITEM_BYTES[dtype]
-    if needed != end - begin:
-        raise _wrong(file, f"tensor {_quoted(name)}: {dtype} {shape} needs {needed} bytes, its range has {end - begin}")
-    return begin, end
-
-
-def _check_ranges(file: Path, ranges: list[tuple[int, int, str]], size: int) -> None:
-    """The ranges follow one another from the first byte to the last."""
-    last = max(end for _, end, _ in ranges)
-    if last > size:
-        raise _wrong(file, f"truncated: its tensors need {last} bytes, {size} are there; copy it again")
-    position = 0
-    for begin, end, name in ranges:
-        if begin != position:
-            what = (
-                "overlaps the one before" if begin < position else f"leaves {begin - position} bytes before it unused"
-            )
-            raise _wrong(file, f"the range of tensor {_quoted(name)} {what}; the file is damaged or forged")
-        position = end
-    if position < size:
-        raise _wrong(file, f"{size - position} bytes after the last tensor; the file is damaged or forged")
-
-
-def _check_with_library(file: Path, names: set[str]) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="np") as opened:
-            same = set(opened.keys()) == names
-    except SafetensorError as error:
-        raise _wrong(file, f"safetensors refuses it: {error}") from None
-    if not same:
-        raise _wrong(file, "safetensors finds other tensors in it than its header names")
+                raise wrong(path, f"'{sibling}' is missing; copy the folder again")

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import HEAD, Weights, load_adapters
 from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.networks.model_files import read_arrays
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.records import Sequences
 
@@ -124,12 +125,9 @@ def load_reward_model(folder: Path, shared: Trunk | None, *, dtype: str = "auto"
         trunk, weights = shared, load_adapters(folder, shared.adapted)
     else:
         trunk, weights = load_trunk(folder, dtype=dtype), Weights({})
-    try:
-        head = mx.load(str(folder / HEAD_FILE))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder / HEAD_FILE}: cannot be read ({error})") from None
+    head = read_arrays(folder / HEAD_FILE)
     expected = {name: array.shape for name, array in new_head(trunk.width).items()}
-    if not isinstance(head, dict) or {name: array.shape for name, array in head.items()} != expected:
+    if {name: array.shape for name, array in head.items()} != expected:
         raise ModelError(f"{folder / HEAD_FILE}: not a scalar head for states of size {trunk.width}")
     if not all(mx.isfinite(array).all().item() for array in head.values()):
         raise ModelError(f"{folder / HEAD_FILE}: contains NaN or infinity; the weights are damaged")

@@ -13,6 +13,7 @@ from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import parameters_of
 from mlx_ppo.networks.folder import ModelFolder, check_model_folder
+from mlx_ppo.networks.model_files import read_arrays
 from mlx_ppo.networks.tokenizer import load_tokenizer
 from mlx_ppo.networks.trunk import BRANCH_ENDS, Trunk
 
@@ -109,8 +110,7 @@ def _take_embeddings(model: nn.Module, source: Path) -> None:
     """Put the token embeddings of another model folder into a model of the same width and vocabulary."""
     name, own = next(item for item in parameters_of(model).items() if item[0].endswith(_EMBEDDINGS))
     for file in check_model_folder(source).weight_files:
-        found = mx.load(str(file))
-        assert isinstance(found, dict)
+        found = read_arrays(file)
         if name in found and found[name].shape == own.shape:
             model.update(tree_unflatten([(name, found[name].astype(mx.float32))]))
             return

@@ -168,7 +168,7 @@ def _load_critic(config: TrainConfig, roles: Roles) -> tuple[Critic, Weights]:
 
 
 def _separate_critic(config: TrainConfig, roles: Roles) -> tuple[Critic, Weights]:
-    """A critic with all weights of its own: from a folder, from a reward model in its own folder, or from the policy's."""
+    """A critic with all weights of its own: from a folder, a reward model in its own folder, or the policy's."""
     path = config.critic.path
     if path is None and config.critic.initialise == "reward":
         for source in config.reward:

@@ -1,5 +1,6 @@
 """The trunk: one mlx-lm model whose weights never change, on which roles lay their own weights for a while."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,37 @@ class Trunk:
         self._in_use = False
         model.eval()
         self._check_split()
+
+    @functools.cached_property
+    def decodes_batches(self) -> bool:
+        """Whether rows of different length, decoded together, get the states that they get alone.
+
+        Some architectures of mlx-lm broadcast a batch's padding mask along the wrong axis; some of those raise, others
+        are silently wrong.
+        """
+        from mlx_lm.models.cache import make_prompt_cache
+
+        rows = [[1, 2, 3], [3, 1, 2, 2, 1], [2, 2]]
+        rows = [[token % self.tokenizer.vocab_size for token in row] for row in rows]
+        alone = [self.hidden(mx.array([row]))[0, -1] for row in rows]
+        for count in (2, 3):
+            lengths = [len(row) - 1 for row in rows[:count]]
+            padding = [max(lengths) - length for length in lengths]
+            empty = [make_prompt_cache(self.model) for _ in lengths]
+            try:
+                cache = [layers[0].merge(list(layers)) for layers in zip(*empty, strict=True)]
+                for layer in cache:
+                    layer.prepare(lengths=lengths, right_padding=padding)
+                self.hidden(mx.array([row[:-1] + [0] * pad for row, pad in zip(rows, padding, strict=False)]), cache)
+                for layer in cache:
+                    layer.finalize()
+                states = self.hidden(mx.array([[row[-1]] for row in rows[:count]]), cache)[:, -1]
+                wanted = mx.stack(alone[:count])
+                if not mx.allclose(states.astype(mx.float32), wanted.astype(mx.float32), rtol=0.05, atol=0.05).item():
+                    return False
+            except (ValueError, AttributeError, TypeError):
+                return False
+        return True
 
     @property
     def blocks(self) -> int:
@@ -146,7 +178,7 @@ def _make_noisy(inner: nn.Module, adapted: Mapping[str, nn.Module]) -> list[nn.M
 
 
 def _find_inner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    owner = model["language_model"] if "language_model" in model else model
+    owner = model.get("language_model", model)
     for inner in _INNER_NAMES:
         if isinstance(owner.get(inner), nn.Module):
             return owner, inner
