@@ -149,10 +149,10 @@ def changed_inputs(config: Job, record: Mapping[str, Any]) -> list[str]:
 
 
 def _hashes(config: Job) -> dict[str, str]:
-    """SHA-256 of every file that an input path of the configuration names, folders file by file."""
+    """SHA-256 of every file that an input path of the configuration names, and of those right inside a folder."""
     found: dict[str, str] = {}
     for path in _input_paths(config.model_dump(exclude={"run"})):
-        files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
         for file in files:
             if file.is_file() and str(file) not in found:
                 found[str(file)] = sha256(file)

@@ -131,6 +131,6 @@ class Display:
         self.console.print(table)
         for old, new in list(zip(before.completions, after.completions, strict=True))[:_SHOWN_ANSWERS]:
             self.console.print(Text(f"\n{old.prompt}", style="bold"))
-            self.console.print(Text(f"  before {old.score:+.2f} {old.text}"))
-            self.console.print(Text(f"  after  {new.score:+.2f} {new.text}", style="cyan"))
+            self.console.print(Text(f"  before {old.score:+.2f}  {old.text.strip()}"))
+            self.console.print(Text(f"  after  {new.score:+.2f}  {new.text.strip()}", style="cyan"))
         self.console.print()

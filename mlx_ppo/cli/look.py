@@ -37,9 +37,9 @@ def sample(
     prompts = _prompts(target, texts, file, count)
     rollout = _write(target, prompts, samples, max_tokens, temperature, seed)
     for row, text in enumerate(_texts(target.trunk.tokenizer, rollout)):
-        if row % samples == 0:
-            click.secho(f"\n{prompts[row // samples].text}", bold=True)
-        click.echo(f"  {text.strip(chr(10))}")
+        if row % samples == 0 and row:
+            click.echo()
+        click.echo(click.style(prompts[row // samples].text, bold=True) + text.rstrip())
 
 
 def compare(

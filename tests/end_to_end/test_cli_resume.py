@@ -1,0 +1,173 @@
+"""The same run twice, and the same run in two parts: every byte and every number the same."""
+
+from collections.abc import Mapping
+
+import pytest
+
+from mlx_ppo import reward_training, sft, train
+from mlx_ppo.config import RewardConfig, SFTConfig, TrainConfig
+from mlx_ppo.config_file import read_config
+from mlx_ppo.runs import Run, create_run
+from mlx_ppo.runtime.signals import Interrupted, Interrupts
+
+JOBS = {
+    "train": (TrainConfig, train.train),
+    "sft": (SFTConfig, sft.finetune),
+    "reward": (RewardConfig, reward_training.train_reward_model),
+}
+
+
+class StopAfter:
+    """A reporter through which a signal comes at a chosen place."""
+
+    def __init__(self, interrupts: Interrupts, *, at: int, phase: str = "") -> None:
+        self.interrupts, self.at, self.where = interrupts, at, phase
+
+    def message(self, text: str) -> None: ...
+    def tokens(self, count: int) -> None: ...
+
+    def phase(self, name: str, iteration: int, iterations: int) -> None:
+        if (name, iteration) == (self.where, self.at):
+            self.interrupts.received = 15
+
+    def iteration(self, metrics: Mapping[str, float], iterations: int, sample: tuple[str, str, float]) -> None:
+        if not self.where and metrics["step"] == self.at:
+            self.interrupts.received = 15
+
+    def step(self, done: int, total: int, figures: Mapping[str, float]) -> None:
+        if done == self.at:
+            self.interrupts.received = 15
+
+
+def stop(project, job, config, name, *, at, phase=""):
+    """Start a job in a run of its own and stop it."""
+    kind, function = JOBS[job]
+    settings = read_config(kind, config, [f"run.name={name}"])
+    interrupts = Interrupts()
+    with Run(create_run(settings, settings.run.folder, name)) as run, pytest.raises(Interrupted):
+        function(settings, run, StopAfter(interrupts, at=at, phase=phase), interrupts)
+
+
+def same(project, first, second):
+    """Both runs have the same metrics and samples and, bit for bit, the same checkpoints."""
+    assert project.metrics(first) == project.metrics(second)
+    assert project.samples(first) == project.samples(second)
+    one, two = project.checkpoints(first), project.checkpoints(second)
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []
+
+
+GROUPS = {"rollout": {"prompts": 2, "samples_per_prompt": 3}}
+CASES = {
+    "critic adapters": {},
+    "critic head": {"critic": {"kind": "head"}},
+    "critic model": {"critic": {"kind": "model"}, "ppo": {"micro_batch": 1}},
+    "adaptive kl": {"kl": {"controller": "adaptive", "coef": 0.2, "target": 0.1, "horizon": 30.0}},
+    "warm-ups and schedule": {
+        "critic": {"warmup_iterations": 1},
+        "optimizer": {"schedule": "cosine", "warmup_steps": 5, "weight_decay": 0.1},
+    },
+    "full": {"model": {"train": "full"}},
+    "full, critic head": {"model": {"train": "full"}, "critic": {"kind": "head"}},
+    "grpo": {"ppo": {"advantage": "grpo"}, **GROUPS},
+    "rloo": {"ppo": {"advantage": "rloo"}, **GROUPS},
+    "dr_grpo, full": {"ppo": {"advantage": "dr_grpo", "aggregate": "constant"}, "model": {"train": "full"}, **GROUPS},
+}
+
+
+def config_of(project, changes):
+    return project.config(**{"run": {"iterations": 4, "keep_last": 4, "evaluate_every": 3}, **changes})
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(project):
+    config = config_of(project, {})
+    for name in ("a", "b"):
+        project.done("train", config, "--set", f"run.name={name}")
+    same(project, "a", "b")
+    project.done("train", config, "--set", "run.name=c", "--set", "run.seed=1")
+    rows = zip(project.metrics("a"), project.metrics("c"), strict=True)
+    assert all(row["entropy"] != other["entropy"] for row, other in rows)
+    files = project.checkpoints("c")
+    assert all(files[name] != data for name, data in project.checkpoints("a").items() if name.endswith("s.safetensors"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_in_parts_is_training_at_once(project, case):
+    config = config_of(project, CASES[case])
+    project.done("train", config)
+    assert len({row["entropy"] for row in project.metrics()}) == 4  # the policy moves
+    for at in (1, 3) if case != "critic adapters" else (1, 2, 3, 4):
+        stop(project, "train", config, f"at{at}", at=at)
+        assert project.steps(f"at{at}") == list(range(1, at + 1))
+        shown = project.done("resume", f"runs/at{at}")
+        assert f"resuming after iteration {at} of 4" in shown
+        same(project, "a", f"at{at}")
+
+
+@pytest.mark.parametrize(("phase", "at", "saved"), [("score", 1, 0), ("rollout", 3, 2), ("score", 3, 2)])
+def test_an_iteration_stopped_in_the_middle_is_done_again(project, phase, at, saved):
+    config = config_of(project, {"run": {"iterations": 4, "keep_last": 5, "save_every": 10}})
+    project.done("train", config)
+    stop(project, "train", config, "b", at=at, phase=phase)
+    assert project.steps("b") == [saved]
+    project.done("resume", "runs/b")
+    assert project.metrics("a") == project.metrics("b")
+    whole, parts = project.checkpoints("a"), project.checkpoints("b")
+    assert whole.keys() < parts.keys() and all(parts[name] == data for name, data in whole.items())
+
+
+def test_stopped_between_checkpoints_with_metrics_beyond_the_last(project):
+    """As after a kill: the metrics after the last checkpoint are cut and written anew."""
+    config = config_of(project, {"run": {"iterations": 4, "keep_last": 5, "save_every": 2}})
+    project.done("train", config)
+    stop(project, "train", config, "b", at=3)
+    rows = (project.run("b") / "metrics.jsonl").read_text()
+    (project.run("b") / "checkpoints/000003").rename(project.folder / "lost")
+    with open(project.run("b") / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "sco')
+    assert len(rows.splitlines()) == 3
+    project.done("resume", "runs/b")
+    same(project, "a", "b")
+
+
+def test_with_a_reward_model_and_a_critic_that_starts_from_it(project, reward_folders):
+    for name, placement, kind in (("a", "adapters", "adapters"), ("c", "folder", "model")):
+        reward = [{"kind": "model", "path": str(reward_folders[placement])}]
+        config = config_of(project, {"reward": reward, "critic": {"kind": kind}})
+        project.done("train", config, "--set", f"run.name={name}")
+        stop(project, "train", config, f"{name}2", at=2)
+        project.done("resume", f"runs/{name}2")
+        same(project, name, f"{name}2")
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("job", ["sft", "reward"])
+def test_supervised_jobs_in_parts(project, job, full):
+    section, noise = {"sft": "sft", "reward": "reward_training"}[job], {"token_dropout": 0.2, "dropout": 0.1}
+    held_out = project.jsonl("held.jsonl", [{"text": "a good film", "rating": 5}, {"text": "a bad film", "rating": 1}])
+    config = project.config(
+        job,
+        run={"save_every": 2, "keep_last": 1000},
+        data={"validation": str(held_out)},
+        model={"train": "full" if full else "lora"},
+        optimizer={"schedule": "linear"},
+        **{section: noise},
+    )
+    project.done(job, config)
+    result = project.run() / ("reward" if job == "reward" else "model" if full else "adapters")
+    whole = {file.name: file.read_bytes() for file in result.iterdir()}
+    for at in (1, 3, 5):
+        stop(project, job, config, f"at{at}", at=at)
+        project.done("resume", f"runs/at{at}")
+        assert project.metrics(f"at{at}") == project.metrics("a")
+        files = project.checkpoints(f"at{at}")
+        assert all(files[name] == data for name, data in project.checkpoints("a").items())
+        parts = {file.name: file.read_bytes() for file in (project.run(f"at{at}") / result.name).iterdir()}
+        assert parts == whole
+
+
+def test_resuming_a_finished_run_changes_nothing(project):
+    project.done("train", config_of(project, {}))
+    before = project.metrics(), project.samples(), project.checkpoints()
+    project.done("resume", "runs/a")
+    assert (project.metrics(), project.samples(), project.checkpoints()) == before

@@ -1,0 +1,152 @@
+"""`mlx-ppo train` from configuration to finished run."""
+
+import json
+import math
+import stat
+from pathlib import Path
+
+import pytest
+
+from mlx_ppo.metrics import BY_KEY
+
+EXTRA = {"seconds", "tokens_per_second"}
+
+
+def stock_text(model, checkpoint, prompt, *, tokens):
+    """Greedy text from mlx-lm alone, adapters and all."""
+    from mlx_lm import load, stream_generate
+
+    network, tokenizer = load(str(model), adapter_path=str(checkpoint))
+    return "".join(part.text for part in stream_generate(network, tokenizer, prompt, max_tokens=tokens))
+
+
+def modes(folder: Path):
+    for item in (folder, *folder.rglob("*")):
+        yield item.relative_to(folder), stat.S_IMODE(item.stat().st_mode), item.is_dir()
+
+
+def test_a_run_leaves_everything_that_is_promised(project):
+    shown = project.done("train", project.config(run={"iterations": 5, "evaluate_every": 2}))
+    assert "run folder: runs/a\n" in shown and "policy: runs/a/checkpoints/000005\n" in shown
+    assert "iteration 5/5" in shown and "before" in shown and "after" in shown
+    folder = project.run()
+    names = {item.name for item in folder.iterdir()}
+    assert names == {"config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "lock"}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    for row in rows:
+        assert row.keys() >= EXTRA and all(math.isfinite(value) for value in row.values())
+        assert {key for key in row if not key.startswith("score_")} <= BY_KEY.keys() | {"step"}
+        assert 0 < row["seconds"] < 100 and row["tokens_per_second"] > 0
+        assert row["ratio_error"] < 1e-4 and row["logprob_error"] < 1e-4
+        assert row["reward"] == pytest.approx(row["score"] - row["kl_coef"] * row["kl"])
+    samples = project.samples()
+    evaluations = {row["step"] for row in samples if row["kind"] == "summary"}
+    assert evaluations == {0, 2, 4, 5}
+    assert [row["step"] for row in samples if row["kind"] == "rollout"] == [1, 2, 3, 4, 5]
+    assert [row["prompt"] for row in samples if row["kind"] == "evaluation"] == [
+        text for _ in range(4) for text in ("the film", "a very good story", "it was")
+    ]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["command"] == "train"
+    assert {Path(name).name for name in record["inputs"]} >= {"rule.py", "prompts.jsonl", "model.safetensors"}
+    best = json.loads((folder / "checkpoints/000005/state.json").read_text())["best"]
+    summaries = {row["step"]: row["score"] for row in samples if row["kind"] == "summary"}
+    assert best == [max((2, 4), key=lambda step: (summaries[step], -step)), max(summaries[2], summaries[4])]
+    assert set(project.steps()) == {4, 5, best[0]}
+
+
+def test_everything_in_a_run_is_private(project):
+    project.done("train", project.config())
+    found = list(modes(project.run()))
+    assert len(found) > 12
+    assert {(mode, folder) for _, mode, folder in found} == {(0o700, True), (0o600, False)}, found
+
+
+def test_checkpoints_are_rotated(project):
+    project.done("train", project.config(run={"iterations": 6, "keep_last": 3}))
+    assert project.steps() == [4, 5, 6]
+    project.done("train", project.config(run={"iterations": 6, "keep_last": 1, "save_every": 4, "name": "b"}))
+    assert project.steps("b") == [6]
+    assert [path.name for path in (project.run("b") / "checkpoints").iterdir()] == ["000006"]
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_stock_mlx_lm_writes_the_same_text(project, train):
+    config = project.config(model={"train": train}, optimizer={"learning_rate": 2e-2}, run={"iterations": 4})
+    project.done("train", config)
+    ask = ("--prompt", "the story", "--temperature", 0, "--max-tokens", 20)
+    ours, before = project.done("sample", "runs/a", *ask), project.done("sample", "model", *ask)
+    assert ours.startswith("the story") and ours != before
+    stock = stock_text(project.folder / "model", project.run() / "checkpoints/000004", "the story", tokens=20)
+    assert ours == f"the story{stock.rstrip()}\n"
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("placement", ["adapters", "folder"])
+def test_a_trained_reward_model_scores(project, reward_folders, placement, train):
+    path = str(reward_folders[placement])
+    config = project.config(
+        model={"train": train},
+        reward=[{"kind": "model", "path": path}, {"kind": "function", "function": "rule.py:letters", "weight": 0.5}],
+        critic={"kind": "adapters" if placement == "adapters" else "model"},
+    )
+    shown = project.done("train", config)
+    assert "rating points (reward)" in shown
+    rows = project.metrics()
+    for row in rows:
+        assert row["score"] == pytest.approx(row["score_reward"] + 0.5 * row["score_letters"], abs=1e-5)
+    assert len({row["score_reward"] for row in rows}) == 3
+    evaluation = next(row for row in project.samples() if row["kind"] == "evaluation")
+    assert {"score", "reward"} <= evaluation.keys()
+    # the critic starts from the reward model's body where one fits
+    assert any(name.endswith("/critic.safetensors") for name in project.checkpoints())
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_an_easy_rule_is_learned(project, train):
+    config = project.config(
+        run={"iterations": 15, "save_every": 15},
+        model={"train": train},
+        rollout={"prompts": 16, "batch_size": 16},
+        kl={"coef": 0.0},
+        optimizer={"learning_rate": 1e-2 if train == "lora" else 5e-3},
+    )
+    project.done("train", config)
+    scores = [row["score"] for row in project.metrics()]
+    first, last = sum(scores[:3]) / 3, sum(scores[-3:]) / 3
+    assert last > first + 0.15, scores
+    summaries = [row["score"] for row in project.samples() if row["kind"] == "summary"]
+    assert summaries[-1] > summaries[0]
+
+
+def test_critic_warm_up_leaves_the_policy_alone(project):
+    project.done("train", project.config(run={"iterations": 3, "keep_last": 3}, critic={"warmup_iterations": 2}))
+    files = project.checkpoints()
+    adapters = [files[f"{step:06d}/adapters.safetensors"] for step in (1, 2, 3)]
+    critics = [files[f"{step:06d}/critic.safetensors"] for step in (1, 2, 3)]
+    assert adapters[0] == adapters[1] != adapters[2]
+    assert len(set(critics)) == 3
+    assert [row["kl"] for row in project.metrics()] == pytest.approx([0, 0, 0], abs=1e-5)
+
+
+def test_settings_on_the_command_line_win_and_names_are_counted_on(project):
+    config = project.config()
+    project.done("train", config, "--set", "run.iterations=1", "--set", "ppo.epochs=1")
+    shown = project.done("train", config, "--set", "run.iterations=1", "--set", "run.seed=7")
+    assert "run folder: runs/a-2" in shown
+    resolved = (project.run() / "config.toml").read_text()
+    assert "iterations = 1\n" in resolved and "epochs = 1\n" in resolved
+    assert project.metrics("a") != project.metrics("a-2")
+
+
+def test_starting_from_given_adapters_keeps_them_as_the_reference(project):
+    project.done("train", project.config(run={"iterations": 3}, optimizer={"learning_rate": 2e-2}))
+    given = str(project.run() / "checkpoints/000003")
+    project.done("train", project.config(run={"iterations": 2, "name": "b"}, model={"adapter": given}))
+    assert project.metrics("b")[0]["kl"] == pytest.approx(0, abs=1e-5)
+    before, after = project.done("sample", "runs/a", *ASK), project.done("sample", "runs/b", *ASK)
+    assert before != project.done("sample", "model", *ASK) and after
+
+
+ASK = ("--prompt", "it", "--temperature", 0, "--max-tokens", 12)
