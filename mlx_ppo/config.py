@@ -138,13 +138,19 @@ class RewardSource(Section):
         description="`file.py:name` (kind = function); called with lists of prompts and completions, "
         "in a process of its own",
     )
-    weight: float = Field(1.0, description="factor in the sum of the sources")
+    weight: float = Field(1.0, description="factor on the source's score")
     timeout: Positive = Field(60.0, description="seconds a call of the function may take")
 
 
 class ScoreSection(Section):
     """What happens to a response's score before it becomes a reward."""
 
+    combine: Literal["sum", "worst", "cautious"] = Field(
+        "sum",
+        description="of the weighted sources: their sum, the lowest, or the mean less `caution` deviations "
+        "(an ensemble's disagreement)",
+    )
+    caution: NonNegative = Field(1.0, description="deviations subtracted with combine = cautious")
     clip: NonNegative = Field(0.0, description="bound on the absolute score; 0: none")
     truncated: Literal["none", "replace", "subtract"] = Field(
         "none", description="treatment of responses cut by max_tokens"

@@ -35,7 +35,8 @@ def raw_scores(roles: Roles, rollout: Rollout, *, batch_size: int) -> RawScores:
     for source in roles.sources:
         if isinstance(source.scorer, RewardModel):
             model = source.scorer
-            raw = _by_rows(rollout, batch_size, _raw_of(model))[0]
+            read = _read_anew(model, roles, rollout) if source.own_tokens else rollout
+            raw = _by_rows(read, batch_size, _raw_of(model))[0]
             values = model.normalised(raw)
             in_points = model.points(raw)
             if in_points is not None:
@@ -51,6 +52,25 @@ def _raw_of(model: RewardModel) -> Callable[[Sequences], list[mx.array]]:
     return lambda sequences: [model.raw(sequences)]
 
 
+def _read_anew(model: RewardModel, roles: Roles, rollout: Rollout) -> Rollout:
+    """The same texts in the tokens of a model of another family, chats in its own template."""
+    tokenizer, own = roles.trunk.tokenizer, model.trunk.tokenizer
+    rows: list[tuple[int, ...]] = []
+    finished = np.array(rollout.finished).tolist()
+    for prompt, response, record, ended in zip(
+        rollout.prompts, rollout.responses, rollout.records, finished, strict=True
+    ):
+        answer = completion_text(tokenizer, prompt, response)
+        said = record.get("prompt", record.get("messages"))
+        if isinstance(said, list) and own.has_chat_template:
+            turns = [*said, {"role": "assistant", "content": answer}]
+            rows.append(tuple(own.render_chat(turns, add_generation_prompt=False)))
+        else:
+            tokens = own.encode(tokenizer.decode(prompt) + answer, bos=True)
+            rows.append((*tokens, own.eos_id) if ended else tuple(tokens))
+    return rollout._replace(prompts=tuple(rows), responses=((),) * len(rows), mask=mx.zeros((len(rows), 1), mx.bool_))
+
+
 def _ask_function(roles: Roles, source: Source, rollout: Rollout) -> list[float]:
     assert not isinstance(source.scorer, RewardModel)
     tokenizer = roles.trunk.tokenizer
@@ -63,10 +83,17 @@ def _ask_function(roles: Roles, source: Source, rollout: Rollout) -> list[float]
 
 
 def combined_scores(raw: RawScores, roles: Roles, rollout: Rollout, section: ScoreSection, max_tokens: int) -> mx.array:
-    """One score [B] for each response: weighted sum, penalties for length, clipping."""
-    scores = mx.zeros((len(rollout.prompts),))
-    for source in roles.sources:
-        scores = scores + source.weight * raw.normalised[source.name]
+    """One score [B] for each response: the sources by weight, penalties for length, clipping.
+
+    Source of the cautious combination: Coste et al. 2024, arXiv:2310.02743, section 3 (there the variance).
+    """
+    weighted = mx.stack([source.weight * raw.normalised[source.name] for source in roles.sources])
+    if section.combine == "worst":
+        scores = weighted.min(axis=0)
+    elif section.combine == "cautious":
+        scores = weighted.mean(axis=0) - section.caution * mx.sqrt(weighted.var(axis=0))
+    else:
+        scores = weighted.sum(axis=0)
     scores = penalise_truncated(scores, rollout.finished, mode=section.truncated, value=section.truncated_value)
     if section.overlong_buffer:
         lengths = mx.array([len(response) for response in rollout.responses])

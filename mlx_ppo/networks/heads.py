@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import HEAD, Weights, load_adapters
+from mlx_ppo.networks.folder import check_model_folder
 from mlx_ppo.networks.load import load_trunk
 from mlx_ppo.networks.model_files import read_arrays
 from mlx_ppo.networks.trunk import Trunk
@@ -17,6 +18,7 @@ from mlx_ppo.records import Sequences
 
 REWARD_FILE = "reward.json"
 HEAD_FILE = "head.safetensors"
+_SCORE = "score.weight"
 
 
 def new_head(width: int) -> dict[str, mx.array]:
@@ -112,12 +114,27 @@ class RewardModel:
         return raw * self.facts.slope + self.facts.intercept
 
 
+def _load_classifier(folder: Path, dtype: str) -> RewardModel:
+    """A sequence classifier with one label, as transformers exports it: its `score.weight` reads the last state."""
+    tensors = check_model_folder(folder).tensors
+    found = tensors.get(_SCORE)
+    if found is None or found[1][:1] != (1,):
+        raise ModelError(f"{folder}: not a reward model (no {REWARD_FILE}, and no {_SCORE} with one label)")
+    trunk = load_trunk(folder, dtype=dtype, classifier=True)
+    file = next(file for file in sorted(folder.glob("model*.safetensors")) if _SCORE in read_arrays(file))
+    weight = read_arrays(file)[_SCORE][0].astype(mx.float32)
+    facts = RewardFacts(placement="folder", pooling="last", mean=0.0, deviation=1.0)
+    return RewardModel(trunk, Weights({f"{HEAD}weight": weight, f"{HEAD}bias": mx.zeros(())}), facts)
+
+
 def load_reward_model(folder: Path, shared: Trunk | None, *, dtype: str = "auto") -> RewardModel:
     """Load a reward model; adapters lie on the `shared` trunk.
 
     Raises:
         ModelError: it is damaged, or its adapters have no trunk here that they fit.
     """
+    if not (folder / REWARD_FILE).is_file() and (folder / "config.json").is_file():
+        return _load_classifier(folder, dtype)
     facts = read_reward_facts(folder)
     if facts.placement == "adapters":
         if shared is None:

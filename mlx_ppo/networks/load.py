@@ -40,7 +40,12 @@ def _open_files_limit_kept() -> Iterator[None]:
 
 
 def load_trunk(
-    path: Path, *, dtype: str = "auto", random_seed: int | None = None, embeddings: Path | None = None
+    path: Path,
+    *,
+    dtype: str = "auto",
+    random_seed: int | None = None,
+    embeddings: Path | None = None,
+    classifier: bool = False,
 ) -> Trunk:
     """Load a model folder.
 
@@ -50,19 +55,23 @@ def load_trunk(
             products are slow; the stored types on a GPU.
         random_seed: start from random weights of this seed instead of the folder's.
         embeddings: then take the token embeddings from this model folder.
+        classifier: the folder has a sequence classifier's head and may lack an output layer; neither is loaded.
     Raises:
         ModelError: whatever is wrong with the folder, in one line.
     """
     folder = check_model_folder(path, weights=random_seed is None)
     with _open_files_limit_kept():
         from mlx_lm.utils import dequantize_model, load_model
+    given = {**_rope(folder.config), **({"tie_word_embeddings": True} if classifier else {})}
+    strict = random_seed is None and not classifier
     try:
-        model, config = load_model(
-            path, lazy=True, strict=random_seed is None, model_config=_rope(folder.config), trust_remote_code=False
-        )
+        model, config = load_model(path, lazy=True, strict=strict, model_config=given, trust_remote_code=False)
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"{path}: mlx-lm cannot load this model ({type(error).__name__}: {first})") from None
+    missing = sorted(set(parameters_of(model)) - set(folder.tensors)) if classifier else []
+    if missing:
+        raise ModelError(f"{path}: tensor {missing[0]!r} is missing")
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     if on_cpu and dtype in ("auto", "float32") and any(isinstance(m, nn.QuantizedLinear) for m in model.modules()):
         model = dequantize_model(model)

@@ -41,6 +41,7 @@ class Source:
     name: str
     weight: float
     scorer: RewardModel | RewardFunction
+    own_tokens: bool = False  # a model with another tokenizer than the policy's: it reads the text anew
 
 
 @dataclass
@@ -82,7 +83,12 @@ def load_roles(config: TrainConfig) -> tuple[Roles, Weights, Weights | None]:
     roles = Roles(trunk, reference, None)
     try:
         for source in config.reward:
-            roles.sources.append(_load_source(source, trunk, config))
+            loaded = _load_source(source, trunk, config)
+            same = sum(
+                other.name.rpartition("-")[0] == loaded.name or other.name == loaded.name for other in roles.sources
+            )
+            loaded.name += f"-{same + 1}" if same else ""
+            roles.sources.append(loaded)
         critic_weights = None
         if config.ppo.advantage == "gae":
             roles.critic, critic_weights = _load_critic(config, roles)
@@ -129,20 +135,19 @@ def _load_source(source: RewardSource, trunk: Trunk, config: TrainConfig) -> Sou
     if source.kind == "model":
         assert source.path is not None
         model = load_reward_model(source.path, trunk, dtype=config.model.dtype)
-        _same_vocabulary(model.trunk, trunk, source.path)
-        return Source(source.path.name, source.weight, model)
+        return Source(source.path.name, source.weight, model, own_tokens=not _same_tokens(model.trunk, trunk))
     assert source.function is not None
     file, name = parse_reference(source.function)
     function = RewardFunction(Path(file), name, timeout=source.timeout).__enter__()
     return Source(name, source.weight, function)
 
 
-def _same_vocabulary(other: Trunk, trunk: Trunk, path: Path) -> None:
-    probe = "The film is a moving, 90-minute story — of two friends.\n"
-    if other is trunk:
-        return
-    if other.tokenizer.encode(probe, bos=True) != trunk.tokenizer.encode(probe, bos=True):
-        raise ModelError(f"{path}: its tokenizer differs from the policy's; both must share one")
+def _same_tokens(other: Trunk, trunk: Trunk) -> bool:
+    probe = "The film is a moving, 90-minute story — of two friends.\n\tdef f(x): return x**2  # 好的"
+    mine, theirs = trunk.tokenizer, other.tokenizer
+    return other is trunk or (
+        theirs.encode(probe, bos=True) == mine.encode(probe, bos=True) and theirs.eos_id == mine.eos_id
+    )
 
 
 def _load_critic(config: TrainConfig, roles: Roles) -> tuple[Critic, Weights]:
@@ -176,7 +181,8 @@ def _separate_critic(config: TrainConfig, roles: Roles) -> tuple[Critic, Weights
                 path = source.path
                 break
     trunk = load_trunk(path or config.model.path, dtype=config.model.dtype)
-    _same_vocabulary(trunk, roles.trunk, path or config.model.path)
+    if not _same_tokens(trunk, roles.trunk):
+        raise ModelError(f"{trunk.name}: its tokenizer differs from the policy's; a critic must share it")
     return Critic("model", trunk), Weights({**_trainable(trunk), **new_head(trunk.width)})
 
 
