@@ -68,7 +68,8 @@ def save(run: Path, checkpoint: Checkpoint, *, keep_last: int, best: int | None)
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     for name, arrays in checkpoint.arrays.items():
-        mx.save_safetensors(str(folder / f"{name}.safetensors"), dict(arrays))
+        # in one order: mlx keeps that of insertion, and equal states are to be equal files
+        mx.save_safetensors(str(folder / f"{name}.safetensors"), {key: arrays[key] for key in sorted(arrays)})
     documents = {**checkpoint.documents, STATE: {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}}
     for name, document in documents.items():
         (folder / name).write_text(json.dumps(document, indent=2) + "\n", "utf-8")

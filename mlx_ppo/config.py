@@ -7,15 +7,24 @@ which keys don't go together.
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-InputPath = Annotated[Path, Field(strict=False, json_schema_extra={"path": "input"})]
-OutputPath = Annotated[Path, Field(strict=False, json_schema_extra={"path": "output"})]
+
+def _named(value: object) -> object:
+    """An empty text would be the working folder."""
+    if value == "":
+        raise ValueError("must name a file or folder")
+    return value
+
+
+InputPath = Annotated[Path, BeforeValidator(_named), Field(strict=False, json_schema_extra={"path": "input"})]
+OutputPath = Annotated[Path, BeforeValidator(_named), Field(strict=False, json_schema_extra={"path": "output"})]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+Length = Annotated[int, Field(ge=2)]  # tokens: one more than BOS
 
 
 class Section(BaseModel):
@@ -108,7 +117,7 @@ class PromptDataSection(Section):
         None, description="held-out prompts for the evaluations; without: training prompts"
     )
     eval_count: Count = Field(64, description="how many of them are answered at an evaluation")
-    max_prompt_tokens: Count = Field(256, description="a prompt's bound")
+    max_prompt_tokens: Length = Field(256, description="a prompt's bound")
     overlong: Literal["drop", "truncate", "error"] = Field(
         "drop", description="what happens to longer ones (counted and shown)"
     )
@@ -250,7 +259,7 @@ class ExampleDataSection(Section):
     validation: InputPath | None = Field(
         None, description="held-out examples; the weights with the lowest loss on them are kept"
     )
-    max_tokens: Count = Field(512, description="an example's bound")
+    max_tokens: Length = Field(512, description="an example's bound")
     overlong: Literal["drop", "truncate", "error"] = Field(
         "truncate", description="what happens to longer ones (counted and shown)"
     )
@@ -292,7 +301,7 @@ class FeedbackDataSection(Section):
         None, description="held-out feedback; the weights with the lowest loss on it are kept"
     )
     test: InputPath | None = Field(None, description="feedback for the final figures only")
-    max_tokens: Count = Field(512, description="a text's bound")
+    max_tokens: Length = Field(512, description="a text's bound")
     overlong: Literal["drop", "truncate", "error"] = Field(
         "truncate", description="what happens to longer ones (counted and shown)"
     )

@@ -26,14 +26,13 @@ _HEADER = re.compile(r"^\s*(\[{1,2})([^\[\]]+)\]")
 _ASSIGNMENT = re.compile(r"^\s*([^=\[\]{}]+)=")
 
 
-def read_config(job: type[J], path: Path, overrides: Sequence[str] = (), *, output_base: Path | None = None) -> J:
+def read_config(job: type[J], path: Path, overrides: Sequence[str] = ()) -> J:
     """Read one job's configuration.
 
     Args:
         job: the class of the configuration.
         path: the TOML file; relative input paths in it are relative to its folder.
         overrides: `section.key=value`, later ones winning; paths in them are relative to the working folder.
-        output_base: folder that relative output paths start from; without, the file's folder.
     Returns:
         The checked configuration with absolute paths.
     Raises:
@@ -45,7 +44,7 @@ def read_config(job: type[J], path: Path, overrides: Sequence[str] = (), *, outp
     origins: dict[Key, str] = {}
     problems = [problem for override in overrides if (problem := _apply_override(table, override, origins))]
     folder = path.resolve().parent
-    _resolve_paths(job, table, folder, output_base or folder, origins)
+    _resolve_paths(job, table, folder, origins)
     try:
         config = job.model_validate(table)
     except ValidationError as error:
@@ -174,9 +173,7 @@ def _apply_override(table: dict[str, Any], override: str, origins: dict[Key, str
     return ""
 
 
-def _resolve_paths(
-    job: type[Job], table: dict[str, Any], inputs: Path, outputs: Path, origins: Mapping[Key, str]
-) -> None:
+def _resolve_paths(job: type[Job], table: dict[str, Any], base: Path, origins: Mapping[Key, str]) -> None:
     """Make relative paths absolute: from the file's folder, or from the working folder where `--set` gave them.
 
     A section that is only partly given takes the rest from the job's own default of it.
@@ -194,11 +191,11 @@ def _resolve_paths(
             if isinstance(row, dict):
                 if isinstance(field.default, BaseModel):
                     row.update({k: getattr(field.default, k) for k in field.default.model_fields_set if k not in row})
-                _resolve_section(section, row, prefix, inputs, outputs, origins)
+                _resolve_section(section, row, prefix, base, origins)
 
 
 def _resolve_section(
-    section: type[BaseModel], row: dict[str, Any], prefix: Key, inputs: Path, outputs: Path, origins: Mapping[Key, str]
+    section: type[BaseModel], row: dict[str, Any], prefix: Key, base: Path, origins: Mapping[Key, str]
 ) -> None:
     for key, field in section.model_fields.items():
         kind = _path_kind(field.annotation, field.json_schema_extra, field.metadata)
@@ -207,8 +204,8 @@ def _resolve_section(
             value = str(value)
         if not isinstance(value, str) or not (kind or key == "function"):
             continue
-        base = Path.cwd() if (*prefix, key) in origins else outputs if kind == "output" else inputs
-        row[key] = os.path.normpath(base / _expand(value)) if value else value
+        start = Path.cwd() if (*prefix, key) in origins else base
+        row[key] = os.path.normpath(start / _expand(value)) if value else value
 
 
 def _expand(value: str) -> Path:
@@ -254,6 +251,7 @@ def _explain(job: type[Job], item: ErrorDetails) -> str:
         "model_type": f"must be a section, written [{loc[0]}]",
         "tuple_type": "must be a list in brackets" if len(loc) > 1 else f"must be sections, written [[{loc[0]}]]",
         "too_short": f"needs at least one [[{loc[0]}]]",
+        "value_error": str(context.get("error")),
         "string_pattern_mismatch": "must be letters, digits, '.', '_' or '-'",
     }.get(kind, item["msg"].lower())
     if kind == "literal_error" and isinstance(value, str):

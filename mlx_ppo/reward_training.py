@@ -17,7 +17,7 @@ from mlx_ppo.data.preferences import Rated, derive_pairs, load_pairs, load_rated
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ConfigError, DataError
 from mlx_ppo.networks.adapters import HEAD, Weights
-from mlx_ppo.networks.export import write_adapters, write_folder, write_model
+from mlx_ppo.networks.export import fill_with_adapters, fill_with_model, write_folder
 from mlx_ppo.networks.heads import HEAD_FILE, RewardFacts, apply_head, new_head, pooled
 from mlx_ppo.networks.roles import initial_weights
 from mlx_ppo.networks.trunk import Trunk
@@ -270,14 +270,10 @@ def _write(target: Path, trunk: Trunk, weights: Weights, facts: RewardFacts, con
     head = {name: array for name, array in weights.arrays.items() if name.startswith(HEAD)}
 
     def fill(folder: Path) -> None:
-        inner = folder / "content"
         if facts.placement == "folder":
-            write_model(inner, Path(trunk.name), trunk, weights, dtype=config.model.save_dtype)
+            fill_with_model(folder, Path(trunk.name), trunk, weights, dtype=config.model.save_dtype)
         else:
-            write_adapters(inner, weights, trunk.blocks)
-        for file in inner.iterdir():
-            file.rename(folder / file.name)
-        inner.rmdir()
+            fill_with_adapters(folder, weights, trunk.blocks)
         mx.save_safetensors(str(folder / HEAD_FILE), head)
         facts.write(folder)
 

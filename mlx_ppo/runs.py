@@ -70,6 +70,12 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.folder / name}: cannot be written ({error.strerror})") from None
 
+    def has(self, name: str, **values: Any) -> bool:
+        """Whether one of the logs has a row with these values."""
+        path = self.folder / name
+        rows = map(json.loads, path.read_text("utf-8").split("\n")[:-1]) if path.exists() else []
+        return any(all(row.get(key) == value for key, value in values.items()) for row in rows)
+
     def cut_logs(self, step: int) -> None:
         """Remove what was logged after the checkpoint of a step, and a line that a kill left unfinished."""
         for name in (METRICS, SAMPLES):
@@ -114,6 +120,7 @@ def create_run(config: Job, base: Path, name: str) -> Path:
             "versions": {name: version(name) for name in ("mlx-ppo", "mlx", "mlx-lm", "numpy")},
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}",
+            "config": hashlib.sha256(text).hexdigest(),
             "inputs": _hashes(config),
         }
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
@@ -139,6 +146,11 @@ def open_config(folder: Path) -> Job:
     if command not in JOBS:
         raise ConfigError(f"{folder / RECORD}: unknown command {command!r}")
     return read_config(JOBS[command], folder / CONFIG)
+
+
+def config_edited(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the run's configuration is no longer what it was started with."""
+    return bool(sha256(folder / CONFIG) != record.get("config"))
 
 
 def changed_inputs(config: Job, record: Mapping[str, Any]) -> list[str]:

@@ -87,7 +87,8 @@ def combined_scores(raw: RawScores, roles: Roles, rollout: Rollout, section: Sco
 
     Source of the cautious combination: Coste et al. 2024, arXiv:2310.02743, section 3 (there the variance).
     """
-    weighted = mx.stack([source.weight * raw.normalised[source.name] for source in roles.sources])
+    columns = [source.weight * raw.normalised[source.name] for source in roles.sources]
+    weighted = mx.stack(columns or [mx.zeros((len(rollout.prompts),))])
     if section.combine == "worst":
         scores = weighted.min(axis=0)
     elif section.combine == "cautious":

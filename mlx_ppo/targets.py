@@ -6,7 +6,7 @@ from pathlib import Path
 from mlx_ppo import checkpoint
 from mlx_ppo.checkpoint import folder_of
 from mlx_ppo.config import Job, RewardConfig, SFTConfig, TrainConfig
-from mlx_ppo.errors import ModelError
+from mlx_ppo.errors import ModelError, RunError
 from mlx_ppo.networks.adapters import Weights, load_adapters
 from mlx_ppo.networks.load import load_trunk
 from mlx_ppo.networks.trunk import Trunk
@@ -57,9 +57,17 @@ def _of_run(run: Path, chosen: Path | None) -> Target:
 
 
 def _weights(folder: Path, trunk: Trunk, *, full: bool) -> Weights:
+    if folder.parent.name == "checkpoints":
+        if not folder.is_dir():
+            near = ", ".join(
+                folder_of(folder.parent.parent, step).name for step in checkpoint.steps(folder.parent.parent)
+            )
+            raise ModelError(f"{folder}: no such checkpoint; there are: {near or 'none'}")
+        damage = checkpoint.verify(folder)
+        if damage:
+            raise RunError(damage)
     if not full:
         return load_adapters(folder, trunk.adapted)
-    if folder.parent.name == "checkpoints":
-        arrays = checkpoint.load(folder.parent.parent, int(folder.name)).arrays["adapters"]
-        return Weights(arrays)
-    raise ModelError(f"{folder}: not a checkpoint")
+    if not folder.name.isdecimal():
+        raise ModelError(f"{folder}: not a checkpoint")
+    return Weights(checkpoint.load(folder.parent.parent, int(folder.name)).arrays["adapters"])

@@ -127,6 +127,10 @@ def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interru
                 run.log(METRICS, [metrics])
                 run.log(SAMPLES, [_sample_row(state.iteration, sample)])
                 reporter.iteration(metrics, config.run.iterations, sample)
+                if metrics["score_deviation"] == 0:
+                    reporter.message(
+                        f"warning: all scores of iteration {state.iteration} are equal: no signal to learn from"
+                    )
                 _evaluate_and_save(config, run, roles, state, held_out)
                 interrupts.check()
             except Interrupted:
@@ -134,7 +138,8 @@ def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interru
                 raise
         reporter.phase("evaluate", state.iteration, config.run.iterations)
         after = evaluate(roles, state.policy.weights, held_out, config)
-        run.log(SAMPLES, _evaluation_rows(state.iteration, after))
+        if not run.has(SAMPLES, step=state.iteration, kind="summary"):  # a finished run that is resumed has it
+            run.log(SAMPLES, _evaluation_rows(state.iteration, after))
         return Result(before, after, checkpoint.folder_of(run.folder, state.iteration))
     finally:
         roles.close()
@@ -195,6 +200,7 @@ def _iterate(
     config: TrainConfig, roles: Roles, state: State, stream: PromptStream, reporter: Reporter, interrupts: Interrupts
 ) -> tuple[dict[str, float], tuple[str, str, float]]:
     """One iteration; the state moves on only when all of it is done."""
+    interrupts.check()
     number_ = state.iteration + 1
     seed = config.run.seed
     taken = stream.take(state.cursor, config.rollout.prompts)
@@ -308,6 +314,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _evaluate_and_save(config: TrainConfig, run: Run, roles: Roles, state: State, held_out: Sequence[Prompt]) -> None:
+    """What is due after an iteration. The log comes first, so that a checkpoint is never ahead of it."""
     done = state.iteration == config.run.iterations
     due = bool(config.run.evaluate_every) and state.iteration % config.run.evaluate_every == 0
     if due and not done:
@@ -333,4 +340,4 @@ def _evaluation_rows(step: int, evaluation: Evaluation) -> list[dict[str, Any]]:
         {"step": step, "kind": "evaluation", "prompt": c.prompt, "completion": c.text, "score": c.score, **c.points}
         for c in evaluation.completions
     ]
-    return [{"step": step, "kind": "summary", **evaluation.figures()}, *rows]
+    return [*rows, {"step": step, "kind": "summary", **evaluation.figures()}]

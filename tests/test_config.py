@@ -273,11 +273,11 @@ def test_paths_start_from_the_file_and_overrides_from_the_working_folder(folder,
     assert (config.critic.path, config.run.folder, config.model.adapter) == (Path("/abs"), base / "runs", None)
     monkeypatch.setenv("HOME", "/home/me")
     overrides = ["model.path=m", "reward.1.function=g.py:s", "run.folder=r", "model.adapter=~/x", "critic.path=~no one"]
-    config = read_config(TrainConfig, base / "a.toml", overrides, output_base=folder / "o")
+    config = read_config(TrainConfig, base / "a.toml", overrides)
     assert (config.model.path, config.reward[1].function) == (folder / "m", f"{folder}/g.py:s")
     assert (config.run.folder, config.model.adapter) == (folder / "r", Path("/home/me/x"))
     assert (config.critic.path, config.reward[0].path) == (folder / "~no one", base / "reward")
-    assert read_config(TrainConfig, base / "a.toml", output_base=folder / "o").run.folder == folder / "o/runs"
+    assert read_config(TrainConfig, base / "a.toml").run.folder == base / "runs"
 
 
 @pytest.mark.parametrize("extra", ["", "[run]\nseed = 3\n"])

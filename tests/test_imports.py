@@ -34,7 +34,15 @@ TABLE = {
         "mlx", "mlx_lm", "numpy", "safetensors",
         "mlx_ppo.algo", "mlx_ppo.config", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.networks", "mlx_ppo.records",
     },
+    "mlx_ppo.importing": {
+        "mlx", "numpy", "gguf", "tokenizers", "safetensors",
+        "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.importing", "mlx_ppo.networks", "mlx_ppo.runtime",
+    },
     "mlx_ppo.runtime": {"mlx_ppo.runtime"},
+    "mlx_ppo.exporting": {
+        "gguf", "mlx", "mlx_lm", "numpy",
+        "mlx_ppo.config", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.exporting", "mlx_ppo.networks", "mlx_ppo.targets",
+    },
 }  # fmt: skip
 FREE = {"bundle", "cli", "evaluate", "optimization", "reward_figures", "reward_training", "rollout", "scoring", "sft"}
 FREE |= {"supervised", "targets", "train", "update"}

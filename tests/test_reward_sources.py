@@ -142,9 +142,7 @@ def test_an_ensemble(
     stopping_trunk: Trunk, other_family: RewardModel, rollout: Rollout, combine: str, expected: list[float]
 ) -> None:
     two = rollout._replace(prompts=rollout.prompts[:2], finished=mx.array([True, True]))
-    roles = Roles(
-        stopping_trunk, Weights({}), None, [Source("a", 1.0, other_family), Source("b", 2.0, other_family)]
-    )
+    roles = Roles(stopping_trunk, Weights({}), None, [Source("a", 1.0, other_family), Source("b", 2.0, other_family)])
     raw = RawScores({"a": mx.array([1.0, -1.0]), "b": mx.array([0.5, 2.0])}, {})
     section = ScoreSection(combine=combine, caution=0.5)  # type: ignore[arg-type]
     assert np.array(combined_scores(raw, roles, two, section, 6)) == pytest.approx(expected)

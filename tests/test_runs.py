@@ -26,7 +26,7 @@ with Run(Path(sys.argv[1])):
 
 @pytest.fixture
 def config(tmp_path):
-    """A `train` configuration whose inputs are there: two files, a folder with a nested one, reward code."""
+    """A `train` configuration with inputs: two files, a folder (what lies deeper isn't read), reward code."""
     inputs = tmp_path / "inputs"
     (inputs / "model/sub").mkdir(parents=True)
     for name in ("prompts.jsonl", "model/config.json", "model/sub/tokens.txt", "f.py"):
@@ -59,7 +59,7 @@ def test_folders_are_numbered_and_say_what_made_them(config, tmp_path):
     assert record["command"] == "train" and {"mlx-ppo", "mlx", "mlx-lm", "numpy"} == record["versions"].keys()
     assert record["inputs"] == {
         str(tmp_path / "inputs" / name): hashlib.sha256(name.encode()).hexdigest()
-        for name in ("prompts.jsonl", "model/config.json", "model/sub/tokens.txt", "f.py")
+        for name in ("prompts.jsonl", "model/config.json", "f.py")
     }
     assert open_config(base / "a-5") == config.model_copy(
         update={"run": config.run.model_copy(update={"folder": base / "a-5/runs"})}
@@ -181,7 +181,7 @@ def test_a_log_that_cannot_be_written(folder):
     ("name", "change"),
     [
         ("model/config.json", lambda path: path.write_text("other")),
-        ("model/sub/tokens.txt", Path.unlink),
+        ("model/config.json", Path.unlink),
         ("prompts.jsonl", lambda path: path.write_text("prompts.jsonl ")),
         ("f.py", lambda path: path.write_text("")),
     ],

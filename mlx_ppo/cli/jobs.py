@@ -1,37 +1,67 @@
 """Starting and resuming jobs: configuration, run folder, signals, and what is shown at the end."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
 import numpy as np
 
+from mlx_ppo import checkpoint
 from mlx_ppo.cli.display import Display
 from mlx_ppo.config import Job, RewardConfig, SFTConfig, TrainConfig
 from mlx_ppo.config_file import read_config
 from mlx_ppo.errors import RunError
-from mlx_ppo.runs import Run, changed_inputs, create_run, open_config
+from mlx_ppo.runs import CONFIG, METRICS, Run, changed_inputs, config_edited, create_run, open_config
 from mlx_ppo.runtime.signals import Interrupted, Interrupts, catching_interrupts
 
 
-def start(job: type[Job], path: Path, overrides: Sequence[str], *, dry_run: bool, runs_here: bool = False) -> None:
+def start(job: type[Job], path: Path, overrides: Sequence[str], *, dry_run: bool) -> None:
     """Read the configuration, make a run folder, and do the job in it; or only look, with `dry_run`."""
-    config = read_config(job, path, overrides, output_base=Path.cwd() if runs_here else None)
+    config = read_config(job, path, overrides)
     if dry_run:
         dry(config)
         return
     assert isinstance(config, TrainConfig | SFTConfig | RewardConfig)
-    with Run(create_run(config, config.run.folder, config.run.name)) as run:
+    with _new_run(config) as folder, Run(folder) as run:
         _work(config, run)
 
 
-def resume(folder: Path) -> None:
-    """Go on with a run; refused when its data or models have changed since."""
+@contextmanager
+def _new_run(config: TrainConfig | SFTConfig | RewardConfig) -> Iterator[Path]:
+    """A fresh run folder, removed with the folders made for it where the job fails before there is anything to keep."""
+    base = config.run.folder
+    made = [place for place in (base, *base.parents) if not place.exists()]
+    folder: Path | None = None
+    try:
+        folder = create_run(config, base, config.run.name)
+        yield folder
+    except BaseException:
+        if folder is None or not (checkpoint.steps(folder) or (folder / METRICS).exists()):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # somebody else's run may be in there by now
+                for place in made:
+                    place.rmdir()
+        raise
+
+
+def resume(folder: Path, *, allow_config_change: bool) -> None:
+    """Go on with a run; refused when its data or models have changed since, or, unless allowed, its configuration."""
     config = open_config(folder)
     with Run(folder) as run:
         changed = changed_inputs(config, run.record())
-        if changed:
-            raise RunError(f"{changed[0]}: changed since the run was started; restore it, or start a new run")
+        edited = [name for name in changed if name.endswith(".py")]
+        if config_edited(folder, run.record()):
+            edited.insert(0, str(folder / CONFIG))
+        for name in edited:
+            if not allow_config_change:
+                raise RunError(f"{name}: changed since the run was started; restore it, or give --allow-config-change")
+            click.echo(f"warning: {name} has changed since the run was started", err=True)
+        for name in changed:
+            if name not in edited:
+                raise RunError(f"{name}: changed since the run was started; restore it, or start a new run")
         _work(config, run)
 
 

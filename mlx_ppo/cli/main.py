@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import mlx_ppo
-from mlx_ppo.errors import UserError
+from mlx_ppo.errors import ConfigError, UserError
 
 _SET = click.option(
     "overrides",
@@ -30,9 +30,12 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            for line in str(error).splitlines():
-                click.echo(f"error: {line}" if not line.startswith(" ") else line, err=True)
+            each = isinstance(error, ConfigError)  # as many problems as lines; elsewhere one, and what belongs to it
+            for number, line in enumerate(str(error).splitlines()):
+                click.echo(f"error: {line}" if each or number == 0 else line, err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:  # outside the jobs, which save first
+            ctx.exit(130)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
@@ -81,8 +84,9 @@ def train(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> Non
     from mlx_ppo.cli import jobs
     from mlx_ppo.config import TrainConfig
 
-    own = config is None
-    jobs.start(TrainConfig, config or example_config(), overrides, dry_run=dry_run, runs_here=own)
+    if config is None:  # its file may lie where nothing can be written, so runs go into the working folder
+        config, overrides = example_config(), ("run.folder=runs", *overrides)
+    jobs.start(TrainConfig, config, overrides, dry_run=dry_run)
 
 
 @main.command()
@@ -119,7 +123,12 @@ def reward(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 
 @main.command()
 @click.argument("run", type=_FILE)
-def resume(run: Path) -> None:
+@click.option(
+    "--allow-config-change",
+    is_flag=True,
+    help="Go on although the run's config.toml or a reward function was edited since the start.",
+)
+def resume(run: Path, allow_config_change: bool) -> None:
     """Go on with a run from its last checkpoint.
 
     \b
@@ -127,7 +136,7 @@ def resume(run: Path) -> None:
     """
     from mlx_ppo.cli import jobs
 
-    jobs.resume(run)
+    jobs.resume(run, allow_config_change=allow_config_change)
 
 
 @main.command()
@@ -172,3 +181,56 @@ def compare(first: Path, second: Path, **options: Any) -> None:
     from mlx_ppo.cli import look
 
     look.compare(first, second, **options)
+
+
+@main.command()
+@click.argument("run", type=_FILE)
+@click.argument("directory", type=_FILE)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["adapters", "fused", "gguf"]),
+    required=True,
+    help="mlx-lm adapters, a model folder for mlx-lm and transformers, or one file for llama.cpp and Ollama.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16", "f16", "q8_0"]),
+    help="fused: float32, float16 or bfloat16, by default the model's own; gguf: f16 (default) or q8_0.",
+)
+@click.option("--quantize", "bits", type=click.Choice(["4", "8"]), help="fused: quantise to so many bits a weight.")
+def export(run: Path, directory: Path, form: str, dtype: str | None, bits: str | None) -> None:
+    """Write the policy of RUN (a run, or one checkpoint of it) into a new folder for other programs.
+
+    \b
+    Examples:
+      mlx-ppo export runs/reviews reviews-ppo --format fused
+      mlx-ppo export runs/reviews reviews-4bit --format fused --quantize 4
+      mlx-ppo export runs/reviews reviews-gguf --format gguf --dtype q8_0
+    """
+    from mlx_ppo.exporting.export import export as export_policy
+
+    click.echo(export_policy(run, directory, form=form, dtype=dtype, bits=int(bits) if bits else None))
+
+
+@main.command("import")
+@click.argument("file", type=_FILE)
+@click.argument("directory", type=_FILE)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Type of the weights; auto keeps what is stored, quantised blocks too where mlx can hold them.",
+)
+def import_(file: Path, directory: Path, dtype: str) -> None:
+    """Make a model folder, DIRECTORY, from FILE: a GGUF file or a Hugging Face folder.
+
+    \b
+    Examples:
+      mlx-ppo import SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
+      mlx-ppo import ~/Downloads/Qwen3-0.6B models/qwen3 --dtype float16
+    """
+    from mlx_ppo.importing.convert import import_model
+
+    click.echo(import_model(file, directory, dtype=dtype))

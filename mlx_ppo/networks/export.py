@@ -23,14 +23,15 @@ def write_adapters(target: Path, weights: Weights, blocks: int) -> Path:
     Raises:
         RunError: the folder cannot be written.
     """
+    return write_folder(target, lambda folder: fill_with_adapters(folder, weights, blocks))
 
-    def fill(folder: Path) -> None:
-        arrays = {name: array for name, array in weights.arrays.items() if not name.startswith(HEAD)}
-        mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
-        document = json.dumps(adapter_config(weights, blocks), indent=2)
-        (folder / "adapter_config.json").write_text(document + "\n", "utf-8")
 
-    return write_folder(target, fill)
+def fill_with_adapters(folder: Path, weights: Weights, blocks: int) -> None:
+    """The files of `write_adapters`, into a folder that is there."""
+    arrays = {name: array for name, array in weights.arrays.items() if not name.startswith(HEAD)}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
+    document = json.dumps(adapter_config(weights, blocks), indent=2)
+    (folder / "adapter_config.json").write_text(document + "\n", "utf-8")
 
 
 def write_model(target: Path, source: Path, trunk: Trunk, weights: Weights, *, dtype: str) -> Path:
@@ -39,20 +40,26 @@ def write_model(target: Path, source: Path, trunk: Trunk, weights: Weights, *, d
     Raises:
         RunError: the folder cannot be written.
     """
+    return write_folder(target, lambda folder: fill_with_model(folder, source, trunk, weights, dtype=dtype))
 
-    def fill(folder: Path) -> None:
-        for file in source.iterdir():
-            if file.is_file() and file.name.endswith(_CARRIED) and not file.name.endswith(_LEFT_BEHIND):
-                shutil.copyfile(file, folder / file.name)
-        config = json.loads((source / "config.json").read_text("utf-8"))
-        config["torch_dtype"] = dtype
-        for key in ("quantization", "quantization_config"):
-            config.pop(key, None)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        arrays = {name: weights.arrays.get(name, array).astype(_DTYPES[dtype]) for name, array in trunk.base.items()}
-        mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
 
-    return write_folder(target, fill)
+def fill_with_model(folder: Path, source: Path, trunk: Trunk, weights: Weights, *, dtype: str) -> None:
+    """The files of `write_model`, into a folder that is there."""
+    carry(source, folder)
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    config["torch_dtype"] = dtype
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    arrays = {name: weights.arrays.get(name, array).astype(_DTYPES[dtype]) for name, array in trunk.base.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
+
+
+def carry(source: Path, folder: Path) -> None:
+    """Copy a model folder's configuration, tokenizer and chat template; neither weights nor code."""
+    for file in source.iterdir():
+        if file.is_file() and file.name.endswith(_CARRIED) and not file.name.endswith(_LEFT_BEHIND):
+            shutil.copyfile(file, folder / file.name)
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
@@ -70,6 +77,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
             shutil.rmtree(target)
         os.rename(temporary, target)
     except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(f"{target}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return target

@@ -62,7 +62,7 @@ def load_trunk(
     folder = check_model_folder(path, weights=random_seed is None)
     with _open_files_limit_kept():
         from mlx_lm.utils import dequantize_model, load_model
-    given = {**_rope(folder.config), **({"tie_word_embeddings": True} if classifier else {})}
+    given = {**rope_keys(folder.config), **({"tie_word_embeddings": True} if classifier else {})}
     strict = random_seed is None and not classifier
     try:
         model, config = load_model(path, lazy=True, strict=strict, model_config=given, trust_remote_code=False)
@@ -74,6 +74,7 @@ def load_trunk(
         raise ModelError(f"{path}: tensor {missing[0]!r} is missing")
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     if on_cpu and dtype in ("auto", "float32") and any(isinstance(m, nn.QuantizedLinear) for m in model.modules()):
+        model.set_dtype(mx.float32)  # scales too: in half precision the blocks would lose what they hold
         model = dequantize_model(model)
     if random_seed is not None:
         _randomise(model, random_seed)
@@ -86,7 +87,7 @@ def load_trunk(
     return Trunk(model, tokenizer, str(path))
 
 
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
+def rope_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Top-level rope keys for folders of transformers 5: they stand in `rope_parameters`, where mlx-lm may not look."""
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict):

@@ -4,11 +4,12 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
+from typing import TYPE_CHECKING, Any
 
 from mlx_ppo.errors import ModelError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -146,12 +147,14 @@ def _check_with_library(file: Path, names: set[str]) -> None:
         raise wrong(file, "safetensors finds other tensors in it than its header names")
 
 
-def read_arrays(file: Path) -> dict[str, mx.array]:
+def read_arrays(file: Path) -> "dict[str, mx.array]":
     """The arrays of a checked safetensors file, lazily read.
 
     Raises:
         ModelError: the file is missing or damaged.
     """
+    import mlx.core as mx  # the checks before a library sees a file need none
+
     if not file.is_file():
         raise wrong(file, "missing")
     check_safetensors(file)

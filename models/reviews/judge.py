@@ -55,13 +55,12 @@ def main() -> None:
     print("on the ratings of the test snippets, pairs at least 1 point apart / all pairs / correlation:")
     for name, model in (
         ("the linear judge", linear),
-        ("the same fitted on the reward model's snippets", ridge("train")),
+        ("the same, fitted on the reward model's snippets", ridge("train")),
     ):
         scores = model.predict(texts)
         correlation = np.corrcoef(scores, ratings)[0, 1]
-        print(
-            f"  {name}: {accuracy(scores, ratings, 1.0):.1%} / {accuracy(scores, ratings, 1e-9):.1%} / {correlation:.2f}"
-        )
+        clear, every = accuracy(scores, ratings, 1.0), accuracy(scores, ratings, 1e-9)
+        print(f"  {name}: {clear:.1%} / {every:.1%} / {correlation:.2f}")
     results = []
     for run in arguments.runs:
         rows = read(run / "samples.jsonl")

@@ -75,6 +75,7 @@ class Project:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
+        self.tmp = folder.parent.parent / "tmp"  # one for the session: mlx compiles its kernels into it
         (folder / "model").symlink_to(model)
         (folder / "rule.py").write_text(RULE)
         self.jsonl("prompts.jsonl", [{"prompt": text} for text in PROMPTS])
@@ -156,8 +157,8 @@ class Project:
         return shown
 
     def start(self, *arguments: object) -> "subprocess.Popen[str]":
-        """A command in a process of its own, with a temporary folder of its own."""
-        (self.folder / "tmp").mkdir(exist_ok=True)
+        """A command in a process of its own, with a temporary folder that only these processes use."""
+        self.tmp.mkdir(exist_ok=True)
         code = "import sys; from mlx_ppo.cli.main import main; sys.exit(main())"
         return subprocess.Popen(
             [sys.executable, "-c", code, *map(str, arguments)],
@@ -165,7 +166,7 @@ class Project:
             stderr=subprocess.PIPE,
             text=True,
             cwd=self.folder,
-            env={**os.environ, "TMPDIR": str(self.folder / "tmp"), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "TMPDIR": str(self.tmp), "PYTHONUNBUFFERED": "1"},
         )
 
 

@@ -96,7 +96,7 @@ def test_training_in_parts_is_training_at_once(project, case):
     config = config_of(project, CASES[case])
     project.done("train", config)
     assert len({row["entropy"] for row in project.metrics()}) == 4  # the policy moves
-    for at in (1, 3) if case != "critic adapters" else (1, 2, 3, 4):
+    for at in (1, 2, 3, 4) if case == "critic adapters" else (2,):
         stop(project, "train", config, f"at{at}", at=at)
         assert project.steps(f"at{at}") == list(range(1, at + 1))
         shown = project.done("resume", f"runs/at{at}")
@@ -156,7 +156,7 @@ def test_supervised_jobs_in_parts(project, job, full):
     project.done(job, config)
     result = project.run() / ("reward" if job == "reward" else "model" if full else "adapters")
     whole = {file.name: file.read_bytes() for file in result.iterdir()}
-    for at in (1, 3, 5):
+    for at in (1, 5):
         stop(project, job, config, f"at{at}", at=at)
         project.done("resume", f"runs/at{at}")
         assert project.metrics(f"at{at}") == project.metrics("a")
@@ -168,6 +168,6 @@ def test_supervised_jobs_in_parts(project, job, full):
 
 def test_resuming_a_finished_run_changes_nothing(project):
     project.done("train", config_of(project, {}))
-    before = project.metrics(), project.samples(), project.checkpoints()
+    before = project.metrics(), project.checkpoints()
     project.done("resume", "runs/a")
-    assert (project.metrics(), project.samples(), project.checkpoints()) == before
+    assert (project.metrics(), project.checkpoints()) == before

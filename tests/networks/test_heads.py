@@ -183,7 +183,7 @@ def test_broken_facts_are_refused(reward_folder: Path, change: dict[str, Any] | 
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        (None, "cannot be read"),
+        (None, "missing"),
         (new_head(31), "size 32"),
         ({"head.weight": mx.zeros((32,))}, "size 32"),
         ({**new_head(32), "head.bias": mx.array(np.nan)}, "NaN"),

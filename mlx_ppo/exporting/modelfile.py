@@ -1,0 +1,120 @@
+"""The Modelfile with which Ollama takes a GGUF file."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_ppo.data.tokenizer import Tokenizer
+from mlx_ppo.networks.tokenizer import FolderTokenizer
+
+Messages = list[dict[str, str]]
+
+_SYSTEM, _USER, _ANSWER, _NEXT = "zqsysqz", "zqusrqz", "zqansqz", "zqnxtqz"  # contents that no template has
+
+
+def modelfile(file: str, tokenizer: Tokenizer, *, temperature: float) -> str:
+    """The content of a Modelfile.
+
+    A TEMPLATE is written for a model without a chat template (the prompt alone), and where the model's can be said in
+    Ollama's language; otherwise Ollama is left to what it makes of the one in the GGUF file.
+
+    Args:
+        file: the GGUF file's name, in the same folder.
+        tokenizer: of the model.
+        temperature: of sampling.
+    """
+    lines = [f"FROM ./{file}"]
+    template = "{{ .Prompt }}" if not tokenizer.has_chat_template else _ollama_template(tokenizer)
+    if template is not None:
+        lines.append(f'TEMPLATE """{template}"""')
+    lines.append(f"PARAMETER temperature {temperature:g}")
+    for text in _stops(tokenizer):
+        lines.append(f"PARAMETER stop {text}")
+    return "\n".join(lines) + "\n"
+
+
+def _stops(tokenizer: Tokenizer) -> list[str]:
+    """Texts of the tokens that end a response, quoted; one that a Modelfile can't hold is left to the GGUF's ids."""
+    hf: Any = tokenizer._hf if isinstance(tokenizer, FolderTokenizer) else None
+    texts = [hf.convert_ids_to_tokens(index) for index in sorted(tokenizer.eos_ids)] if hf is not None else []
+    return [f'"{text}"' for text in texts if text and '"' not in text and text.isprintable()]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What a chat template puts around the messages, where it is that simple."""
+
+    before: str  # of a conversation without a system message
+    system: tuple[str, str]  # around a system message, from the conversation's start
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+
+    def render(self, messages: Messages) -> str:
+        """A conversation, up to where the assistant is to speak."""
+        around = {"system": self.system, "user": self.user, "assistant": self.assistant}
+        parts = [around[message["role"]][0] + message["content"] + around[message["role"]][1] for message in messages]
+        start = "" if messages[0]["role"] == "system" else self.before
+        return start + "".join(parts) + self.assistant[0]
+
+    def ollama(self) -> str:
+        """The same in Ollama's (Go's) template language."""
+        user = "{{ .Content }}".join(self.user)
+        answer = "{{ .Content }}".join(self.assistant)
+        return (
+            f"{{{{ if .System }}}}{'{{ .System }}'.join(self.system)}{{{{ else }}}}{self.before}{{{{ end }}}}"
+            f'{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{user}'
+            f'{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ end }}}}{{{{ end }}}}{self.assistant[0]}'
+        )
+
+
+def _ollama_template(tokenizer: Tokenizer) -> str | None:
+    """A template that renders as the model's own does, tried on conversations with and without a system message."""
+    if not isinstance(tokenizer, FolderTokenizer):
+        return None
+    hf = tokenizer._hf
+
+    def render(messages: Messages, *, ask: bool = True) -> str:
+        return str(hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+
+    with contextlib.suppress(Exception):  # a template may refuse whatever it likes
+        turns = _turns(render)
+        talk = [_message("user", _USER), _message("assistant", _ANSWER), _message("user", _NEXT)]
+        trials = [talk, talk[:1], [_message("system", _SYSTEM), *talk]]
+        if any(turns.render(trial) != render(trial) for trial in trials):
+            return None
+        starts = tokenizer.encode("a", bos=True)[:1] == [hf.bos_token_id] and hf.bos_token
+        if starts:  # Ollama puts BOS before what the template gives
+            turns = Turns(
+                turns.before.removeprefix(starts),
+                (turns.system[0].removeprefix(starts), turns.system[1]),
+                turns.user,
+                turns.assistant,
+            )
+        template = turns.ollama()
+        literal = "".join([turns.before, *turns.system, *turns.user, *turns.assistant])
+        return None if '"""' in literal or "{{" in literal or "}}" in literal else template
+    return None
+
+
+def _turns(render: Any) -> Turns:
+    """Split the text of a few conversations at the messages' contents."""
+    user, answer, after = _message("user", _USER), _message("assistant", _ANSWER), _message("user", _NEXT)
+    alone = render([user], ask=False)
+    before_user, user_end = alone.split(_USER)
+    answer_start = render([user]).removeprefix(alone)
+    both = render([user, answer], ask=False)
+    answer_end = both.split(_ANSWER)[1]
+    longer = render([user, answer, after], ask=False)
+    user_start = longer.split(_ANSWER)[1].split(_NEXT)[0].removeprefix(answer_end)
+    system_start, rest = render([_message("system", _SYSTEM), user], ask=False).split(_SYSTEM)
+    system_end = rest.split(_USER)[0].removesuffix(user_start)
+    return Turns(
+        before_user.removesuffix(user_start),
+        (system_start, system_end),
+        (user_start, user_end),
+        (answer_start, answer_end),
+    )
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}

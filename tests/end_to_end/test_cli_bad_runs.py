@@ -1,0 +1,171 @@
+"""Run folders that can't be used or written: locked, changed, damaged, full."""
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_ppo import checkpoint, runs
+from mlx_ppo.runs import Run
+
+
+@pytest.fixture
+def trained(project):
+    """A project with a run of two iterations that is to have four."""
+    project.done("train", project.config(run={"iterations": 2}))
+    text = (project.run() / "config.toml").read_text()
+    changed = text.replace("iterations = 2", "iterations = 4")
+    (project.run() / "config.toml").write_text(changed)
+    record = json.loads((project.run() / "run.json").read_text())
+    record["config"] = hashlib.sha256(changed.encode()).hexdigest()  # as if it had been started so
+    (project.run() / "run.json").write_text(json.dumps(record))
+    return project
+
+
+def test_a_run_that_another_process_works_in(trained):
+    with Run(trained.run()):
+        trained.refused(4, f"runs/a: another process (pid {os.getpid()}) is working in this run", "resume", "runs/a")
+    trained.done("resume", "runs/a")
+    assert trained.steps() == [3, 4]
+
+
+def test_folders_that_are_no_run(trained):
+    trained.refused(2, "runs/aa: not a run folder. Did you mean 'runs/a'?", "resume", "runs/aa")
+    trained.refused(2, "model: not a run folder", "resume", "model")
+    trained.refused(2, "rule.py: not a run folder", "resume", "rule.py")
+    (trained.run() / "run.json").write_text("{")
+    trained.refused(4, "runs/a/run.json: cannot be read", "resume", "runs/a")
+    (trained.run() / "run.json").write_text('{"command": "dance"}')
+    trained.refused(2, "runs/a/run.json: unknown command 'dance'", "resume", "runs/a")
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "rule.py"])
+def test_inputs_that_changed(trained, name):
+    file = trained.folder / name
+    content = file.read_bytes()
+    file.write_bytes(content + b"\n")
+    trained.refused(4, f"{name}: changed since the run was started", "resume", "runs/a", left=True)
+    file.unlink()
+    trained.refused(4, f"{name}: changed since the run was started", "resume", "runs/a", left=True)
+    file.write_bytes(content)
+    trained.done("resume", "runs/a")
+
+
+def test_an_edited_configuration_or_reward_function_wants_a_word(trained):
+    files = (trained.folder / "rule.py", trained.run() / "config.toml")  # the configuration is looked at first
+    for file in files:
+        file.write_text(file.read_text() + "\n# edited\n")
+        trained.refused(4, f"{file.name}: changed since the run was started", "resume", "runs/a", left=True)
+    trained.done("resume", "runs/a", "--allow-config-change")
+    assert trained.steps() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "name", ["adapters.safetensors", "optimizer_critic.safetensors", "state.json", "manifest.json"]
+)
+def test_checkpoints_that_are_damaged(trained, name):
+    file = trained.run() / "checkpoints/000002" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    shown = trained.refused(4, f"000002/{name}: ", "resume", "runs/a", left=True)
+    assert "damaged" in shown and "the checkpoint of step 1 is still there" in shown
+    assert trained.steps() == [1, 2]
+    trained.refused(4, f"000002/{name}: ", "sample", "runs/a", "--prompt", "it")
+    trained.refused(4, f"000002/{name}: ", "compare", "runs/a", "model")
+    # with the damaged one out of the way the older one serves
+    (trained.run() / "checkpoints/000002").rename(trained.folder / "damaged")
+    assert "resuming after iteration 1 of 4" in trained.done("resume", "runs/a")
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_checkpoints_that_are_not_there(project, train):
+    project.done("train", project.config(model={"train": train}, run={"iterations": 1}))
+    for name in ("000009", "latest"):
+        words = f"checkpoints/{name}: no such checkpoint; there are: 000001"
+        project.refused(3, words, "sample", f"runs/a/checkpoints/{name}", "--prompt", "it")
+    assert project.done("sample", "runs/a/checkpoints/000001", "--prompt", "it", "--max-tokens", 2)
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_at_the_first_checkpoint(project, monkeypatch):
+    monkeypatch.setattr(mx, "save_safetensors", full_disk)
+    shown = project.refused(
+        4, "checkpoints/000001: the checkpoint cannot be written", "train", project.config(), left=True
+    )
+    assert "No space left on device" in shown
+    assert list((project.run() / "checkpoints").iterdir()) == []
+    assert [row["step"] for row in project.metrics()] == [1]
+    monkeypatch.undo()
+    project.done("resume", "runs/a")
+    project.done("train", project.config(run={"name": "b"}))
+    assert project.metrics("a") == project.metrics("b") and project.checkpoints("a") == project.checkpoints("b")
+
+
+def test_a_full_disk_later_leaves_the_last_checkpoint(trained, monkeypatch):
+    before = trained.checkpoints()
+    monkeypatch.setattr(checkpoint, "_sync", full_disk)
+    trained.refused(4, "000003: the checkpoint cannot be written", "resume", "runs/a", left=True)
+    assert trained.checkpoints() == before
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "replace", full_disk)
+    trained.refused(4, "metrics.jsonl: cannot be written", "resume", "runs/a", left=True)
+    monkeypatch.undo()
+    assert trained.checkpoints() == before
+    trained.done("resume", "runs/a")
+    assert trained.steps() == [3, 4]
+
+
+def test_a_full_disk_before_anything(project, monkeypatch):
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    config = project.config()
+    project.refused(4, "runs: a run folder cannot be written here", "train", config)
+
+
+@pytest.mark.parametrize(("job", "result"), [("sft", "adapters"), ("reward", "reward")])
+def test_a_full_disk_at_the_finished_folder(project, monkeypatch, job, result):
+    save, calls = mx.save_safetensors, []
+
+    def fails_in_the_end(path, arrays, *rest, **options):
+        if "checkpoints" not in path:
+            calls.append(path)
+            full_disk()
+        save(path, arrays, *rest, **options)
+
+    monkeypatch.setattr(mx, "save_safetensors", fails_in_the_end)
+    project.refused(4, f"runs/a/{result}: cannot be written", job, project.config(job), left=True)
+    assert len(calls) == 1 and not any(path.name.startswith(f".{result}") for path in project.run().iterdir())
+    project.refused(3, "", "sample", "runs/a", "--prompt", "it")
+    monkeypatch.undo()
+    assert f"finished: runs/a/{result}" in project.done("resume", "runs/a")
+    assert (project.run() / result / "adapters.safetensors").is_file()
+
+
+def test_places_that_cannot_be_written(project):
+    (project.folder / "file").write_text("")
+    project.refused(4, "file: a run folder cannot be written here", "train", project.config(run={"folder": "file"}))
+    deep = project.config(run={"folder": "deep/er/runs"}, model={"path": "nowhere"})
+    project.refused(3, "nowhere: no such folder", "train", deep)
+    project.done("train", project.config(run={"iterations": 1}))
+    project.refused(3, "nowhere: no such folder", "train", project.config(model={"path": "nowhere"}))
+    assert [path.name for path in (project.folder / "runs").iterdir()] == ["a"]
+
+
+def test_logs_that_cannot_be_written(project, monkeypatch):
+    real = runs.Run.log
+
+    def log(run, name, rows):
+        with monkeypatch.context() as patch:
+            if name == runs.METRICS:
+                patch.setattr("builtins.open", full_disk)
+            real(run, name, rows)
+
+    monkeypatch.setattr(runs.Run, "log", log)
+    project.refused(4, "runs/a/metrics.jsonl: cannot be written (No space left on device)", "train", project.config())

@@ -1,0 +1,166 @@
+"""The commands that look, copy or explain: help, --dry-run, init, sample, compare; and what `sft` and `reward` give."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mlx_ppo.cli.look import win_rate
+from mlx_ppo.cli.main import main
+
+COMMANDS = {"init", "train", "sft", "reward", "resume", "sample", "compare", "import", "export"}
+
+
+def test_help_of_everything(project):
+    shown = project.done("--help")
+    assert all(f"  {name} " in shown for name in COMMANDS)
+    assert set(main.commands) >= COMMANDS
+    for name in main.commands:
+        assert project.done(name, "--help") == project.done(name, "-h")
+        assert "Usage: " in project.done(name, "--help")
+    assert project.done("--version").startswith("mlx-ppo, version ")
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys; from mlx_ppo.cli.main import main; main(['--help'], standalone_mode=False); "
+        "print('|', *[n for n in ('mlx', 'mlx.core', 'mlx_lm', 'numpy', 'pydantic', 'rich', 'transformers') "
+        "if n in sys.modules])"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
+    assert done.stdout.splitlines()[-1].strip() == "|"
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("job", "lines"),
+    [
+        ("train", ["training prompts: 6, 26 tokens; each 2 to 7, median 4", "4 responses of at most 6 tokens, 4 opt"]),
+        ("sft", ["training examples: 6, 32 tokens; each 3 to 8", "validation examples: 1, 5 tokens; each 5 to 5"]),
+        ("reward", ["training texts: 8, ", "validation texts: 2, ", "test texts: 2, "]),
+    ],
+)  # fmt: skip
+def test_dry_runs_count_tokens_and_write_nothing(project, job, lines):
+    extra = {"sft": {"validation": "v.jsonl"}, "reward": {"validation": "w.jsonl", "test": "w.jsonl"}}.get(job, {})
+    project.jsonl("v.jsonl", [{"text": "a good film"}])
+    project.jsonl("w.jsonl", [{"text": "a good film", "rating": 5}, {"text": "it is bad", "rating": 1}])
+    config = project.config(job, data=extra)
+    before = project.everything()
+    shown = project.done(job, config, "--dry-run")
+    assert project.everything() == before
+    assert [line for line in lines if line not in shown] == []
+    assert shown.endswith("dry run: everything is in order; nothing was trained\n")
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_sft_learns_texts(project, full):
+    config = project.config(
+        "sft",
+        run={"keep_last": 1},
+        model={"train": "full" if full else "lora"},
+        sft={"epochs": 12},
+        optimizer={"learning_rate": 2e-2},
+    )
+    shown = project.done("sft", config)
+    losses = [row["validation_loss"] for row in project.metrics()]
+    assert losses[-1] < 0.5 * losses[0] and f"finished: runs/a/{'model' if full else 'adapters'}" in shown
+    assert project.metrics()[-1]["validation_perplexity"] == pytest.approx(math.exp(losses[-1]))
+    ask = ("--prompt", "is it not", "--temperature", 0, "--max-tokens", 8)
+    written = project.done("sample", "runs/a", *ask)
+    assert written == "is it not in the story\n" != project.done("sample", "model", *ask)
+    if full:
+        assert project.done("sample", "runs/a/model", *ask) == written
+    newest = project.run() / "checkpoints" / f"{project.steps()[-1]:06d}"
+    assert project.done("sample", newest.relative_to(project.folder), *ask)
+
+
+def test_sft_learns_completions_and_not_their_prompts(project):
+    project.jsonl(
+        "texts.jsonl", [{"prompt": "the film", "completion": " was bad"}, {"prompt": "it", "completion": " is good"}]
+    )
+    project.done("sft", project.config("sft", sft={"epochs": 12}, optimizer={"learning_rate": 2e-2}))
+    rows = project.metrics()
+    assert rows[-1]["loss"] < 0.3 * rows[0]["loss"]
+    shown = project.done("sample", "runs/a", "--prompt", "the film", "--prompt", "it", "--temperature", 0)
+    assert shown == "the film was bad\n\nit is good\n"
+
+
+def test_reward_models_learn_the_order_and_report_it(project, reward_folders):
+    for folder in reward_folders.values():
+        figures = json.loads((folder.parent / "report.json").read_text())["training"]
+        assert figures["accuracy"] > 0.8 and all(math.isfinite(value) for value in figures.values())
+        facts = json.loads((folder / "reward.json").read_text())
+        assert facts["slope"] is not None and facts["deviation"] > 0
+    project.jsonl("pairs.jsonl", [
+        {"prompt": "the film", "chosen": " was good", "rejected": " was bad"},
+        {"prompt": "it", "chosen": " is a good story", "rejected": " is bad"},
+    ])  # fmt: skip
+    config = project.config("reward", data={"train": "pairs.jsonl"}, reward_training={"epochs": 10})
+    project.done("reward", config)
+    assert json.loads((project.run() / "report.json").read_text())["training"]["accuracy"] == 1.0
+
+
+def test_samples_of_runs_folders_and_files(project):
+    project.done("train", project.config(run={"iterations": 1}))
+    shown = project.done("sample", "runs/a", "--count", 2, "--samples", 3, "--max-tokens", 3)
+    assert shown.count("the film") == 3 and shown.count("a very good story") == 3
+    assert shown == project.done("sample", "runs/a", "--count", 2, "--samples", 3, "--max-tokens", 3)
+    assert shown != project.done("sample", "runs/a", "--count", 2, "--samples", 3, "--max-tokens", 3, "--seed", 1)
+    shown = project.done("sample", "model", "--prompts", "prompts.jsonl", "--max-tokens", 2)
+    assert all(text in shown for text in ("the film", "it was", "bad"))
+    one = project.done("sample", "model", "--prompt", "bad", "--max-tokens", 5)
+    assert project.done("sample", "runs/a/checkpoints/000001", "--prompt", "bad", "--max-tokens", 5).startswith("bad")
+    assert one.startswith("bad")
+
+
+def test_samples_that_cannot_be_had(project, reward_folders):
+    project.refused(2, "give --prompt or --prompts", "sample", "model")
+    project.refused(2, "--prompt: is empty", "sample", "model", "--prompt", " ")
+    project.refused(3, "nothing.jsonl: no such file", "sample", "model", "--prompts", "nothing.jsonl")
+    run = reward_folders["adapters"].parent
+    project.refused(3, "a reward model gives scores, it doesn't write", "sample", run, "--prompt", "it")
+    assert project.cli("sample", "model", "--prompt", "it", "--temperature", -1).exit_code == 2
+
+
+def test_comparisons(project, reward_folders):
+    judge = reward_folders["folder"]
+    project.done("train", project.config(reward=[{"kind": "model", "path": str(judge)}], critic={"kind": "head"}))
+    shown = project.done("compare", "model", "runs/a", "--max-tokens", 5)
+    assert shown.startswith("6 prompts, judged by folder reward model (rating points)\n")
+    assert re.search(r"\n  model: mean [+-]\d+\.\d{3}, deviation \d+\.\d{3}\n  runs/a: mean ", shown)
+    assert re.search(r"\nruns/a wins \d+\.\d% \(95 % interval \d+\.\d% to \d+\.\d%; ties count half\)\n$", shown)
+    same = project.done("compare", "runs/a", "runs/a", "--max-tokens", 5)
+    assert "runs/a wins 50.0%" in same
+    given = ("--reward", reward_folders["adapters"], "--prompts", "prompts.jsonl", "--count", 2, "--max-tokens", 5)
+    assert project.done("compare", "model", "model", *given).startswith("2 prompts, judged by adapters reward model")
+    project.refused(
+        2, "--reward: name a reward model's folder", "compare", "model", "model", "--prompts", "prompts.jsonl"
+    )
+    project.refused(2, "give --prompt", "compare", "model", "model", "--reward", judge)
+
+
+def test_win_rates_against_known_values():
+    """Wilson's interval for 7 of 10: 0.3968 to 0.8922 (Newcombe 1998's method 3)."""
+    share, low, high = win_rate(np.zeros(10), np.array([1.0] * 7 + [-1.0] * 3))
+    assert (share, round(low, 4), round(high, 4)) == (0.7, 0.3968, 0.8922)
+    assert win_rate(np.zeros(4), np.array([1.0, 0.0, 0.0, -1.0]))[0] == 0.5
+    share, low, high = win_rate(np.zeros(10), np.ones(10))
+    assert share == 1.0 and high == pytest.approx(1.0) and round(low, 4) == 0.7225
+
+
+def test_init_copies_the_example_once(project):
+    shown = project.done("init", "new")
+    assert shown == "new is ready. Next: mlx-ppo train new/configs/reviews.toml\n"
+    assert (project.folder / "new/models/reviews/config.json").is_file()
+    assert not [path for path in project.folder.iterdir() if path.name.startswith(".")]
+    assert "dry run: everything is in order" in project.done("train", "new/configs/reviews.toml", "--dry-run")
+    project.refused(2, "new: already there and not an empty folder", "init", "new")
+    project.refused(2, "rule.py: already there", "init", "rule.py")
+    (project.folder / "empty").mkdir()
+    project.done("init", "empty")
