@@ -31,7 +31,7 @@ TABLE = {
     "mlx_ppo.algo": {"mlx", "mlx_ppo.algo"},
     "mlx_ppo.data": {"mlx", "numpy", "sentencepiece", "mlx_ppo.data", "mlx_ppo.errors"},
     "mlx_ppo.networks": {
-        "mlx", "mlx_lm", "numpy", "safetensors",
+        "mlx", "mlx_lm", "numpy", "safetensors", "sentencepiece",
         "mlx_ppo.algo", "mlx_ppo.config", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.networks", "mlx_ppo.records",
     },
     "mlx_ppo.importing": {
