@@ -8,6 +8,7 @@ tokenizer and its `tokenizer.json`, and the model's `config.json`. See `rebuild.
 """
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Iterable
@@ -78,9 +79,10 @@ def prompts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def train_tokenizer(texts: list[str]) -> None:
     """A unigram SentencePiece model on the training texts, and the same as `tokenizer.json` for stock tools."""
+    written = io.BytesIO()  # not by name: SentencePiece would write this machine's path into the file
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
-        model_prefix=str(HERE / "tokenizer"),
+        model_writer=written,
         vocab_size=VOCABULARY,
         model_type="unigram",
         byte_fallback=True,
@@ -94,7 +96,7 @@ def train_tokenizer(texts: list[str]) -> None:
         num_threads=1,
         minloglevel=2,
     )
-    (HERE / "tokenizer.vocab").unlink()
+    (HERE / "tokenizer.model").write_bytes(written.getvalue())
     pieces = spm.SentencePieceProcessor(model_file=str(HERE / "tokenizer.model"))
     vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.vocab_size())]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
