@@ -84,7 +84,7 @@ class Trunk:
         """The number of transformer blocks."""
         return len(self.model.layers)
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """The size D of a hidden state."""
         return int(self.hidden(mx.zeros((1, 1), mx.int32)).shape[-1])
