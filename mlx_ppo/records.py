@@ -26,6 +26,7 @@ class Sequences(NamedTuple):
     mask: mx.array  # [B, T] bool, response tokens that count, end-of-sequence included
     last: mx.array  # [B] int32, position in the flattened [B * S] of the last token
     lengths: mx.array  # [B] int32, prompt and response tokens
+    kept: mx.array | None = None  # [B, S, D], the states that enter the trunk's `split` block
 
     def spread(self, counted: mx.array) -> mx.array:
         """Values of the N counted tokens at their slots: [N] -> [B, T], 0 where masked."""
@@ -72,13 +73,17 @@ class Rollout(NamedTuple):
     finished: mx.array  # [B] bool, end-of-sequence was sampled before max_tokens ran out
     group: mx.array  # [B] int32, responses of one prompt share a number
     records: tuple[dict[str, Any], ...]  # B, each prompt's JSONL record
+    kept: mx.array | None = None  # [B, P + T, D], the states that enter the trunk's `split` block; 0 where no token is
 
     def sequences(self, rows: Sequence[int] | None = None) -> Sequences:
         """Some rows (by default all) for the training forward, with all T slots."""
-        chosen = range(len(self.prompts)) if rows is None else rows
-        return make_sequences(
+        chosen = list(range(len(self.prompts)) if rows is None else rows)
+        made = make_sequences(
             [self.prompts[row] for row in chosen], [self.responses[row] for row in chosen], slots=self.mask.shape[1]
         )
+        if self.kept is None:
+            return made
+        return made._replace(kept=self.kept[mx.array(chosen), : made.tokens.shape[1]])
 
 
 class Scored(NamedTuple):

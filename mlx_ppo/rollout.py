@@ -14,6 +14,7 @@ from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.records import Rollout
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
 class Request(NamedTuple):
@@ -70,11 +71,13 @@ def generate(
     responses: list[Response] = [Response((), (), False)] * len(requests)
     if batch_size > 1 and not trunk.decodes_batches:
         batch_size = 1
+    kept = _Kept()
     with trunk.using(weights):
         for rows in _chunks(requests, batch_size):
             decoder = _Decoder(trunk, [requests[row] for row in rows], max_tokens, temperature)
             for row, response in zip(rows, decoder.run(on_tokens), strict=True):
                 responses[row] = response
+            kept.join(decoder.kept, rows)
     lengths = np.array([len(response.tokens) for response in responses])
     width = max(1, int(lengths.max()))
     logprobs = np.zeros((len(requests), width), np.float32)
@@ -88,6 +91,7 @@ def generate(
         finished=mx.array([response.finished for response in responses]),
         group=mx.array(np.repeat(np.arange(len(prompts), dtype=np.int32), samples_per_prompt)),
         records=tuple(record for record in records for _ in range(samples_per_prompt)),
+        kept=kept.array(len(requests)),
     )
 
 
@@ -96,6 +100,38 @@ def _chunks(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]
     order = sorted(range(len(requests)), key=lambda row: (len(requests[row].prompt), row))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+class _Kept:
+    """Gathers the states that enter the trunk's `split` block, token by token."""
+
+    def __init__(self) -> None:
+        self.rows: list[Ints] = []
+        self.columns: list[Ints] = []
+        self.states: list[mx.array] = []
+
+    def add(self, rows: Ints, columns: Ints, states: mx.array) -> None:
+        """States [N, D] of N tokens, at their rows and columns."""
+        self.rows.append(rows)
+        self.columns.append(columns)
+        self.states.append(states)
+
+    def join(self, other: "_Kept", rows: Sequence[int]) -> None:
+        """Take over another's states; `rows` says which row here each of its rows is."""
+        self.rows.extend(np.array(rows)[own] for own in other.rows)
+        self.columns.extend(other.columns)
+        self.states.extend(other.states)
+
+    def array(self, count: int) -> mx.array | None:
+        """[count, S, D], 0 where no token is; None where nothing was gathered."""
+        if not self.states:
+            return None
+        rows, columns = np.concatenate(self.rows), np.concatenate(self.columns)
+        states = mx.concatenate(self.states)
+        gathered = mx.zeros((count, int(columns.max()) + 1, states.shape[-1]), states.dtype)
+        gathered[mx.array(rows.astype(np.int32)), mx.array(columns.astype(np.int32))] = states
+        mx.eval(gathered)
+        return gathered
 
 
 class _Decoder:
@@ -107,6 +143,7 @@ class _Decoder:
         self.max_tokens = max_tokens
         self.temperature = temperature
         self.stops = np.array(sorted(trunk.tokenizer.eos_ids))
+        self.kept = _Kept()
 
     def run(self, on_tokens: Callable[[int], None]) -> list[Response]:
         cache, states = self._prefill()
@@ -117,6 +154,7 @@ class _Decoder:
         lengths = np.zeros(count, np.int32)
         finished = np.zeros(count, bool)
         live = np.arange(count)
+        prompts = np.array([len(request.prompt) for request in self.requests])
         for step in range(self.max_tokens):
             logits = np.array(self.trunk.logits(states).astype(mx.float32))
             picked, logprob = sample(logits, draws[live, step], self.temperature)
@@ -125,18 +163,30 @@ class _Decoder:
             on_tokens(len(live))
             going = ~np.isin(picked, self.stops)
             finished[live[~going]] = True
-            if step + 1 == self.max_tokens or not going.any():
+            over = step + 1 == self.max_tokens or not going.any()
+            if self.trunk.split:  # nothing is predicted from a last token, but a reward model reads its state
+                states = self._advance(picked, cache, live, prompts[live] + step)
+            if over:
                 break
             if not going.all():
                 keep = mx.array(np.flatnonzero(going).astype(np.int32))
                 for layer in cache:
                     layer.filter(keep)
-                live, picked = live[going], picked[going]
-            states = self.trunk.hidden(mx.array(picked[:, None]), cache)[:, -1]
+                live, picked, states = live[going], picked[going], states[keep]
+            if not self.trunk.split:
+                states = self._advance(picked, cache, live, prompts[live] + step)
         return [
             Response(tuple(tokens[row, :n].tolist()), tuple(logprobs[row, :n].tolist()), bool(finished[row]))
             for row, n in enumerate(lengths)
         ]
+
+    def _advance(self, tokens: Ints, cache: list[Any], rows: Ints, columns: Ints) -> mx.array:
+        """Read one more token of each row; returns the states [rows, D] after it."""
+        states, entering = self.trunk.hidden_and_entering(mx.array(tokens[:, None]), cache)
+        if entering is not None:
+            mx.eval(entering)
+            self.kept.add(rows, columns, entering[:, -1])
+        return states[:, -1]
 
     def _prefill(self) -> tuple[list[Any], mx.array]:
         """Read each distinct prompt once; returns the cache of all rows and the states [rows, D] after the prompts."""
@@ -152,10 +202,16 @@ class _Decoder:
                 layer.step = rows.shape[1] + self.max_tokens
             if any(padding):
                 layer.prepare(lengths=lengths.tolist(), right_padding=padding)
-        states = self.trunk.hidden(mx.array(rows), cache)
+        states, entering = self.trunk.hidden_and_entering(mx.array(rows), cache)
         last = states[mx.arange(len(distinct)), mx.array(lengths) - 1]
         index = {prompt: row for row, prompt in enumerate(distinct)}
-        owner = mx.array([index[request.prompt] for request in self.requests])
+        owners = np.array([index[request.prompt] for request in self.requests])
+        if entering is not None:
+            counted = np.arange(rows.shape[1])[None, :] < lengths[owners][:, None]
+            row, column = np.nonzero(counted)
+            mx.eval(entering, last)
+            self.kept.add(row, column, entering[mx.array(owners[row]), mx.array(column)])
+        owner = mx.array(owners)
         for layer in cache:
             if any(padding):
                 layer.finalize()

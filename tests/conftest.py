@@ -209,16 +209,22 @@ def make_world(
         samples: int = 2,
         only: int | None = None,
         max_tokens: int = 6,
+        layers: int = 0,
+        keep: bool = False,
     ) -> World:
-        trunk, chosen = stopping_trunk, prompts[:only]
-        weights = Weights(dict(trunk.base)) if full else make_adapters(trunk, seed=1)
+        trunk, chosen = load_trunk(Path(stopping_trunk.name)) if keep else stopping_trunk, prompts[:only]
+        weights = Weights(dict(trunk.base)) if full else make_adapters(trunk, seed=1, layers=layers)
         critic = None
         roles = Roles(trunk, Weights({}), None)
         if kind is not None:
             own = load_trunk(Path(trunk.name)) if kind == "model" else trunk
-            body = {"adapters": make_adapters(trunk, seed=2), "model": Weights(dict(own.base))}.get(kind, Weights({}))
+            body = {"adapters": make_adapters(trunk, seed=2, layers=layers), "model": Weights(dict(own.base))}.get(
+                kind, Weights({})
+            )
             critic = Learner(body.holding({**body.arrays, **new_head(32)}), _adam(3e-2))
             roles.critic = Critic(kind, own)
+        if keep:
+            trunk.share_below([weights])
         rollout = generate(
             trunk,
             weights,

@@ -167,3 +167,31 @@ def test_sample_inverts_the_cumulative_distribution() -> None:
     tokens, logprobs = sample(rows, draws, 0.5)
     assert tokens.tolist() == [np.searchsorted(np.cumsum(squared), draw, side="right") for draw in draws]
     np.testing.assert_allclose(logprobs, np.log(squared[tokens]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_kept_states_are_those_of_a_pass_over_the_whole_text(
+    make_model: Callable[..., Path],
+    make_adapters: Callable[..., Weights],
+    prompts: Prompts,
+    kind: str,
+    batch_size: int,
+) -> None:
+    """At every token, a response's last one included, whatever was decoded together and whenever a row ended."""
+    trunk = load_trunk(make_model(kind, num_hidden_layers=4, eos_token_id=[2, *range(100, 140)]))
+    weights = make_adapters(trunk, layers=2)
+    without = run(trunk, prompts, weights=weights, samples_per_prompt=3, batch_size=batch_size)
+    assert without.kept is None
+    trunk.share_below([weights])
+    rollout = run(trunk, prompts, weights=weights, samples_per_prompt=3, batch_size=batch_size)
+    assert rollout.responses == without.responses
+    assert rollout.finished.any().item() and not rollout.finished.all().item()
+    assert rollout.kept is not None
+    for row, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
+        tokens = prompt + response
+        wanted = np.array(trunk.entering(mx.array([tokens])))[0]
+        np.testing.assert_allclose(np.array(rollout.kept[row, : len(tokens)]), wanted, atol=2e-4)
+        assert not mx.any(rollout.kept[row, len(tokens) :]).item()
+    sequences = rollout.sequences([4, 1])
+    assert sequences.kept is not None and sequences.kept.shape[:2] == sequences.tokens.shape

@@ -241,3 +241,21 @@ def test_passes_end_when_the_policy_has_moved_far(make_world: MakeWorld) -> None
     stats = make_world().update(epochs=4, minibatches=2, stop_at_kl=100.0)
     assert not stats.stopped_early
     assert len(stats.policy_loss) == 8
+
+
+@pytest.mark.parametrize("kind", ["adapters", "head"])
+def test_kept_states_give_the_losses_and_weights_of_the_whole_pass(make_world: Callable[..., Any], kind: str) -> None:
+    """With adapters on the upper of two blocks; the states are kept by the rollout and read by every role."""
+    worlds = [make_world(kind, layers=1, keep=keep) for keep in (False, True)]
+    assert [world.rollout.kept is None for world in worlds] == [True, False]
+    stats = [world.update(epochs=2, minibatches=2) for world in worlds]
+    np.testing.assert_allclose(stats[0].policy_loss, stats[1].policy_loss, atol=1e-5)
+    np.testing.assert_allclose(stats[0].value_loss, stats[1].value_loss, rtol=1e-4)
+    np.testing.assert_allclose(stats[0].policy_norm, stats[1].policy_norm, rtol=1e-3)
+    for a, b in ((w.policy.weights.arrays, o.policy.weights.arrays) for w, o in [worlds]):
+        for name, array in a.items():
+            np.testing.assert_allclose(np.array(array), np.array(b[name]), atol=1e-4, err_msg=name)
+    spoilt = worlds[1].rollout._replace(kept=worlds[1].rollout.kept + 1)
+    worlds[1].rollout = spoilt
+    with pytest.raises(RunError, match="self-check"):
+        worlds[1].update()

@@ -100,7 +100,7 @@ class RewardModel:
     def raw(self, sequences: Sequences) -> mx.array:
         """Raw outputs [B] for whole texts."""
         with self.trunk.using(self.weights):
-            states = self.trunk.hidden(sequences.tokens)
+            states = self.trunk.hidden(sequences.tokens, kept=sequences.kept)
             return apply_head(self.weights.arrays, pooled(states, sequences, self.facts.pooling))
 
     def normalised(self, raw: mx.array) -> mx.array:

@@ -92,10 +92,20 @@ def load_roles(config: TrainConfig) -> tuple[Roles, Weights, Weights | None]:
         critic_weights = None
         if config.ppo.advantage == "gae":
             roles.critic, critic_weights = _load_critic(config, roles)
+        trunk.share_below(_on_trunk(roles, policy, critic_weights))
     except BaseException:
         roles.close()
         raise
     return roles, policy, critic_weights
+
+
+def _on_trunk(roles: Roles, policy: Weights, critic: Weights | None) -> list[Weights]:
+    """The weights of every role that lies on the shared trunk."""
+    rewards = [source.scorer for source in roles.sources if isinstance(source.scorer, RewardModel)]
+    found = [policy, roles.reference, *(model.weights for model in rewards if model.trunk is roles.trunk)]
+    if critic is not None and roles.critic is not None and roles.critic.trunk is roles.trunk:
+        found.append(critic)
+    return found
 
 
 def initial_weights(trunk: Trunk, model: ModelSection, lora: LoraSection, *, key: str, seed: int) -> Weights:

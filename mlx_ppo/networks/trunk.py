@@ -1,7 +1,7 @@
 """The trunk: one mlx-lm model whose weights never change, on which roles lay their own weights for a while."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
-from mlx_ppo.networks.adapters import HEAD, AdaptedEmbedding, Weights, make_adaptable, parameters_of, plain
+from mlx_ppo.networks.adapters import HEAD, AdaptedEmbedding, Weights, layer_of, make_adaptable, parameters_of, plain
 from mlx_ppo.records import Sequences
 
 _INNER_NAMES = ("model", "backbone", "transformer")
@@ -32,8 +32,41 @@ class _States:
         return getattr(self._inner, name)
 
 
+class _Entered(Exception):
+    """A block was reached; carries the states that enter it."""
+
+    def __init__(self, states: mx.array) -> None:
+        super().__init__()
+        self.states = states
+
+
+class _InPlace:
+    """Stands in for a block: calls something else instead, and is the block in every other respect."""
+
+    def __init__(self, block: nn.Module, call: Callable[..., mx.array]) -> None:
+        self._block = block
+        self._call = call
+
+    def __call__(self, *given: Any, **named: Any) -> mx.array:
+        return self._call(*given, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._block[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._block
+
+
 class Trunk:
-    """A frozen language model: hidden states, logits from them, and scoped weights of a role."""
+    """A frozen language model: hidden states, logits from them, and scoped weights of a role.
+
+    Where every role's weights lie in the upper blocks, what comes out of the blocks below is the same for all of them
+    and in every epoch. `split` is then the lowest block that a role changes (see `share_below`), and the states that
+    enter it can be kept and given to `hidden`, which starts from them.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, name: str) -> None:
         """Prepare a loaded model; `name` is its folder, for messages."""
@@ -41,10 +74,15 @@ class Trunk:
         self.tokenizer = tokenizer
         self.name = name
         self._owner, self._inner_name = _find_inner(model, name)
+        first = model.layers[0]  # `model.layers` itself may be a copy
+        inner = self._owner[self._inner_name]
+        lists = [part for part in inner.values() if isinstance(part, list) and part and part[0] is first]
+        self._layers: list[Any] = lists[0] if lists else []
         self.adapted = make_adaptable(model)
         self.base = parameters_of(model)
         self._noisy = _make_noisy(self._owner[self._inner_name], self.adapted)
         self._in_use = False
+        self.split = 0  # states that enter this block may be kept; 0: none
         model.eval()
         self._check_split()
 
@@ -89,11 +127,57 @@ class Trunk:
         """The size D of a hidden state."""
         return int(self.hidden(mx.zeros((1, 1), mx.int32)).shape[-1])
 
-    def hidden(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
-        """Final hidden states [B, S, D] of tokens [B, S], the final norm included."""
+    def share_below(self, roles: Iterable[Weights]) -> None:
+        """Set `split` to the lowest block that any of these roles changes, if this architecture can start there."""
+        lowest = [_lowest_block(weights) for weights in roles]
+        self.split = min((block for block in lowest if block is not None), default=0)
+        if self.split and not (self._layers and self._starts_from_kept()):
+            self.split = 0
+
+    def hidden(self, tokens: mx.array, cache: list[Any] | None = None, *, kept: mx.array | None = None) -> mx.array:
+        """Final hidden states [B, S, D] of tokens [B, S], the final norm included.
+
+        Args:
+            tokens: token numbers.
+            cache: the architecture's KV caches, which are extended.
+            kept: the states [B, S, D] that enter block `split`, from an earlier pass over the same tokens: the blocks
+                below are left out. Not read where `split` is 0.
+        """
         inner = self._owner[self._inner_name]
-        states: mx.array = inner(tokens) if cache is None else inner(tokens, cache=cache)
+        if kept is not None and self.split:
+            with self._instead({block: lambda *_, **__: kept for block in range(self.split)}):
+                states: mx.array = inner(tokens)
+            return states
+        states = inner(tokens) if cache is None else inner(tokens, cache=cache)
         return states
+
+    def hidden_and_entering(self, tokens: mx.array, cache: list[Any]) -> tuple[mx.array, mx.array | None]:
+        """Final hidden states [B, S, D], and the states [B, S, D] that enter block `split` (None where it is 0)."""
+        if not self.split:
+            return self.hidden(tokens, cache), None
+        entering: list[mx.array] = []
+        block = self._layers[self.split]
+
+        def note(states: mx.array, *given: Any, **named: Any) -> mx.array:
+            entering.append(states)
+            after: mx.array = block(states, *given, **named)
+            return after
+
+        with self._instead({self.split: note}):
+            return self.hidden(tokens, cache), entering[0]
+
+    def entering(self, tokens: mx.array) -> mx.array:
+        """The states [B, S, D] that enter block `split`; no block from there on is computed."""
+
+        def stop(states: mx.array, *_: Any, **__: Any) -> mx.array:
+            raise _Entered(states)
+
+        try:
+            with self._instead({self.split: stop}):
+                self.hidden(tokens)
+        except _Entered as reached:
+            return reached.states
+        raise RuntimeError("the split block was not reached")
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits [..., V] of hidden states [..., D], by whatever the architecture does after its inner part."""
@@ -108,7 +192,7 @@ class Trunk:
 
     def response_states(self, sequences: Sequences) -> mx.array:
         """Hidden states [N, D] from which each of the N counted response tokens is predicted."""
-        states = self.hidden(sequences.tokens)
+        states = self.hidden(sequences.tokens, kept=sequences.kept)
         return states.reshape(-1, states.shape[-1])[sequences.predicting]
 
     @contextmanager
@@ -116,10 +200,13 @@ class Trunk:
         """Lay a role's weights on the trunk for the length of a `with` block; nothing stays behind.
 
         Raises:
-            RuntimeError: another role's weights are on the trunk.
+            RuntimeError: another role's weights are on the trunk, or these would change what is kept.
         """
         if self._in_use:
             raise RuntimeError("another role's weights are on the trunk; roles don't nest")
+        lowest = _lowest_block(weights)
+        if lowest is not None and lowest < self.split:
+            raise RuntimeError(f"weights in block {lowest}, but the states that enter block {self.split} are kept")
         replaced: dict[str, mx.array] = {}
         attached: list[nn.Module] = []
         self._in_use = True
@@ -154,6 +241,28 @@ class Trunk:
             for layer in self._noisy:
                 object.__setattr__(layer, "noise", None)
 
+    @contextmanager
+    def _instead(self, calls: Mapping[int, Callable[..., mx.array]]) -> Iterator[None]:
+        """Put other functions in the place of some blocks for the length of a `with` block."""
+        layers = self._layers
+        blocks = {number: layers[number] for number in calls}
+        try:
+            for number, call in calls.items():
+                layers[number] = _InPlace(blocks[number], call)
+            yield
+        finally:
+            for number, block in blocks.items():
+                layers[number] = block
+
+    def _starts_from_kept(self) -> bool:
+        """Whether starting from kept states gives what the whole pass gives."""
+        probe = mx.array([[1, 2, 3, 1]]) % self.tokenizer.vocab_size
+        try:
+            whole, started = self.hidden(probe), self.hidden(probe, kept=self.entering(probe))
+        except (RuntimeError, ValueError, AttributeError, TypeError, KeyError):
+            return False
+        return bool(mx.allclose(whole, started, rtol=1e-3, atol=1e-3).item())
+
     def _put(self, arrays: Mapping[str, mx.array]) -> None:
         self.model.update(tree_unflatten(list(arrays.items())))
 
@@ -164,6 +273,14 @@ class Trunk:
         split = self.logits(self.hidden(probe))
         if not mx.allclose(whole.astype(mx.float32), split.astype(mx.float32), rtol=1e-3, atol=1e-3).item():
             raise ModelError(f"{self.name}: this architecture's logits don't follow from its final hidden states")
+
+
+def _lowest_block(weights: Weights) -> int | None:
+    """The lowest block that some weights change; 0 where they change what lies before the blocks; None for none."""
+    names = [name for name in weights.arrays if not name.startswith(HEAD)]
+    if not names:
+        return None
+    return min(layer_of(name)[0] if name.endswith((".lora_a", ".lora_b")) else 0 for name in names)
 
 
 def _make_noisy(inner: nn.Module, adapted: Mapping[str, nn.Module]) -> list[nn.Module]:

@@ -146,3 +146,66 @@ def test_gradients_through_using_are_those_of_finite_differences(
     )
     slope = sum((gradients[name] * direction[name]).sum().item() for name in gradients)
     assert slope == pytest.approx((ahead - behind) / (2 * step), rel=0.02, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+def test_starting_from_kept_states_is_the_whole_pass(
+    make_model: Callable[..., object], make_adapters: Adapters, kind: str
+) -> None:
+    trunk = load_trunk(make_model(kind, num_hidden_layers=4))
+    upper, top = make_adapters(trunk, layers=2), make_adapters(trunk, layers=1, seed=1)
+    with trunk.using(upper):
+        whole = np.array(trunk.hidden(TOKENS))
+    with trunk.using(top):
+        whole_top = np.array(trunk.hidden(TOKENS))
+    trunk.share_below([upper, Weights({}), top])
+    assert trunk.split == 2
+    kept = trunk.entering(TOKENS)
+    blocks = list(trunk._layers)
+    for weights, wanted in ((upper, whole), (top, whole_top)):
+        with trunk.using(weights):
+            np.testing.assert_allclose(np.array(trunk.hidden(TOKENS, kept=kept)), wanted, atol=1e-5)
+            wrong = np.array(trunk.hidden(TOKENS, kept=kept + 0.1))
+            assert np.abs(wrong - wanted).max() > 1e-3, "what was kept must be what is read"
+    assert all(now is before for now, before in zip(trunk._layers, blocks, strict=True))
+    with trunk.using(upper):
+        np.testing.assert_array_equal(np.array(trunk.hidden(TOKENS)), whole, err_msg="something was left behind")
+
+
+def test_weights_below_what_is_kept_are_refused(make_model: Callable[..., object], make_adapters: Adapters) -> None:
+    trunk = load_trunk(make_model(num_hidden_layers=4))
+    trunk.share_below([make_adapters(trunk, layers=2)])
+    with pytest.raises(RuntimeError, match="block 1"), trunk.using(make_adapters(trunk, layers=3)):
+        pass
+    with pytest.raises(RuntimeError, match="block 0"), trunk.using(Weights(dict(trunk.base))):
+        pass
+    with trunk.using(make_adapters(trunk, layers=1)):
+        pass
+
+
+def test_nothing_is_kept_where_a_role_changes_every_block(trunk: Trunk, make_adapters: Adapters) -> None:
+    trunk.share_below([make_adapters(trunk, layers=1), make_adapters(trunk)])
+    assert trunk.split == 0
+    trunk.share_below([make_adapters(trunk, layers=1), Weights(dict(trunk.base))])
+    assert trunk.split == 0
+    trunk.share_below([Weights({})])
+    assert trunk.split == 0
+
+
+def test_kept_states_are_put_aside_where_an_architecture_cannot_start_from_them(
+    make_model: Callable[..., object], make_adapters: Adapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = load_trunk(make_model(num_hidden_layers=4))
+    whole = trunk.hidden
+    monkeypatch.setattr(trunk, "hidden", lambda tokens, cache=None, kept=None: whole(tokens) + (kept is not None))
+    trunk.share_below([make_adapters(trunk, layers=2)])
+    assert trunk.split == 0
+
+
+def test_blocks_are_put_back_after_an_exception(make_model: Callable[..., object], make_adapters: Adapters) -> None:
+    trunk = load_trunk(make_model(num_hidden_layers=4))
+    trunk.share_below([make_adapters(trunk, layers=2)])
+    blocks = list(trunk._layers)
+    with pytest.raises(ValueError):
+        trunk.hidden(TOKENS, kept=mx.zeros((7, 5, 31)))
+    assert all(now is before for now, before in zip(trunk._layers, blocks, strict=True))
