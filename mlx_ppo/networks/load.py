@@ -11,6 +11,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
+from mlx_ppo.networks.activations import use_fast_gates
 from mlx_ppo.networks.adapters import parameters_of
 from mlx_ppo.networks.folder import ModelFolder, check_model_folder
 from mlx_ppo.networks.model_files import read_arrays
@@ -82,6 +83,7 @@ def load_trunk(
             _take_embeddings(model, embeddings)
     target = _DTYPES.get(dtype, mx.float32 if on_cpu else None)
     _settle(model, target, path)
+    use_fast_gates(model)
     tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
     _check_vocabulary(folder, model, tokenizer.vocab_size)
     return Trunk(model, tokenizer, str(path))
