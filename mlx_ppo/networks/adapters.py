@@ -50,7 +50,11 @@ class _Adapted:
         y: mx.array = super().__call__(x)  # type: ignore[misc]
         if self.attached is not None:
             a, b, scale = self.attached
-            y = y + scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
+            rows = (-1, x.shape[-1])  # the factor on the small side, the sum inside the product
+            added = mx.addmm(
+                y.reshape(-1, y.shape[-1]), x.reshape(rows) @ a.astype(x.dtype), (scale * b).astype(x.dtype)
+            )
+            y = added.reshape(y.shape)
         if self.noise is not None:
             share, key = self.noise
             y = mx.where(mx.random.bernoulli(1 - share, y.shape, key=key), y / (1 - share), 0.0)
