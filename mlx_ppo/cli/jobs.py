@@ -14,6 +14,7 @@ from mlx_ppo.config import Job, RewardConfig, SFTConfig, TrainConfig
 from mlx_ppo.config_file import read_config
 from mlx_ppo.errors import RunError
 from mlx_ppo.runs import CONFIG, METRICS, Run, changed_inputs, config_edited, create_run, open_config
+from mlx_ppo.runtime.allocator import keeping_buffers
 from mlx_ppo.runtime.signals import Interrupted, Interrupts, catching_interrupts
 
 
@@ -67,7 +68,7 @@ def resume(folder: Path, *, allow_config_change: bool) -> None:
 
 def _work(config: Job, run: Run) -> None:
     click.echo(f"run folder: {_short(run.folder)}")
-    with catching_interrupts() as interrupts, Display() as display:
+    with catching_interrupts() as interrupts, Display() as display, keeping_buffers():
         try:
             finish = _do(config, run, display, interrupts)
         except Interrupted as stop:
