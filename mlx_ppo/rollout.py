@@ -78,6 +78,16 @@ def generate(
             for row, response in zip(rows, decoder.run(on_tokens), strict=True):
                 responses[row] = response
             kept.join(decoder.kept, rows)
+    return _joined(requests, responses, kept, samples_per_prompt, records)
+
+
+def _joined(
+    requests: Sequence[Request],
+    responses: Sequence[Response],
+    kept: "_Kept",
+    samples_per_prompt: int,
+    records: Sequence[dict[str, Any]],
+) -> Rollout:
     lengths = np.array([len(response.tokens) for response in responses])
     width = max(1, int(lengths.max()))
     logprobs = np.zeros((len(requests), width), np.float32)
@@ -89,7 +99,7 @@ def generate(
         logprobs=mx.array(logprobs),
         mask=mx.array(np.arange(width)[None, :] < lengths[:, None]),
         finished=mx.array([response.finished for response in responses]),
-        group=mx.array(np.repeat(np.arange(len(prompts), dtype=np.int32), samples_per_prompt)),
+        group=mx.array(np.repeat(np.arange(len(records), dtype=np.int32), samples_per_prompt)),
         records=tuple(record for record in records for _ in range(samples_per_prompt)),
         kept=kept.array(len(requests)),
     )
