@@ -1,0 +1,71 @@
+"""The SmolLM2 tutorial's files: its rule, its data, its configurations."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mlx_ppo.config import Job, RewardConfig, TrainConfig
+from mlx_ppo.config_file import read_config
+
+ROOT = Path(__file__).resolve().parent.parent
+TUTORIAL = ROOT / "models" / "smollm2"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TUTORIAL / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Bread is baked from dough. Have you ever tried it?", 2.0),
+        ("Do you like to bake your own bread?", 2.0),
+        ("Bread is baked from dough.", 1.0),
+        ("One. Two. Three.", 0.5),
+        ("One two three. Four. Five. Would you like some more of it?", 1.0),
+        ("A. B. C. D. E. F. G. H.", -1.0),
+        ("Why?", 1.0),
+        ('She asked: "Would you like to have some?"', 2.0),
+        ("What is bread? It is baked from dough", 1.0),
+        ("", -1.0),
+        (" \n", -1.0),
+    ],
+)
+def test_the_rule(text: str, score: float) -> None:
+    assert script("rules").short_and_asking(["Tell me about bread."], [text]) == [score]
+
+
+def test_data_is_what_the_script_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = script("prepare")
+    monkeypatch.setattr(prepare, "HERE", tmp_path)
+    prepare.main()
+    made = {file.name: file.read_bytes() for file in (tmp_path / "data").iterdir()}
+    assert made == {file.name: file.read_bytes() for file in (TUTORIAL / "data").iterdir()}
+    rated = [{json.loads(line)["id"] for line in made[f"ratings-{part}.jsonl"].splitlines()} for part in prepare.SIZES]
+    assert [len(ids) for ids in rated] == list(prepare.SIZES.values())
+    assert not (rated[0] & rated[1] or rated[0] & rated[2] or rated[1] & rated[2])
+    assert not set(made["prompts-train.jsonl"].splitlines()) & set(made["prompts-test.jsonl"].splitlines())
+
+
+@pytest.mark.parametrize(
+    ("name", "job"), [("reward", RewardConfig), ("reviews", TrainConfig), ("question", TrainConfig)]
+)
+def test_configurations_ask_for_the_import_first(name: str, job: type[Job], tmp_path: Path) -> None:
+    """In a clean checkout the model isn't there yet; everything else is right, and its absence is what is said."""
+    text = (ROOT / "configs" / f"smollm2-{name}.toml").read_text("utf-8")
+    assert "mlx-ppo import SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2/model" in text
+    for folder in ("smollm2", "reviews"):
+        (tmp_path / "models").mkdir(exist_ok=True)
+        (tmp_path / "models" / folder).symlink_to(ROOT / "models" / folder)
+    (tmp_path / "configs").mkdir()
+    file = tmp_path / "configs" / f"smollm2-{name}.toml"
+    file.write_text(text, "utf-8")
+    config = read_config(job, file, [])
+    assert config.model.path.name == "model"  # type: ignore[attr-defined]
