@@ -4,6 +4,7 @@ mlx's elementwise functions run on one core and unvectorised on the CPU (exp: 17
 the same formulas as in `mlx_ppo.algo.logprobs` are computed by numpy, with their own gradient.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +13,8 @@ import numpy as np
 from mlx_ppo.algo.logprobs import entropy, token_logprobs
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+_PIECE = 1 << 18  # elements
+_LOWEST = -1e30  # in place of the minus infinity of a token that cannot be, whose mass 0 it is multiplied by
 
 
 def vocabulary_statistics(logits: mx.array, tokens: mx.array, *, temperature: float) -> tuple[mx.array, mx.array]:
@@ -22,42 +25,55 @@ def vocabulary_statistics(logits: mx.array, tokens: mx.array, *, temperature: fl
     if mx.default_device().type != mx.DeviceType.cpu:
         logprobs = token_logprobs(logits[None], tokens[None], temperature=temperature)[0]
         return logprobs, entropy(logits[None], temperature=temperature)[0]
-    scaled = logits.astype(mx.float32) * (1.0 / temperature)
-    found: tuple[mx.array, mx.array] = _on_cpu(scaled, tokens)  # type: ignore[assignment]
+    inverse = mx.array(1.0 / temperature)
+    found: tuple[mx.array, mx.array] = _on_cpu(logits.astype(mx.float32), tokens, inverse)  # type: ignore[assignment]
     return found
 
 
 @mx.custom_function
-def _on_cpu(logits: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
-    shifted, masses, total = _softmax(logits)
-    log_total = np.log(total)
-    picked = np.take_along_axis(shifted, np.asarray(tokens)[:, None], axis=-1)[:, 0]
-    np.multiply(masses, np.where(masses > 0, shifted, 0.0), out=shifted)
-    return mx.array(picked - log_total), mx.array(log_total - shifted.sum(axis=-1) / total)
+def _on_cpu(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array]:
+    values, chosen, factor = np.asarray(logits), np.asarray(tokens), np.float32(np.asarray(inverse))
+    logprobs, entropies = np.empty(len(values), np.float32), np.empty(len(values), np.float32)
+    for rows in _pieces(values):
+        shifted, masses, total = _softmax(values[rows], factor)
+        log_total = np.log(total)
+        logprobs[rows] = np.take_along_axis(shifted, chosen[rows, None], axis=-1)[:, 0] - log_total
+        np.multiply(masses, np.maximum(shifted, _LOWEST, out=shifted), out=shifted)
+        entropies[rows] = log_total - shifted.sum(axis=-1) / total
+    return mx.array(logprobs), mx.array(entropies)
 
 
 @_on_cpu.vjp
 def _on_cpu_vjp(
-    primals: tuple[mx.array, mx.array], cotangents: tuple[mx.array, mx.array], _: tuple[mx.array, mx.array]
-) -> tuple[mx.array, mx.array]:
-    logits, tokens = primals
-    by_logprob, by_entropy = (np.asarray(cotangent) for cotangent in cotangents)
-    shifted, masses, total = _softmax(logits)
-    masses /= total[:, None]
-    if by_entropy.any():
-        np.subtract(shifted, np.log(total)[:, None], out=shifted)
-        surprise = np.where(masses > 0, shifted, 0.0)
-        entropies = -(masses * surprise).sum(axis=-1, keepdims=True)
-        gradient = masses * (-by_entropy[:, None] * (surprise + entropies) - by_logprob[:, None])
-    else:
-        gradient = np.multiply(masses, -by_logprob[:, None], out=masses)
+    primals: tuple[mx.array, mx.array, mx.array], cotangents: tuple[mx.array, mx.array], _: tuple[mx.array, mx.array]
+) -> tuple[mx.array, mx.array, mx.array]:
+    logits, tokens, inverse = primals
+    values, factor = np.asarray(logits), np.float32(np.asarray(inverse))
+    by_logprob, by_entropy = (np.asarray(cotangent) * factor for cotangent in cotangents)
+    gradient = np.empty_like(values)
+    for rows in _pieces(values):
+        shifted, masses, total = _softmax(values[rows], factor)
+        masses /= total[:, None]
+        if by_entropy[rows].any():
+            np.subtract(shifted, np.log(total)[:, None], out=shifted)
+            surprise = np.maximum(shifted, _LOWEST, out=shifted)
+            entropies = -(masses * surprise).sum(axis=-1, keepdims=True)
+            gradient[rows] = masses * (-by_entropy[rows, None] * (surprise + entropies) - by_logprob[rows, None])
+        else:
+            np.multiply(masses, -by_logprob[rows, None], out=gradient[rows])
     gradient[np.arange(len(gradient)), np.asarray(tokens)] += by_logprob
-    return mx.array(gradient), mx.zeros_like(tokens)
+    return mx.array(gradient), mx.zeros_like(tokens), mx.zeros_like(inverse)
 
 
-def _softmax(logits: mx.array) -> tuple[Floats, Floats, Floats]:
-    """Logits less their maximum, their exponentials, and the sums of those."""
-    values = np.asarray(logits)
-    shifted = values - values.max(axis=-1, keepdims=True)
+def _pieces(values: Floats) -> Iterator[slice]:
+    """Rows to work on at once, so that what lies between stays in the processor's cache."""
+    count = max(1, _PIECE // values.shape[-1])
+    return (slice(start, start + count) for start in range(0, len(values), count))
+
+
+def _softmax(values: Floats, factor: np.float32) -> tuple[Floats, Floats, Floats]:
+    """Logits times a factor, less their maximum; their exponentials; and the sums of those."""
+    shifted = values * factor
+    shifted -= shifted.max(axis=-1, keepdims=True)
     masses = np.exp(shifted)
     return shifted, masses, masses.sum(axis=-1)

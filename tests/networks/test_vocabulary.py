@@ -3,9 +3,15 @@ import numpy as np
 import pytest
 
 from mlx_ppo.algo.logprobs import entropy, token_logprobs
+from mlx_ppo.networks import vocabulary
 from mlx_ppo.networks.vocabulary import vocabulary_statistics
 
 N, V = 6, 11
+
+
+@pytest.fixture(autouse=True, params=[4, 100])
+def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "_PIECE", request.param * V)
 
 
 def case(kind: str) -> tuple[np.ndarray, np.ndarray]:
