@@ -12,6 +12,7 @@ from mlx.utils import tree_unflatten
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import HEAD, AdaptedEmbedding, Weights, layer_of, make_adaptable, parameters_of, plain
+from mlx_ppo.networks.checkpointing import checkpointed
 from mlx_ppo.records import Sequences
 
 _INNER_NAMES = ("model", "backbone", "transformer")
@@ -228,6 +229,12 @@ class Trunk:
             if replaced:
                 self._put({name: self.base[name] for name in replaced})
             self._in_use = False
+
+    @contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        """Keep only what enters each block for a gradient that is taken within; costs about a third more time."""
+        with self._instead({number: checkpointed(self._layers[number]) for number in range(self.split, self.blocks)}):
+            yield
 
     @contextmanager
     def noise(self, share: float, key: mx.array) -> Iterator[None]:

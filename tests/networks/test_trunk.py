@@ -209,3 +209,45 @@ def test_blocks_are_put_back_after_an_exception(make_model: Callable[..., object
     with pytest.raises(ValueError):
         trunk.hidden(TOKENS, kept=mx.zeros((7, 5, 31)))
     assert all(now is before for now, before in zip(trunk._layers, blocks, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("full", [False, True])
+def test_checkpointing_gives_the_same_gradients(
+    make_model: Callable[..., object], make_adapters: Adapters, kind: str, full: bool
+) -> None:
+    """The second computation comes after the weights have left the trunk, and leaves nothing on it."""
+    trunk = load_trunk(make_model(kind, num_hidden_layers=4))
+    weights = Weights({n: a + 0.01 for n, a in trunk.base.items()}) if full else make_adapters(trunk, layers=3)
+    before = snapshot(trunk)
+
+    def gradient(checkpointing: bool) -> tuple[mx.array, dict[str, mx.array]]:
+        def loss(arrays: dict[str, mx.array]) -> mx.array:
+            with trunk.using(weights.holding(arrays)):
+                if checkpointing:
+                    with trunk.checkpointing():
+                        return mx.square(trunk.logits(trunk.hidden(TOKENS))).mean()
+                return mx.square(trunk.logits(trunk.hidden(TOKENS))).mean()
+
+        return mx.value_and_grad(loss)(dict(weights.arrays))
+
+    (loss, wanted), (same, found) = gradient(False), gradient(True)
+    assert loss.item() == pytest.approx(same.item())
+    for name, array in wanted.items():
+        size = np.abs(np.array(array)).max()
+        np.testing.assert_allclose(np.array(found[name]), np.array(array), atol=1e-5 * size + 1e-8, err_msg=name)
+    assert max(np.abs(np.array(array)).max() for array in wanted.values()) > 1e-4
+    assert_same(before, trunk)
+    assert all(layer.attached is None for layer in trunk.adapted.values())
+
+
+def test_checkpointing_starts_from_kept_states(make_model: Callable[..., object], make_adapters: Adapters) -> None:
+    trunk = load_trunk(make_model(num_hidden_layers=4))
+    weights = make_adapters(trunk, layers=2)
+    trunk.share_below([weights])
+    kept = trunk.entering(TOKENS)
+    with trunk.using(weights):
+        wanted = np.array(trunk.hidden(TOKENS))
+        with trunk.checkpointing():
+            found = np.array(trunk.hidden(TOKENS, kept=kept))
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
