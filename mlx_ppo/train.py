@@ -252,7 +252,8 @@ def _iterate(
     row = int(np.argsort(np.array(scored.scores))[len(rollout.prompts) // 2])
     tokenizer = roles.trunk.tokenizer
     text = completion_text(tokenizer, rollout.prompts[row], rollout.responses[row])
-    return metrics, (tokenizer.decode(rollout.prompts[row]), text, number(scored.scores[row]))
+    asked = taken[row // config.rollout.samples_per_prompt][1].text
+    return metrics, (asked, text, number(scored.scores[row]))
 
 
 def advantages(config: TrainConfig, rollout: Rollout, scored: Scored, *, kl_coef: float) -> PPOBatch:

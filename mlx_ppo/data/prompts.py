@@ -19,7 +19,7 @@ class Prompt:
     """What the policy is asked to continue."""
 
     tokens: tuple[int, ...]  # with BOS, or the rendered chat with its generation prompt
-    text: str  # as the file has it; decoded from the tokens for a chat or a truncated prompt
+    text: str  # as the file has it, a chat with a line for each message; decoded from the tokens where truncated
     record: dict[str, Any]  # the whole line, for reward functions
     where: str
 
@@ -49,10 +49,17 @@ def load_prompts(path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong:
         if not limit.admits(len(tokens), record.where):
             continue
         kept = limit.keep_end(tokens)
-        text = prompt if isinstance(prompt, str) and len(kept) == len(tokens) else tokenizer.decode(kept)
+        text = _shown(prompt) if len(kept) == len(tokens) else tokenizer.decode(kept)
         prompts.append(Prompt(kept, text, record.fields, record.where))
     limit.require_some(prompts, path)
     return PromptSet(tuple(prompts), limit.dropped, limit.truncated)
+
+
+def _shown(prompt: str | Messages) -> str:
+    """A prompt as a person reads it, up to where the completion follows."""
+    if isinstance(prompt, str):
+        return prompt
+    return "".join(f"{message['role']}: {message['content']}\n" for message in prompt) + "assistant: "
 
 
 def _prompt(record: Record) -> str | Messages:

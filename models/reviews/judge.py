@@ -2,6 +2,7 @@
 
     pip install 'mlx-ppo[judges]'
     python models/reviews/judge.py runs/reviews runs/reviews-2 runs/reviews-3
+    python models/reviews/judge.py --completions runs/smollm2-reviews
 
 PPO never sees these judges, and they are of another kind than the reward model: a ridge regression on TF-IDF 1- and
 2-grams, fitted on the ratings of the `judge` snippets that neither the language model nor the reward model has read;
@@ -48,6 +49,7 @@ def main() -> None:
     """Print a table, and write the figures as JSON where asked to."""
     parser = argparse.ArgumentParser(description="Independent judges of finished runs of the bundled example.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders of `mlx-ppo train`")
+    parser.add_argument("--completions", action="store_true", help="judge what was written without its prompt")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     linear, lexicon = ridge("judge"), SentimentIntensityAnalyzer()
@@ -68,7 +70,8 @@ def main() -> None:
         ends = []
         for step in (steps[0], steps[-1]):
             summary = next(row for row in rows if row["kind"] == "summary" and row["step"] == step)
-            written = [r["prompt"] + r["completion"] for r in rows if r["kind"] == "evaluation" and r["step"] == step]
+            shown = [row for row in rows if row["kind"] == "evaluation" and row["step"] == step]
+            written = [(row["prompt"] if not arguments.completions else "") + row["completion"] for row in shown]
             ends.append(
                 {
                     "reward model, rating points": summary["points_reward"],
