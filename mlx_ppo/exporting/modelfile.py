@@ -1,10 +1,12 @@
 """The Modelfile with which Ollama takes a GGUF file."""
 
-import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from mlx_ppo.data.tokenizer import Tokenizer
+from mlx_ppo.errors import ModelError
+from mlx_ppo.networks.chat_template import TemplateLimitError
+from mlx_ppo.networks.piece_tokenizer import PieceTokenizer
 from mlx_ppo.networks.tokenizer import FolderTokenizer
 
 Messages = list[dict[str, str]]
@@ -22,6 +24,8 @@ def modelfile(file: str, tokenizer: Tokenizer, *, temperature: float) -> str:
         file: the GGUF file's name, in the same folder.
         tokenizer: of the model.
         temperature: of sampling.
+    Raises:
+        ModelError: the chat template takes too long, or too much memory.
     """
     lines = [f"FROM ./{file}"]
     template = "{{ .Prompt }}" if not tokenizer.has_chat_template else _ollama_template(tokenizer)
@@ -35,8 +39,9 @@ def modelfile(file: str, tokenizer: Tokenizer, *, temperature: float) -> str:
 
 def _stops(tokenizer: Tokenizer) -> list[str]:
     """Texts of the tokens that end a response, quoted; one that a Modelfile can't hold is left to the GGUF's ids."""
-    hf: Any = tokenizer._hf if isinstance(tokenizer, FolderTokenizer) else None
-    texts = [hf.convert_ids_to_tokens(index) for index in sorted(tokenizer.eos_ids)] if hf is not None else []
+    if not isinstance(tokenizer, FolderTokenizer | PieceTokenizer):
+        return []
+    texts = [tokenizer.piece(index) for index in sorted(tokenizer.eos_ids) if index < tokenizer.vocab_size]
     return [f'"{text}"' for text in texts if text and '"' not in text and text.isprintable()]
 
 
@@ -69,34 +74,33 @@ class Turns:
 
 def _ollama_template(tokenizer: Tokenizer) -> str | None:
     """A template that renders as the model's own does, tried on conversations with and without a system message."""
-    if not isinstance(tokenizer, FolderTokenizer):
+    if not isinstance(tokenizer, FolderTokenizer | PieceTokenizer):
         return None
-    hf = tokenizer._hf
 
     def render(messages: Messages, *, ask: bool = True) -> str:
-        return str(hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+        return tokenizer.chat_text(messages, add_generation_prompt=ask)
 
-    with contextlib.suppress(Exception):  # a template may refuse whatever it likes
+    talk = [_message("user", _USER), _message("assistant", _ANSWER), _message("user", _NEXT)]
+    trials = [talk, talk[:1], [_message("system", _SYSTEM), *talk]]
+    try:
         turns = _turns(render)
-        talk = [_message("user", _USER), _message("assistant", _ANSWER), _message("user", _NEXT)]
-        trials = [talk, talk[:1], [_message("system", _SYSTEM), *talk]]
         if any(turns.render(trial) != render(trial) for trial in trials):
             return None
-        starts = tokenizer.encode("a", bos=True)[:1] == [hf.bos_token_id] and hf.bos_token
-        if starts:  # Ollama puts BOS before what the template gives
-            turns = Turns(
-                turns.before.removeprefix(starts),
-                (turns.system[0].removeprefix(starts), turns.system[1]),
-                turns.user,
-                turns.assistant,
-            )
-        template = turns.ollama()
-        literal = "".join([turns.before, *turns.system, *turns.user, *turns.assistant])
-        return None if '"""' in literal or "{{" in literal or "}}" in literal else template
-    return None
+    except TemplateLimitError:
+        raise
+    except (ModelError, ValueError, IndexError):  # it may refuse what it likes, and leave out or repeat what it likes
+        return None
+    bos = tokenizer.special_ids.get("bos")
+    if bos is not None and tokenizer.encode("a", bos=True)[:1] == [bos]:
+        # Ollama puts it before what the template gives
+        start = tokenizer.piece(bos)
+        system = (turns.system[0].removeprefix(start), turns.system[1])
+        turns = Turns(turns.before.removeprefix(start), system, turns.user, turns.assistant)
+    literal = "".join([turns.before, *turns.system, *turns.user, *turns.assistant])
+    return None if '"""' in literal or "{{" in literal or "}}" in literal else turns.ollama()
 
 
-def _turns(render: Any) -> Turns:
+def _turns(render: Callable[..., str]) -> Turns:
     """Split the text of a few conversations at the messages' contents."""
     user, answer, after = _message("user", _USER), _message("assistant", _ANSWER), _message("user", _NEXT)
     alone = render([user], ask=False)

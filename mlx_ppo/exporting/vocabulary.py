@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
+from mlx_ppo.networks.piece_tokenizer import PieceTokenizer
 from mlx_ppo.networks.tokenizer import FolderTokenizer
 
 Fields = dict[str, Any]
@@ -21,18 +22,6 @@ _PENALTY = 10.0  # of an unknown character below the lowest score, as in Sentenc
 _UNSCORED = -1e4  # of a piece that no merge makes: below every merge
 
 
-def backend(path: Path, tokenizer: Tokenizer) -> Any:
-    """The Hugging Face tokenizer behind the project's.
-
-    Raises:
-        ModelError: it has no description as a tokenizer.json.
-    """
-    found = tokenizer._hf if isinstance(tokenizer, FolderTokenizer) else None
-    if not hasattr(found, "backend_tokenizer"):
-        raise ModelError(f"{path}: this kind of tokenizer can't be written as GGUF; use --format fused")
-    return found
-
-
 def vocabulary(path: Path, tokenizer: Tokenizer, rows: int) -> Fields:
     """Metadata of a tokenizer: tokens, types, merges or scores, special ids, chat template.
 
@@ -43,7 +32,11 @@ def vocabulary(path: Path, tokenizer: Tokenizer, rows: int) -> Fields:
     Raises:
         ModelError: llama.cpp has no tokenizer that would cut texts the same way.
     """
-    hf = backend(path, tokenizer)
+    if isinstance(tokenizer, PieceTokenizer):
+        return _pieces(path, tokenizer, rows) | _special(tokenizer)
+    if not isinstance(tokenizer, FolderTokenizer) or not hasattr(tokenizer.hf, "backend_tokenizer"):
+        raise ModelError(f"{path}: this kind of tokenizer can't be written as GGUF; use --format fused")
+    hf = tokenizer.hf
     document = json.loads(hf.backend_tokenizer.to_str())
     model = document["model"]
     tokens, types = _tokens(hf, document, rows)
@@ -70,7 +63,37 @@ def vocabulary(path: Path, tokenizer: Tokenizer, rows: int) -> Fields:
     else:
         raise ModelError(f"{path}: a {model['type']} tokenizer without bytes isn't written as GGUF; use --format fused")
     fields["tokenizer.ggml.token_type"] = types
-    return fields | _special(hf, tokenizer)
+    return fields | _special(tokenizer)
+
+
+def _pieces(path: Path, tokenizer: PieceTokenizer, rows: int) -> Fields:
+    """Tokens, types and scores of a SentencePiece model and of what is added to it.
+
+    Raises:
+        ModelError: it isn't of the two kinds that llama.cpp has, or changes texts more than it can say.
+    """
+    model = tokenizer.model
+    if model.kind == "other" or model.normalises:
+        what = "kind of SentencePiece model" if model.kind == "other" else "normalisation of tokenizer.model"
+        raise ModelError(f"{path}: this {what} can't be said in GGUF; use --format fused")
+    tokens = [text for text, _, _ in model.pieces] + [f"[PAD{index}]" for index in range(len(model.pieces), rows)]
+    types = [kind for _, _, kind in model.pieces] + [UNUSED] * (rows - len(model.pieces))
+    scores = [score for _, score, _ in model.pieces] + [_UNSCORED] * (rows - len(model.pieces))
+    if not set(tokens) >= _BYTES:
+        raise ModelError(f"{path}: a tokenizer.model without bytes isn't written as GGUF; use --format fused")
+    for index, added in tokenizer.added.items():
+        if types[index] != UNKNOWN:
+            tokens[index], types[index] = added.text, CONTROL if added.special else USER_DEFINED
+    if model.kind == "unigram":
+        _spell_ascii(tokens, types, scores)
+    return {
+        "tokenizer.ggml.model": "t5" if model.kind == "unigram" else "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.add_space_prefix": tokenizer.adds_space,
+    }
 
 
 def _tokens(hf: Any, document: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
@@ -170,19 +193,18 @@ def _pre_tokenizer(path: Path, document: Mapping[str, Any]) -> str:
     return name
 
 
-def _special(hf: Any, tokenizer: Tokenizer) -> Fields:
+def _special(tokenizer: FolderTokenizer | PieceTokenizer) -> Fields:
     """Ids of special tokens, what is put around a text, and the chat template."""
     fields: Fields = {"tokenizer.ggml.eos_token_id": tokenizer.eos_id, "tokenizer.ggml.add_eos_token": False}
-    if hf.bos_token_id is not None:
-        fields["tokenizer.ggml.bos_token_id"] = int(hf.bos_token_id)
+    ids = tokenizer.special_ids
+    for name, full in (("bos", "bos"), ("unk", "unknown"), ("pad", "padding")):
+        if name in ids:
+            fields[f"tokenizer.ggml.{full}_token_id"] = ids[name]
     # llama.cpp puts nothing else than its BOS before a text
-    fields["tokenizer.ggml.add_bos_token"] = tokenizer.encode("a", bos=True)[:1] == [hf.bos_token_id]
-    for name, index in (("unknown", hf.unk_token_id), ("padding", hf.pad_token_id)):
-        if index is not None:
-            fields[f"tokenizer.ggml.{name}_token_id"] = int(index)
+    fields["tokenizer.ggml.add_bos_token"] = tokenizer.encode("a", bos=True)[:1] == [ids.get("bos")]
     others = sorted(tokenizer.eos_ids - {tokenizer.eos_id})
     if others:
         fields["tokenizer.ggml.eot_token_id"] = others[0]
-    if isinstance(hf.chat_template, str) and hf.chat_template:
-        fields["tokenizer.chat_template"] = hf.chat_template
+    if tokenizer.template is not None and tokenizer.template.source:
+        fields["tokenizer.chat_template"] = tokenizer.template.source
     return fields

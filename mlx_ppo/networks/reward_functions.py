@@ -7,23 +7,16 @@ import hashlib
 import json
 import math
 import os
-import selectors
-import signal
-import subprocess
-import sys
-import threading
-import time
-from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from mlx_ppo.errors import ConfigError, RunError
+from mlx_ppo.networks.child import Child, DiedError, HungError
 
 LOAD_SECONDS = 60.0  # at least this long for loading the user's file: it may import large libraries
 _CLOSE_SECONDS = 0.8
-_POLL_SECONDS = 0.25
 _SHOWN_CHARACTERS = 120
 _WORKER = Path(__file__).with_name("reward_worker.py")
 
@@ -38,14 +31,6 @@ def parse_reference(text: str) -> tuple[str, str]:
     if not colon or not file.endswith(".py") or not name.isidentifier():
         raise ValueError(f"{text!r} isn't a reward function; write it as path/to/file.py:name")
     return file, name
-
-
-class _HungError(Exception):
-    """No whole answer came in time."""
-
-
-class _DiedError(Exception):
-    """The child ended, or closed its connection, before a whole answer; the text says how."""
 
 
 class RewardFunction:
@@ -73,8 +58,7 @@ class RewardFunction:
         self.name = name
         self.timeout = timeout
         self.sha256 = hashlib.sha256(_read(file)).hexdigest()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._answers = -1
+        self._child: Child | None = None
         self._wants_records = False
         self._closed = ""
 
@@ -90,7 +74,7 @@ class RewardFunction:
     @property
     def pid(self) -> int | None:
         """The child's process id, None when there is no child."""
-        return None if self._process is None else self._process.pid
+        return None if self._child is None else self._child.pid
 
     def start(self) -> None:
         """Start the child and load the user's file, unless that is done.
@@ -101,17 +85,17 @@ class RewardFunction:
         """
         if self._closed:
             raise RunError(f"{self.file}:{self.name} can't be called again: it was ended by {self._closed}")
-        if self._process is not None:
+        if self._child is not None:
             return
         limit = max(self.timeout, LOAD_SECONDS)
         ready: dict[str, Any] = {}
         try:
-            self._spawn()
-            ready = self._exchange(b"", limit)
+            self._child = Child(_WORKER, [os.path.abspath(self.file), self.name])
+            ready = self._child.exchange(b"", limit)
             problem = _load_problem(ready, self.sha256)
-        except _HungError:
+        except HungError:
             problem = f"the file took longer than {limit:g} s to load"
-        except _DiedError as death:
+        except DiedError as death:
             problem = f"the process ended while the file was loading: {death}"
         except BaseException:
             self._end("an interruption while its file was loading")
@@ -136,6 +120,7 @@ class RewardFunction:
         if not len(prompts) == len(completions) == len(records):
             raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions, {len(records)} records")
         self.start()
+        assert self._child is not None
         if not completions:
             return []
         request: dict[str, Any] = {"prompts": prompts, "completions": completions}
@@ -143,13 +128,13 @@ class RewardFunction:
             request["records"] = records
         where = f"reward function {self.file}:{self.name}"
         try:
-            answer = self._exchange(json.dumps(request).encode("ascii") + b"\n", self.timeout)
-        except _HungError:
+            answer = self._child.exchange(json.dumps(request).encode("ascii") + b"\n", self.timeout)
+        except HungError:
             self._end("a timeout")
             mend = "make it faster, or raise the config key 'timeout'"
             batch = f"for a batch of {len(completions)}"
             raise RunError(f"{where} gave no scores {batch} within {self.timeout:g} s and was killed; {mend}") from None
-        except _DiedError as death:
+        except DiedError as death:
             self._end("the death of its process")
             raise RunError(f"{where}: its process ended while scoring: {death}") from None
         except BaseException:
@@ -171,70 +156,12 @@ class RewardFunction:
             raise RunError(f"{where}: its process sent a garbled answer")
         return list(scores)
 
-    def _spawn(self) -> None:
-        self._answers, descriptor = os.pipe()
-        # The death signal comes when the thread that started the child ends; only the main thread lasts long enough.
-        parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
-        arguments = [os.path.abspath(self.file), self.name, str(descriptor), str(parent)]
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-u", "-P", str(_WORKER), *arguments],
-                stdin=subprocess.PIPE,
-                stdout=2,
-                bufsize=0,
-                pass_fds=(descriptor,),
-                start_new_session=True,
-            )
-        finally:
-            os.close(descriptor)
-        assert self._process.stdin is not None
-        os.set_blocking(self._process.stdin.fileno(), False)
-
-    def _exchange(self, request: bytes, limit: float) -> dict[str, Any]:
-        """Send a request and wait for one line; neither a full pipe nor a silent child lasts beyond the limit."""
-        process = self._process
-        assert process is not None and process.stdin is not None
-        deadline = time.monotonic() + limit
-        unsent = memoryview(request)
-        received = bytearray()
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._answers, selectors.EVENT_READ)
-            if unsent:
-                selector.register(process.stdin, selectors.EVENT_WRITE)
-            while b"\n" not in received:
-                remaining = deadline - time.monotonic()
-                exited = process.poll() is not None  # asked before reading: what it wrote last still counts
-                ready = {key.fd for key, _ in selector.select(max(0.0, min(remaining, _POLL_SECONDS)))}
-                if process.stdin.fileno() in ready:
-                    unsent = unsent[_write(process.stdin.fileno(), unsent) :]
-                    if not unsent:
-                        selector.unregister(process.stdin)
-                chunk = os.read(self._answers, 65536) if self._answers in ready else b""
-                received += chunk
-                if not chunk and (exited or self._answers in ready):
-                    raise _DiedError(_how_it_ended(process))
-                if remaining <= 0 and b"\n" not in received:
-                    raise _HungError
-        return _parsed(bytes(received))
-
     def _end(self, reason: str, grace: float = 0.0) -> None:
         """Close for good: let the child finish by itself for `grace` seconds, then kill it and what it started."""
         self._closed = self._closed or reason
-        process, self._process = self._process, None
-        answers, self._answers = self._answers, -1
-        if answers >= 0:
-            os.close(answers)
-        if process is None:
-            return
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(grace)
-        finally:
-            with suppress(ProcessLookupError, PermissionError):  # the whole group is gone, or is a zombie (macOS)
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        child, self._child = self._child, None
+        if child is not None:
+            child.end(grace)
 
 
 def _read(file: Path) -> bytes:
@@ -249,36 +176,6 @@ def _read(file: Path) -> bytes:
     near = get_close_matches(file.name, [path.name for path in file.parent.glob("*.py")], n=1)
     mend = f"Did you mean '{file.with_name(near[0])}'?" if near else "The path counts from the current folder."
     raise ConfigError(f"{file}: no such file for the reward function. {mend}")
-
-
-def _write(descriptor: int, unsent: memoryview) -> int:
-    """How many bytes the pipe took; a child that closed its end is found by reading."""
-    try:
-        return os.write(descriptor, unsent[:65536])
-    except BlockingIOError:
-        return 0
-    except BrokenPipeError:
-        return len(unsent)
-
-
-def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
-    try:
-        status = process.wait(_CLOSE_SECONDS)
-    except subprocess.TimeoutExpired:
-        return "it closed its connection to the trainer"
-    if status >= 0:
-        return f"it exited with status {status} (os._exit, or a crash in a library?)"
-    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
-    return f"killed by {name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
-
-
-def _parsed(received: bytes) -> dict[str, Any]:
-    """The answer; what isn't one comes out as an empty answer, which the callers refuse."""
-    try:
-        answer = json.loads(received.partition(b"\n")[0])
-    except (ValueError, RecursionError):
-        return {}
-    return answer if isinstance(answer, dict) else {}
 
 
 def _load_problem(ready: dict[str, Any], sha256: str) -> str:

@@ -1,17 +1,13 @@
 """The child process of a reward function: loads the user's file, scores batches, answers in JSON lines.
 
-`reward_functions.py` runs this file as a script, so that the child holds the standard library and the user's code only:
-no mlx, no BLAS. Requests come on standard input, answers go to a descriptor of their own; both are moved away before
-the user's code runs, which sees an empty standard input and, as standard output, standard error.
+`child_start.py` runs `serve` in a process that holds the standard library and the user's code only: no mlx, no BLAS.
 """
 
-import ctypes
 import hashlib
 import inspect
 import json
 import math
 import os
-import signal
 import sys
 import threading
 import time
@@ -26,7 +22,6 @@ from typing import Any
 GRACE_SECONDS = 1.0
 _LONGEST_TRACEBACK = 4000
 _LONGEST_SUMMARY = 300
-_PR_SET_PDEATHSIG = 1
 
 
 class Unusable(Exception):
@@ -44,18 +39,18 @@ class Unusable(Exception):
         return {"error": str(self), "line": self.line, "sample": self.sample, "details": self.details}
 
 
-def main(arguments: list[str]) -> None:
-    """Serve the function NAME of FILE until standard input ends: arguments are FILE, NAME, ANSWERS_FD and PARENT."""
-    file, name, descriptor, parent = arguments
-    os.set_inheritable(int(descriptor), False)
+def serve(source: int, descriptor: int, arguments: list[str]) -> None:
+    """Serve a function until the requests end.
+
+    Args:
+        source: descriptor of the requests.
+        descriptor: of the answers.
+        arguments: the user's FILE and the function's NAME.
+    """
+    file, name = arguments
     requests: SimpleQueue[bytes | None] = SimpleQueue()
-    source = os.dup(0)
-    empty = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(empty, 0)
-    os.close(empty)
-    die_with_parent(int(parent))
     threading.Thread(target=_receive, args=(source, requests), daemon=True).start()
-    with open(int(descriptor), "wb", buffering=0) as answers:
+    with open(descriptor, "wb", buffering=0) as answers:
         try:
             digest, function = load(file, name)
             wants_records = takes_records(function, name)
@@ -65,15 +60,6 @@ def main(arguments: list[str]) -> None:
         answers.write(_line({"sha256": digest, "records": wants_records}))
         while (request := requests.get()) is not None:
             answers.write(_line(score(function, json.loads(request), file)))
-
-
-def die_with_parent(parent: int) -> None:
-    """On Linux, be killed at once when the parent ends, even in C code that never lets a thread run; 0 leaves it."""
-    if parent == 0 or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def load(file: str, name: str) -> tuple[str, Callable[..., Any]]:
@@ -220,7 +206,3 @@ def _receive(source: int, requests: SimpleQueue[bytes | None]) -> None:
     requests.put(None)
     time.sleep(GRACE_SECONDS)
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

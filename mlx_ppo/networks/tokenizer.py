@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
-
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
-from mlx_ppo.networks.model_files import json_object
+from mlx_ppo.networks.chat_template import ChatTemplate, chosen_template
+from mlx_ppo.networks.model_files import wrong
+from mlx_ppo.networks.piece_tokenizer import PieceTokenizer
 
 
 class FolderTokenizer:
@@ -18,77 +18,76 @@ class FolderTokenizer:
         """Wrap an mlx-lm tokenizer.
 
         Raises:
-            ModelError: it knows no end-of-sequence token.
+            ModelError: it knows no end-of-sequence token, or its chat template isn't a text.
         """
-        self._hf = wrapper._tokenizer
+        self.hf = wrapper._tokenizer
         self._wrapper = wrapper
+        self._path = path
         self.eos_ids: frozenset[int] = frozenset(int(token) for token in wrapper.eos_token_ids)
         if not self.eos_ids:
             raise ModelError(f"{path}: no end-of-sequence token; set eos_token in tokenizer_config.json")
-        own = self._hf.eos_token_id
+        own = self.hf.eos_token_id
         self.eos_id: int = int(own) if own is not None else min(self.eos_ids)
-        self.vocab_size: int = len(self._hf)
-        self.has_chat_template: bool = bool(wrapper.has_chat_template)
+        self.vocab_size: int = len(self.hf)
+        self.template: ChatTemplate | None = None
+        source = chosen_template(path, self.hf.chat_template)
+        self._by_library = wrapper._chat_template is not None or _overrides_rendering(self.hf)
+        if source is not None and not self._by_library:
+            switches = {wrapper._thinking_kwarg: bool(wrapper.has_thinking)}
+            self.template = ChatTemplate(path, source, {**self.hf.special_tokens_map, **switches})
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered: by the folder's template or, for a few models, by a library's code."""
+        return self.template is not None or self._by_library
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Ids of "bos", "unk" and "pad", those that there are."""
+        found = {"bos": self.hf.bos_token_id, "unk": self.hf.unk_token_id, "pad": self.hf.pad_token_id}
+        return {name: int(index) for name, index in found.items() if index is not None}
+
+    def piece(self, index: int) -> str:
+        """How a token is written in the vocabulary."""
+        return str(self.hf.convert_ids_to_tokens(index))
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         """Token ids; with `bos` the special tokens that this tokenizer puts before a text, never those after it."""
-        tokens = [int(token) for token in self._hf.encode(text, add_special_tokens=bos)]
+        tokens = [int(token) for token in self.hf.encode(text, add_special_tokens=bos)]
         while bos and tokens and tokens[-1] in self.eos_ids and len(tokens) > 1:
             tokens.pop()
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out, spaces as they are."""
-        text: str = self._hf.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self.hf.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
+    def chat_text(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """A conversation in the model's own chat template."""
+        if self.template is None:
+            return str(self._library(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+        return self.template.render(messages, add_generation_prompt=add_generation_prompt)
+
     def render_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
-        """Token ids of messages in the model's own chat template."""
-        tokens = self._wrapper.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
-        return [int(token) for token in tokens]
+        """Token ids of the same; the template writes BOS where it wants it."""
+        if self.template is None:
+            return [int(token) for token in self._library(messages, add_generation_prompt=add_generation_prompt)]
+        return self.encode(self.chat_text(messages, add_generation_prompt=add_generation_prompt), bos=False)
 
-
-class PieceTokenizer:
-    """`mlx_ppo.data.tokenizer.Tokenizer` over a folder's `tokenizer.model`, read by SentencePiece itself.
-
-    transformers 5 reads such a file without its BOS and its leading space.
-    """
-
-    has_chat_template = False
-
-    def __init__(self, path: Path, eos_ids: frozenset[int]) -> None:
-        """Read the file.
-
-        Raises:
-            ModelError: it isn't a SentencePiece model, or knows no end-of-sequence token.
-        """
+    def _library(self, messages: list[dict[str, str]], **options: Any) -> Any:
+        """What mlx-lm's or transformers' own code makes of a conversation."""
         try:
-            self._pieces = SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
-        except (OSError, RuntimeError) as error:
-            raise ModelError(f"{path / 'tokenizer.model'}: not a SentencePiece model ({error})") from None
-        settings_file = path / "tokenizer_config.json"
-        settings = json_object(settings_file) if settings_file.is_file() else {}
-        self._bos = self._pieces.bos_id() if settings.get("add_bos_token", True) else -1
-        own = self._pieces.eos_id()
-        self.eos_ids = eos_ids | ({own} if own >= 0 else set())
-        if not self.eos_ids:
-            raise ModelError(f"{path}: no end-of-sequence token; set eos_token_id in config.json")
-        self.eos_id = own if own >= 0 else min(self.eos_ids)
-        self.vocab_size: int = self._pieces.vocab_size()
+            return self._wrapper.apply_chat_template(messages, **options)
+        except Exception as error:
+            first = str(error).strip().split("\n")[0]
+            raise wrong(self._path, f"its chat template fails ({type(error).__name__}: {first})") from None
 
-    def encode(self, text: str, *, bos: bool) -> list[int]:
-        """Token ids, with BOS first where it is asked for and the model has one."""
-        tokens: list[int] = self._pieces.encode(text)
-        return [self._bos, *tokens] if bos and self._bos >= 0 else tokens
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of token ids, control tokens left out."""
-        text: str = self._pieces.decode([int(token) for token in tokens if token < self.vocab_size])
-        return text
-
-    def render_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
-        """Such a folder has no chat template that is read here."""
-        raise ModelError("a folder with only tokenizer.model has no chat template; use plain text prompts")
+def _overrides_rendering(hf: Any) -> bool:
+    """Whether the tokenizer's class has code of its own instead of a template."""
+    owner = next((kind for kind in type(hf).__mro__ if "apply_chat_template" in vars(kind)), type(hf))
+    return owner.__name__ != "PreTrainedTokenizerBase"
 
 
 def load_tokenizer(path: Path, config: dict[str, Any]) -> Tokenizer:
