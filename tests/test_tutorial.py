@@ -7,8 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from mlx_ppo.config import Job, RewardConfig, TrainConfig
+from mlx_ppo.config import Job, TrainConfig
 from mlx_ppo.config_file import read_config
+from mlx_ppo.config_supervised import RewardConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIAL = ROOT / "models" / "smollm2"
@@ -25,15 +26,16 @@ def script(name: str) -> ModuleType:
 @pytest.mark.parametrize(
     ("text", "score"),
     [
-        ("Bread is baked from dough. Have you ever tried it?", 2.0),
-        ("Do you like to bake your own bread?", 2.0),
-        ("Bread is baked from dough.", 1.0),
-        ("One. Two. Three.", 0.5),
-        ("One two three. Four. Five. Would you like some more of it?", 1.0),
-        ("A. B. C. D. E. F. G. H.", -1.0),
-        ("Why?", 1.0),
-        ('She asked: "Would you like to have some?"', 2.0),
-        ("What is bread? It is baked from dough", 1.0),
+        ("Bread is baked from dough. Have you ever tried it?", 2.5),
+        ("Do you like to bake your own bread at home?", 2.5),
+        ("Bread is baked from dough in a hot oven.", 1.0),
+        ("What is bread? It is baked from dough here", 1.5),
+        ("One two three. Four five six. Seven eight nine.", 0.5),
+        ("One two three. Four. Five. Would you like some more of it?", 1.5),
+        ("A b. C d. E f. G h. I j. K l. M n. O p.", -1.0),
+        ("A b. C d. E f. G h. I j. K l. M n. O p?", 0.5),
+        ('She asked you again: "Would you like to have some?"', 2.5),
+        ("Why not?", -1.0),
         ("", -1.0),
         (" \n", -1.0),
     ],

@@ -14,6 +14,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RATED = HERE.parent / "reviews" / "data"
 SYSTEM = {"role": "system", "content": "You review films in one sentence."}
+FRIEND = {"role": "system", "content": "You are a curious friend. Answer briefly and always end with a question."}
 KINDS = (
     "comedy,thriller,drama,documentary,horror film,romance,science-fiction film,western,war film,musical,"
     "animated film,heist film,courtroom drama,road movie,spy film,ghost story,family film,biopic,sports film,"
@@ -63,7 +64,7 @@ def main() -> None:
     train, test = prompts[:500], prompts[500:]
     write("prompts-train.jsonl", [{"messages": messages} for messages in train])
     write("prompts-test.jsonl", [{"messages": messages} for messages in test])
-    asked = [[{"role": "user", "content": ask.format(thing)}] for ask, thing in product(ASKS, THINGS)]
+    asked = [[FRIEND, {"role": "user", "content": ask.format(thing)}] for ask, thing in product(ASKS, THINGS)]
     random.Random(1).shuffle(asked)
     write("questions-train.jsonl", [{"messages": messages} for messages in asked[:240]])
     write("questions-test.jsonl", [{"messages": messages} for messages in asked[240:]])

@@ -2,6 +2,7 @@
 
 import re
 
+_FEWEST_WORDS = 8
 _SENTENCE = re.compile(r"[^.!?]*[.!?]+[\"')\]]*\s*|[^.!?]+$")
 
 
@@ -11,14 +12,18 @@ def sentences(text: str) -> list[str]:
 
 
 def short_and_asking(prompts: list[str], completions: list[str]) -> list[float]:
-    """One number for each completion: 1 for one or two sentences, less for every further one; 1 more for a question.
+    """One number for each completion, at most 2.5.
 
-    A text that is only a question of a few words gets nothing for it: somebody who asks must have said something.
+    1 for one or two sentences, half a point less for every further one. For a question 0.5, and 1 more where the text
+    ends with it: without the first step there is nothing to learn from, since the model hardly ever does the second.
+    A text of fewer than eight words gets -1, because saying nothing is the easiest way to be brief.
     """
     scores = []
     for text in completions:
-        found = sentences(text)
-        brief = 1.0 - 0.5 * max(0, len(found) - 2) if found else -1.0
-        asks = text.rstrip(" \n\"')").endswith("?") and len(text.split()) >= 6
-        scores.append(max(brief, -1.0) + (1.0 if asks else 0.0))
+        if len(text.split()) < _FEWEST_WORDS:
+            scores.append(-1.0)
+            continue
+        brief = max(-1.0, 1.0 - 0.5 * max(0, len(sentences(text)) - 2))
+        asks = 1.5 if text.rstrip(" \n\"')").endswith("?") else 0.5 if "?" in text else 0.0
+        scores.append(brief + asks)
     return scores
