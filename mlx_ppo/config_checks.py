@@ -1,6 +1,7 @@
 """Keys of a configuration that are right alone and wrong together."""
 
-from mlx_ppo.config import Job, RewardConfig, RewardSource, SFTConfig, TrainableModelSection, TrainConfig
+from mlx_ppo.config import Job, RewardSource, TrainConfig
+from mlx_ppo.config_supervised import RewardConfig, SFTConfig, TrainableModelSection
 
 Problem = tuple[str, str]  # `section.key`; what is wrong and the mend
 

@@ -35,6 +35,7 @@ METRICS = (
     Metric("logprob_error", "logprob error", ".1e", "mean |difference| of sampled and recomputed log-probabilities"),
     Metric("learning_rate", "rate", ".1e", "the policy's learning rate"),
     Metric("tokens_per_second", "tokens/s", ".0f", "sampled tokens over the whole iteration's time"),
+    Metric("memory", "memory", ".2f", "GiB at mlx's peak in the iteration, freed buffers not counted"),
     Metric("seconds", "seconds", ".2f", "time of the iteration"),
 )
 

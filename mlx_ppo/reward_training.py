@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.algo.losses import pairwise_reward_loss
-from mlx_ppo.config import FeedbackDataSection, RewardConfig
+from mlx_ppo.config_supervised import FeedbackDataSection, RewardConfig
 from mlx_ppo.data.batches import length_batches
 from mlx_ppo.data.jsonl import read_records
 from mlx_ppo.data.preferences import Rated, derive_pairs, load_pairs, load_rated
@@ -61,6 +61,8 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
     """
     seed, section = config.run.seed, config.reward_training
     trunk = load_trainable(config.model, seed)
+    if trunk.remark:
+        reporter.message(trunk.remark)
     body = initial_weights(trunk, config.model, config.lora, key="reward", seed=seed)
     weights = body.holding({**body.arrays, **new_head(trunk.width)})
     train, validation, test = load_data(config, trunk.tokenizer, reporter)

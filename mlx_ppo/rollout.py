@@ -9,12 +9,14 @@ import numpy as np
 from mlx_ppo.data.batches import pad_right
 from mlx_ppo.data.random import philox
 from mlx_ppo.errors import RunError
+from mlx_ppo.memory.meter import phase
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.records import Rollout
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
+_PIECE = 1 << 18  # elements
 
 
 class Request(NamedTuple):
@@ -75,8 +77,9 @@ def generate(
     with trunk.using(weights):
         for rows in _chunks(requests, batch_size):
             decoder = _Decoder(trunk, [requests[row] for row in rows], max_tokens, temperature)
-            for row, response in zip(rows, decoder.run(on_tokens), strict=True):
-                responses[row] = response
+            with phase("rollout"):
+                for row, response in zip(rows, decoder.run(on_tokens), strict=True):
+                    responses[row] = response
             kept.join(decoder.kept, rows)
     return _joined(requests, responses, kept, samples_per_prompt, records)
 
@@ -166,7 +169,7 @@ class _Decoder:
         live = np.arange(count)
         prompts = np.array([len(request.prompt) for request in self.requests])
         for step in range(self.max_tokens):
-            logits = np.array(self.trunk.logits(states).astype(mx.float32))
+            logits = np.asarray(self.trunk.logits(states).astype(mx.float32))
             picked, logprob = sample(logits, draws[live, step], self.temperature)
             tokens[live, step], logprobs[live, step] = picked, logprob
             lengths[live] = step + 1
@@ -207,9 +210,8 @@ class _Decoder:
         empty = [make_prompt_cache(self.trunk.model) for _ in distinct]
         cache = [layers[0].merge(list(layers)) for layers in zip(*empty, strict=True)]
         padding = (rows.shape[1] - lengths).tolist()
+        size_caches(cache, rows.shape[1] + self.max_tokens)
         for layer in cache:
-            if getattr(layer, "step", None) == 256 and not hasattr(layer, "max_size"):
-                layer.step = rows.shape[1] + self.max_tokens
             if any(padding):
                 layer.prepare(lengths=lengths.tolist(), right_padding=padding)
         states, entering = self.trunk.hidden_and_entering(mx.array(rows), cache)
@@ -230,6 +232,13 @@ class _Decoder:
         return cache, last[owner]
 
 
+def size_caches(caches: Sequence[Any], length: int) -> None:
+    """Let plain KV caches take the room of `length` tokens at once, instead of 256 at a time."""
+    for cache in caches:
+        if getattr(cache, "step", None) == 256 and not hasattr(cache, "max_size"):
+            cache.step = length
+
+
 def sample(logits: Floats, draws: Floats, temperature: float) -> tuple[np.ndarray[Any, Any], Floats]:
     """Pick a token for each row by the inverse of its cumulative distribution.
 
@@ -242,6 +251,15 @@ def sample(logits: Floats, draws: Floats, temperature: float) -> tuple[np.ndarra
     Raises:
         RunError: a logit is NaN or positive infinity.
     """
+    tokens, logprobs = np.empty(len(logits), np.int64), np.empty(len(logits), np.float32)
+    count = max(1, _PIECE // logits.shape[-1])  # rows at once, so that what lies between stays small
+    for start in range(0, len(logits), count):
+        rows = slice(start, start + count)
+        tokens[rows], logprobs[rows] = _sample_rows(logits[rows], draws[rows], temperature)
+    return tokens, logprobs
+
+
+def _sample_rows(logits: Floats, draws: Floats, temperature: float) -> tuple[np.ndarray[Any, Any], Floats]:
     scaled = logits / temperature if temperature > 0 else logits
     top = scaled.max(axis=-1, keepdims=True)
     if not np.isfinite(top).all():

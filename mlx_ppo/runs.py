@@ -11,13 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlx_ppo.config import JOBS, Job
+from mlx_ppo.config import Job
 from mlx_ppo.config_file import nearest, read_config
+from mlx_ppo.config_supervised import JOBS
 from mlx_ppo.errors import ConfigError, RunError
 
 J = TypeVar("J", bound=Job)
 
 CONFIG, RECORD, METRICS, SAMPLES, LOCK = "config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "lock"
+MEMORY = "memory.jsonl"
 
 
 class Run:
@@ -78,7 +80,7 @@ class Run:
 
     def cut_logs(self, step: int) -> None:
         """Remove what was logged after the checkpoint of a step, and a line that a kill left unfinished."""
-        for name in (METRICS, SAMPLES):
+        for name in (METRICS, SAMPLES, MEMORY):
             path = self.folder / name
             if not path.exists():
                 continue

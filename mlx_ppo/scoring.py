@@ -10,8 +10,10 @@ from mlx_ppo.algo.rewards import clip_scores, penalise_truncated, soft_overlong_
 from mlx_ppo.config import ScoreSection
 from mlx_ppo.data.batches import length_batches
 from mlx_ppo.errors import RunError
+from mlx_ppo.memory.meter import phase
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.heads import RewardModel
+from mlx_ppo.networks.reward_functions import RewardFunction
 from mlx_ppo.networks.roles import Critic, Roles, Source, token_statistics
 from mlx_ppo.networks.tokenizer import completion_text
 from mlx_ppo.records import Rollout, Scored, Sequences, number
@@ -36,7 +38,8 @@ def raw_scores(roles: Roles, rollout: Rollout, *, batch_size: int) -> RawScores:
         if isinstance(source.scorer, RewardModel):
             model = source.scorer
             read = _read_anew(model, roles, rollout) if source.own_tokens else rollout
-            raw = _by_rows(read, batch_size, _raw_of(model))[0]
+            with phase("score reward"):
+                raw = _by_rows(read, batch_size, raw_of(model))[0]
             values = model.normalised(raw)
             in_points = model.points(raw)
             if in_points is not None:
@@ -48,7 +51,8 @@ def raw_scores(roles: Roles, rollout: Rollout, *, batch_size: int) -> RawScores:
     return RawScores(normalised, points)
 
 
-def _raw_of(model: RewardModel) -> Callable[[Sequences], list[mx.array]]:
+def raw_of(model: RewardModel) -> Callable[[Sequences], list[mx.array]]:
+    """A reward model's raw outputs [B]."""
     return lambda sequences: [model.raw(sequences)]
 
 
@@ -73,7 +77,7 @@ def _read_anew(model: RewardModel, roles: Roles, rollout: Rollout) -> Rollout:
 
 
 def _ask_function(roles: Roles, source: Source, rollout: Rollout) -> list[float]:
-    assert not isinstance(source.scorer, RewardModel)
+    assert isinstance(source.scorer, RewardFunction)
     tokenizer = roles.trunk.tokenizer
     prompts = [tokenizer.decode(prompt) for prompt in rollout.prompts]
     texts = [
@@ -123,19 +127,14 @@ def score(
     scores = combined_scores(raw, roles, rollout, section, max_tokens)
     head = critic if roles.critic is not None and roles.critic.kind == "head" else None
 
-    def of_policy(sequences: Sequences) -> list[mx.array]:
-        with roles.trunk.using(policy):
-            states = roles.trunk.response_states(sequences)
-            found = list(token_statistics(roles.trunk, states, sequences, temperature=temperature))
-        if head is not None and roles.critic is not None:
-            found.append(sequences.spread(roles.critic.values(head, states)))
-        return found
-
-    old, entropy, *rest = _by_rows(rollout, size, of_policy)
-    reference = policy_logprobs(roles, roles.reference, rollout, temperature=temperature, batch_size=size)
+    with phase("score policy"):
+        old, entropy, *rest = _by_rows(rollout, size, policy_columns(roles, policy, head, temperature))
+    with phase("score reference"):
+        reference = policy_logprobs(roles, roles.reference, rollout, temperature=temperature, batch_size=size)
     values = rest[0] if rest else None
     if roles.critic is not None and critic is not None and head is None:
-        values = _by_rows(rollout, size, _critic_values(roles.critic, critic))[0]
+        with phase("score critic"):
+            values = _by_rows(rollout, size, critic_values(roles.critic, critic))[0]
     _require_finite(old, "a log-probability of the policy", rollout, roles)
     _require_finite(reference, "a log-probability of the reference", rollout, roles)
     if values is not None:
@@ -143,7 +142,24 @@ def score(
     return Scored(scores, raw.normalised, old, reference, entropy, values), raw
 
 
-def _critic_values(critic: Critic, weights: Weights) -> Callable[[Sequences], list[mx.array]]:
+def policy_columns(
+    roles: Roles, policy: Weights, head: Weights | None, temperature: float
+) -> Callable[[Sequences], list[mx.array]]:
+    """Log-probabilities and entropies [B, T] under the policy, and values where a critic's head reads its states."""
+
+    def columns(sequences: Sequences) -> list[mx.array]:
+        with roles.trunk.using(policy):
+            states = roles.trunk.response_states(sequences)
+            found = list(token_statistics(roles.trunk, states, sequences, temperature=temperature))
+        if head is not None and roles.critic is not None:
+            found.append(sequences.spread(roles.critic.values(head, states)))
+        return found
+
+    return columns
+
+
+def critic_values(critic: Critic, weights: Weights) -> Callable[[Sequences], list[mx.array]]:
+    """Values [B, T] of a critic that has states of its own."""
     return lambda sequences: [sequences.spread(critic.values(weights, critic.states(weights, sequences)))]
 
 

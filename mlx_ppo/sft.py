@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_ppo.config import SFTConfig
+from mlx_ppo.config_supervised import SFTConfig
 from mlx_ppo.data.batches import length_batches
 from mlx_ppo.data.examples import Example, ExampleSet, load_examples
 from mlx_ppo.data.tokenizer import Tokenizer
@@ -38,6 +38,8 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
     """
     seed = config.run.seed
     trunk = load_trainable(config.model, seed)
+    if trunk.remark:
+        reporter.message(trunk.remark)
     weights = initial_weights(trunk, config.model, config.lora, key="policy", seed=seed)
     train, validation = load_data(config, trunk.tokenizer, reporter)
     lengths = [len(example.tokens) for example in train.examples]

@@ -10,7 +10,8 @@ import numpy as np
 
 from mlx_ppo import checkpoint
 from mlx_ppo.checkpoint import Checkpoint
-from mlx_ppo.config import RunSection, TrainableModelSection
+from mlx_ppo.config import RunSection
+from mlx_ppo.config_supervised import TrainableModelSection
 from mlx_ppo.data.random import mx_key, philox
 from mlx_ppo.errors import RunError
 from mlx_ppo.networks.adapters import HEAD, Weights, adapter_config

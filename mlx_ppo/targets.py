@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mlx_ppo import checkpoint
 from mlx_ppo.checkpoint import folder_of
-from mlx_ppo.config import Job, RewardConfig, SFTConfig, TrainConfig
+from mlx_ppo.config import Job, TrainConfig
+from mlx_ppo.config_supervised import RewardConfig, SFTConfig
 from mlx_ppo.errors import ModelError, RunError
 from mlx_ppo.networks.adapters import Weights, load_adapters
 from mlx_ppo.networks.load import load_trunk

@@ -11,9 +11,8 @@ import numpy as np
 
 from mlx_ppo import checkpoint
 from mlx_ppo.algo.advantages import gae, group_advantages, length_adaptive_lambda
-from mlx_ppo.algo.diagnostics import explained_variance
-from mlx_ppo.algo.kl import AdaptiveKL, FixedKL, kl_estimate
-from mlx_ppo.algo.masked import masked_mean, masked_sum, whiten
+from mlx_ppo.algo.kl import AdaptiveKL, FixedKL
+from mlx_ppo.algo.masked import whiten
 from mlx_ppo.algo.rewards import token_rewards
 from mlx_ppo.checkpoint import Checkpoint
 from mlx_ppo.config import TrainConfig
@@ -21,16 +20,21 @@ from mlx_ppo.data.prompts import Prompt, PromptSet, PromptStream, load_prompts, 
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import RunError
 from mlx_ppo.evaluate import Evaluation, evaluate
+from mlx_ppo.measurements import iteration_metrics
+from mlx_ppo.memory.budget import keeping_to
+from mlx_ppo.memory.meter import metering, phase
+from mlx_ppo.memory.plan import GIB, applied
+from mlx_ppo.memory.starting import plan_run, said
 from mlx_ppo.networks.adapters import Weights, adapter_config
 from mlx_ppo.networks.roles import Roles, load_roles
 from mlx_ppo.networks.tokenizer import completion_text
 from mlx_ppo.optimization import Optimizer
 from mlx_ppo.records import PPOBatch, Rollout, Scored, number
 from mlx_ppo.rollout import generate
-from mlx_ppo.runs import METRICS, SAMPLES, Run
+from mlx_ppo.runs import MEMORY, METRICS, SAMPLES, Run
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
 from mlx_ppo.scoring import score
-from mlx_ppo.update import Learner, UpdateStats, update
+from mlx_ppo.update import Learner, update
 
 
 class Reporter(Protocol):
@@ -114,33 +118,43 @@ def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interru
     """
     roles, policy, critic = load_roles(config)
     try:
+        if roles.trunk.remark:
+            reporter.message(roles.trunk.remark)
         data, held_out = load_data(config, roles.trunk.tokenizer, reporter)
-        stream = PromptStream(data.prompts, config.run.seed)
-        state = initial_state(config, policy, critic)
-        before = _start(config, run, roles, state, held_out, reporter)
-        while state.iteration < config.run.iterations:
-            started = time.monotonic()
-            try:
-                rows, sample = _iterate(config, roles, state, stream, reporter, interrupts)
-                metrics = {**rows, "seconds": time.monotonic() - started}
-                metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["seconds"]
-                run.log(METRICS, [metrics])
-                run.log(SAMPLES, [_sample_row(state.iteration, sample)])
-                reporter.iteration(metrics, config.run.iterations, sample)
-                if metrics["score_deviation"] == 0:
-                    reporter.message(
-                        f"warning: all scores of iteration {state.iteration} are equal: no signal to learn from"
-                    )
-                _evaluate_and_save(config, run, roles, state, held_out)
-                interrupts.check()
-            except Interrupted:
-                _save(config, run, roles, state)
-                raise
-        reporter.phase("evaluate", state.iteration, config.run.iterations)
-        after = evaluate(roles, state.policy.weights, held_out, config)
-        if not run.has(SAMPLES, step=state.iteration, kind="summary"):  # a finished run that is resumed has it
-            run.log(SAMPLES, _evaluation_rows(state.iteration, after))
-        return Result(before, after, checkpoint.folder_of(run.folder, state.iteration))
+        plan = plan_run(
+            config, (roles, policy, critic), [len(p.tokens) for p in (*data.prompts, *held_out)], run.folder
+        )
+        reporter.message(said(plan))
+        config = applied(config, plan)
+        with keeping_to(plan), metering() as meter:
+            stream = PromptStream(data.prompts, config.run.seed)
+            state = initial_state(config, policy, critic)
+            before = _start(config, run, roles, state, held_out, reporter)
+            while state.iteration < config.run.iterations:
+                started = time.monotonic()
+                try:
+                    rows, sample = _iterate(config, roles, state, stream, reporter, interrupts)
+                    metrics = {**rows, "seconds": time.monotonic() - started}
+                    metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["seconds"]
+                    metrics["memory"] = max(meter.peaks.values()) / GIB
+                    run.log(MEMORY, [{"step": state.iteration, **meter.take()}])
+                    run.log(METRICS, [metrics])
+                    run.log(SAMPLES, [_sample_row(state.iteration, sample)])
+                    reporter.iteration(metrics, config.run.iterations, sample)
+                    if metrics["score_deviation"] == 0:
+                        reporter.message(
+                            f"warning: all scores of iteration {state.iteration} are equal: no signal to learn from"
+                        )
+                    _evaluate_and_save(config, run, roles, state, held_out)
+                    interrupts.check()
+                except Interrupted:
+                    _save(config, run, roles, state)
+                    raise
+            reporter.phase("evaluate", state.iteration, config.run.iterations)
+            after = evaluate(roles, state.policy.weights, held_out, config)
+            if not run.has(SAMPLES, step=state.iteration, kind="summary"):  # a finished run that is resumed has it
+                run.log(SAMPLES, _evaluation_rows(state.iteration, after))
+            return Result(before, after, checkpoint.folder_of(run.folder, state.iteration))
     finally:
         roles.close()
 
@@ -245,7 +259,7 @@ def _iterate(
         seed_parts=(seed, "update", number_),
         train_policy=state.iteration >= config.critic.warmup_iterations,
     )
-    metrics = _metrics(state, rollout, scored, batch, stats) | {"learning_rate": rate}
+    metrics = iteration_metrics(number_, state.kl.coef, rollout, scored, batch, stats) | {"learning_rate": rate}
     state.kl.update(metrics["kl"], len(rollout.prompts))
     state.iteration = number_
     state.cursor += len(taken)
@@ -275,45 +289,6 @@ def advantages(config: TrainConfig, rollout: Rollout, scored: Scored, *, kl_coef
     return PPOBatch(scored.old_logprobs, whitened, scored.values, returns, full_returns)
 
 
-def _metrics(state: State, rollout: Rollout, scored: Scored, batch: PPOBatch, stats: UpdateStats) -> dict[str, float]:
-    mask = rollout.mask
-    count = len(rollout.prompts)
-    log_ratio = scored.old_logprobs - scored.ref_logprobs
-    kl = number(masked_sum(log_ratio, mask)) / count
-    score_mean = number(scored.scores.mean())
-    metrics: dict[str, float] = {
-        "step": state.iteration + 1,
-        "score": score_mean,
-        "score_deviation": float(np.array(scored.scores).std()),
-        "reward": score_mean - state.kl.coef * kl,
-        "kl": kl,
-        "kl_token": number(masked_mean(kl_estimate(scored.old_logprobs, scored.ref_logprobs, kind="k3"), mask)),
-        "kl_coef": state.kl.coef,
-        "entropy": number(masked_mean(scored.entropy, mask)),
-        "length": number(mask.sum()) / count,
-        "finished": number(rollout.finished.mean()),
-        "clip_low": _mean(stats.clip_low),
-        "clip_high": _mean(stats.clip_high),
-        "kl_old": stats.kl_to_old[-1] if stats.kl_to_old else 0.0,
-        "effective_samples": _mean(stats.effective_samples),
-        "policy_loss": _mean(stats.policy_loss),
-        "policy_norm": _mean(stats.policy_norm),
-        "ratio_error": stats.first_ratio_error,
-        "logprob_error": number(masked_mean(mx.abs(rollout.logprobs - scored.old_logprobs), mask)),
-        "tokens": number(mask.sum()),
-    }
-    if batch.full_returns is not None and batch.old_values is not None:
-        metrics["explained_variance"] = number(explained_variance(batch.old_values, batch.full_returns, mask))
-        metrics["value_loss"] = _mean(stats.value_loss)
-        metrics["critic_norm"] = _mean(stats.critic_norm)
-    metrics.update({f"score_{name}": number(values.mean()) for name, values in scored.by_source.items()})
-    return metrics
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else 0.0
-
-
 def _evaluate_and_save(config: TrainConfig, run: Run, roles: Roles, state: State, held_out: Sequence[Prompt]) -> None:
     """What is due after an iteration. The log comes first, so that a checkpoint is never ahead of it."""
     done = state.iteration == config.run.iterations
@@ -329,7 +304,8 @@ def _evaluate_and_save(config: TrainConfig, run: Run, roles: Roles, state: State
 
 def _save(config: TrainConfig, run: Run, roles: Roles, state: State) -> None:
     best = state.best[0] if state.best is not None else None
-    checkpoint.save(run.folder, state.as_checkpoint(roles.trunk.blocks), keep_last=config.run.keep_last, best=best)
+    with phase("checkpoint"):
+        checkpoint.save(run.folder, state.as_checkpoint(roles.trunk.blocks), keep_last=config.run.keep_last, best=best)
 
 
 def _sample_row(step: int, sample: tuple[str, str, float]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """A scored rollout into new weights: epochs, minibatches, micro-batches, two optimizers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -11,8 +13,10 @@ from mlx_ppo.algo.losses import aggregate, clipped_policy_loss, clipped_value_lo
 from mlx_ppo.config import PPOSection
 from mlx_ppo.data.random import philox
 from mlx_ppo.errors import RunError
+from mlx_ppo.memory.meter import phase
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.roles import Critic, Roles, token_statistics
+from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.optimization import Optimizer, finite_norm
 from mlx_ppo.records import PPOBatch, Rollout, Sequences, number
 
@@ -125,13 +129,15 @@ class _Step:
         ratios: list[mx.array] = []
         for part in micro:
             sequences = self.rollout.sequences(part)
-            loss, (now, ratio, states), gradients = self._policy(sequences, part, denominator, train_policy)
+            with phase("update policy"):
+                loss, (now, ratio, states), gradients = self._policy(sequences, part, denominator, train_policy)
             policy_loss += loss
             logprobs.append(now)
             ratios.append(ratio)
             _accumulate(policy_gradients, gradients)
             if self.critic is not None:
-                loss, gradients = self._critic(self.critic, sequences, part, tokens, states)
+                with phase("update critic"):
+                    loss, gradients = self._critic(self.critic, sequences, part, tokens, states)
                 value_loss += loss
                 _accumulate(critic_gradients, gradients)
         if not np.isfinite(policy_loss) or not np.isfinite(value_loss):
@@ -140,11 +146,15 @@ class _Step:
         finite_norm(critic_gradients, what="critic")  # before the policy's step: both are applied, or neither
         stats.policy_loss.append(policy_loss)
         if train_policy:
-            self.policy.weights, norm = self.policy.optimizer.step(self.policy.weights, policy_gradients, what="policy")
+            with phase("update step"):
+                applied = self.policy.optimizer.step(self.policy.weights, policy_gradients, what="policy")
+            self.policy.weights, norm = applied
             stats.policy_norm.append(norm)
         if self.critic is not None:
             stats.value_loss.append(value_loss)
-            self.critic.weights, norm = self.critic.optimizer.step(self.critic.weights, critic_gradients, what="critic")
+            with phase("update step"):
+                applied = self.critic.optimizer.step(self.critic.weights, critic_gradients, what="critic")
+            self.critic.weights, norm = applied
             stats.critic_norm.append(norm)
 
     def _policy(
@@ -152,30 +162,12 @@ class _Step:
     ) -> tuple[float, tuple[mx.array, mx.array, mx.array], Gradients]:
         """Loss, (log-probabilities, ratios, states) and gradients of one micro-batch; no gradients without `train`."""
         index = mx.array(rows)
-        old, advantages = self.batch.old_logprobs[index], self.batch.advantages[index]
-        weights, section, trunk = self.policy.weights, self.section, self.roles.trunk
-
-        def loss_of(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-            with trunk.using(weights.holding(arrays)):
-                states = trunk.response_states(sequences)
-                now, entropy = token_statistics(trunk, states, sequences, temperature=self.temperature)
-            losses, ratio = clipped_policy_loss(
-                now,
-                old,
-                advantages,
-                clip_low=section.clip_low,
-                clip_high=section.clip_high,
-                dual_clip=section.dual_clip or None,
-            )
-            if section.entropy_coef:
-                losses = losses - section.entropy_coef * entropy
-            total = aggregate(losses, sequences.mask, mode=section.aggregate, denominator=denominator)
-            return total, now, ratio, mx.stop_gradient(states)
-
+        targets = PolicyTargets(self.batch.old_logprobs[index], self.batch.advantages[index], denominator)
+        loss_of = policy_loss(self.roles.trunk, self.policy.weights, sequences, targets, self.section, self.temperature)
         if train:
-            (loss, now, ratio, states), gradients = mx.value_and_grad(loss_of)(dict(weights.arrays))
+            (loss, now, ratio, states), gradients = mx.value_and_grad(loss_of)(dict(self.policy.weights.arrays))
         else:
-            (loss, now, ratio, states), gradients = loss_of(weights.arrays), {}
+            (loss, now, ratio, states), gradients = loss_of(self.policy.weights.arrays), {}
         mx.eval(loss, now, ratio, states, gradients)
         return number(loss), (now, ratio, states), gradients
 
@@ -186,15 +178,9 @@ class _Step:
         critic = self.roles.critic
         assert critic is not None and self.batch.old_values is not None and self.batch.returns is not None
         old, returns = self.batch.old_values[index], self.batch.returns[index]
-        role: Critic = critic
-
-        def loss_of(arrays: Mapping[str, mx.array]) -> mx.array:
-            weights = learner.weights.holding(arrays)
-            states = policy_states if role.kind == "head" else role.states(weights, sequences)
-            values = sequences.spread(role.values(weights, states))
-            losses, _ = clipped_value_loss(values, old, returns, clip=self.section.value_clip or None)
-            return aggregate(losses, sequences.mask, mode="token-mean", denominator=tokens)
-
+        targets = CriticTargets(old, returns, tokens)
+        states = policy_states if critic.kind == "head" else None
+        loss_of = critic_loss(critic, learner.weights, sequences, targets, self.section, states)
         loss, gradients = mx.value_and_grad(loss_of)(dict(learner.weights.arrays))
         mx.eval(loss, gradients)
         return number(loss), gradients
@@ -232,6 +218,77 @@ class _Step:
         stats.clip_high.append(number(high))
         stats.kl_to_old.append(number(approx_kl(logprobs, self.batch.old_logprobs[index], mask)[1]))
         stats.effective_samples.append(number(effective_sample_size(ratio, mask)))
+
+
+class PolicyTargets(NamedTuple):
+    """What the policy's loss compares with, for the rows of a micro-batch."""
+
+    old_logprobs: mx.array  # [B, T]
+    advantages: mx.array  # [B, T]
+    denominator: float  # of the whole minibatch
+
+
+class CriticTargets(NamedTuple):
+    """What the critic's loss compares with, for the rows of a micro-batch."""
+
+    old_values: mx.array  # [B, T]
+    returns: mx.array  # [B, T]
+    tokens: float  # of the whole minibatch
+
+
+def policy_loss(
+    trunk: Trunk,
+    weights: Weights,
+    sequences: Sequences,
+    targets: PolicyTargets,
+    section: PPOSection,
+    temperature: float,
+) -> Callable[[Mapping[str, mx.array]], tuple[mx.array, mx.array, mx.array, mx.array]]:
+    """The loss as a function of the policy's arrays: loss [], log-probabilities and ratios [B, T], states [N, D]."""
+
+    def loss_of(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        with trunk.using(weights.holding(arrays)), _saving_memory(trunk, section):
+            states = trunk.response_states(sequences)
+            now, entropy = token_statistics(trunk, states, sequences, temperature=temperature)
+        losses, ratio = clipped_policy_loss(
+            now,
+            targets.old_logprobs,
+            targets.advantages,
+            clip_low=section.clip_low,
+            clip_high=section.clip_high,
+            dual_clip=section.dual_clip or None,
+        )
+        if section.entropy_coef:
+            losses = losses - section.entropy_coef * entropy
+        total = aggregate(losses, sequences.mask, mode=section.aggregate, denominator=targets.denominator)
+        return total, now, ratio, mx.stop_gradient(states)
+
+    return loss_of
+
+
+def critic_loss(
+    critic: Critic,
+    weights: Weights,
+    sequences: Sequences,
+    targets: CriticTargets,
+    section: PPOSection,
+    policy_states: mx.array | None,
+) -> Callable[[Mapping[str, mx.array]], mx.array]:
+    """The loss [] as a function of the critic's arrays; it reads the policy's states [N, D] where they are given."""
+
+    def loss_of(arrays: Mapping[str, mx.array]) -> mx.array:
+        own = weights.holding(arrays)
+        with _saving_memory(critic.trunk, section):
+            states = policy_states if policy_states is not None else critic.states(own, sequences)
+        values = sequences.spread(critic.values(own, states))
+        losses, _ = clipped_value_loss(values, targets.old_values, targets.returns, clip=section.value_clip or None)
+        return aggregate(losses, sequences.mask, mode="token-mean", denominator=targets.tokens)
+
+    return loss_of
+
+
+def _saving_memory(trunk: Trunk, section: PPOSection) -> AbstractContextManager[None]:
+    return trunk.checkpointing() if section.gradient_checkpointing == "on" else nullcontext()
 
 
 def _accumulate(total: Gradients, part: Gradients) -> None:

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_ppo.config import JOBS, RewardConfig, SFTConfig, TrainConfig
+from mlx_ppo.config import TrainConfig
 from mlx_ppo.config_file import read_config
+from mlx_ppo.config_supervised import JOBS, RewardConfig, SFTConfig
 from mlx_ppo.errors import ConfigError
 from mlx_ppo.runs import to_toml
 

@@ -20,12 +20,13 @@ TABLE = {
     "mlx_ppo": {"mlx_ppo.runtime"},
     "mlx_ppo.errors": set(),
     "mlx_ppo.config": {"pydantic"},
-    "mlx_ppo.config_checks": {"mlx_ppo.config"},
+    "mlx_ppo.config_supervised": {"pydantic", "mlx_ppo.config"},
+    "mlx_ppo.config_checks": {"mlx_ppo.config", "mlx_ppo.config_supervised"},
     "mlx_ppo.config_file": {
         "pydantic", "pydantic_core", "tomli", "mlx_ppo.config", "mlx_ppo.config_checks", "mlx_ppo.errors",
     },
     "mlx_ppo.records": {"mlx", "numpy", "mlx_ppo.data"},
-    "mlx_ppo.runs": {"mlx_ppo.config", "mlx_ppo.config_file", "mlx_ppo.errors"},
+    "mlx_ppo.runs": {"mlx_ppo.config", "mlx_ppo.config_file", "mlx_ppo.config_supervised", "mlx_ppo.errors"},
     "mlx_ppo.checkpoint": {"mlx", "mlx_ppo.errors", "mlx_ppo.runs"},
     "mlx_ppo.metrics": set(),
     "mlx_ppo.algo": {"mlx", "mlx_ppo.algo"},
@@ -34,18 +35,25 @@ TABLE = {
         "mlx", "mlx_lm", "numpy", "safetensors", "sentencepiece",
         "mlx_ppo.algo", "mlx_ppo.config", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.networks", "mlx_ppo.records",
     },
+    "mlx_ppo.networks.child_start": set(),
+    "mlx_ppo.networks.template_worker": {"jinja2"},
     "mlx_ppo.importing": {
         "mlx", "numpy", "gguf", "tokenizers", "safetensors",
         "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.importing", "mlx_ppo.networks", "mlx_ppo.runtime",
     },
-    "mlx_ppo.runtime": {"mlx_ppo.runtime"},
+    "mlx_ppo.memory": {
+        "mlx", "mlx_lm", "psutil",
+        "mlx_ppo.config", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.memory", "mlx_ppo.networks", "mlx_ppo.records",
+        "mlx_ppo.rollout", "mlx_ppo.scoring", "mlx_ppo.update",
+    },
+    "mlx_ppo.runtime": {"mlx", "mlx_ppo.runtime"},
     "mlx_ppo.exporting": {
         "gguf", "mlx", "mlx_lm", "numpy",
         "mlx_ppo.config", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.exporting", "mlx_ppo.networks", "mlx_ppo.targets",
     },
 }  # fmt: skip
 FREE = {"bundle", "cli", "evaluate", "optimization", "reward_figures", "reward_training", "rollout", "scoring", "sft"}
-FREE |= {"supervised", "targets", "train", "update"}
+FREE |= {"measurements", "supervised", "targets", "train", "update"}
 STAGES = {"mlx_ppo.rollout", "mlx_ppo.scoring", "mlx_ppo.update"}
 STORIES = {"mlx_ppo.train", "mlx_ppo.sft", "mlx_ppo.reward_training"}
 HEAVY = {"mlx", "mlx_lm", "numpy", "pydantic", "rich", "safetensors", "sentencepiece", "tomli", "transformers"}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from mlx_ppo import runs
-from mlx_ppo.config import RewardSource, SFTConfig, TrainConfig
+from mlx_ppo.config import RewardSource, TrainConfig
+from mlx_ppo.config_supervised import SFTConfig
 from mlx_ppo.errors import ConfigError, RunError
 from mlx_ppo.runs import Run, changed_inputs, create_run, open_config, replace_file, to_toml
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from mlx_ppo import checkpoint
 from mlx_ppo.cli.display import Display
-from mlx_ppo.config import Job, RewardConfig, SFTConfig, TrainConfig
+from mlx_ppo.config import Job, TrainConfig
 from mlx_ppo.config_file import read_config
+from mlx_ppo.config_supervised import RewardConfig, SFTConfig
 from mlx_ppo.errors import RunError
 from mlx_ppo.runs import CONFIG, METRICS, Run, changed_inputs, config_edited, create_run, open_config
 from mlx_ppo.runtime.allocator import keeping_buffers

@@ -92,6 +92,26 @@ def train(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> Non
 @main.command()
 @click.argument("config", type=_FILE)
 @_SET
+@click.option("--memory-gb", type=click.FloatRange(0, min_open=True), help="Budget in GiB instead of the config's.")
+@click.option("--model-config", type=_FILE, help="Plan for the model of this config.json, which needn't be here.")
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Plan for this kind of device; default: this one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
+    """What a training run would need in memory, phase by phase, and what would fit.
+
+    \b
+    Examples:
+      mlx-ppo plan configs/reviews.toml --memory-gb 1
+      mlx-ppo plan my-ppo.toml --model-config llama-8b.json --device gpu --memory-gb 24
+    """
+    from mlx_ppo.cli.plan import show
+
+    show(config, overrides, **options)
+
+
+@main.command()
+@click.argument("config", type=_FILE)
+@_SET
 @_DRY_RUN
 def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Supervised fine-tuning on texts, prompts with completions, or chats.
@@ -100,7 +120,7 @@ def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     Example: mlx-ppo sft configs/reviews-sft.toml
     """
     from mlx_ppo.cli import jobs
-    from mlx_ppo.config import SFTConfig
+    from mlx_ppo.config_supervised import SFTConfig
 
     jobs.start(SFTConfig, config, overrides, dry_run=dry_run)
 
@@ -116,7 +136,7 @@ def reward(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     Example: mlx-ppo reward configs/reviews-reward.toml
     """
     from mlx_ppo.cli import jobs
-    from mlx_ppo.config import RewardConfig
+    from mlx_ppo.config_supervised import RewardConfig
 
     jobs.start(RewardConfig, config, overrides, dry_run=dry_run)
 

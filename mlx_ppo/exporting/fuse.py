@@ -14,10 +14,10 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import HEAD, Weights, parameters_of
 from mlx_ppo.networks.export import carry
 from mlx_ppo.networks.folder import ModelFolder
+from mlx_ppo.networks.load import DTYPES
 from mlx_ppo.networks.load import rope_keys as rope_keys
 from mlx_ppo.networks.trunk import Trunk
 
-_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _GROUPS = (64, 32)  # mlx-lm's own size, and one for narrow models
 
@@ -84,7 +84,7 @@ def write_fused(
     carry(source.path, folder)
     config = fused_config(source.config, arrays, dtype)
     _write_json(folder / "config.json", config)
-    cast = {name: array.astype(_DTYPES[dtype]) for name, array in arrays.items()}
+    cast = {name: array.astype(DTYPES[dtype]) for name, array in arrays.items()}
     for name, array in cast.items():
         if not mx.isfinite(array).all().item():
             raise ModelError(f"{name}: its values don't fit into {dtype}; export with --dtype bfloat16 or float32")

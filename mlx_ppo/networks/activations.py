@@ -13,6 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_ppo.networks.device import on_cpu
+
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 _PIECE = 1 << 15  # elements at once: a handful of such arrays fits a core's cache
 _NAMES = {"down_proj", "swiglu", "gate_proj", "up_proj"}
@@ -20,8 +22,9 @@ _NAMES = {"down_proj", "swiglu", "gate_proj", "up_proj"}
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up, elementwise, for arrays of one shape."""
-    if mx.default_device().type != mx.DeviceType.cpu or gate.dtype != mx.float32 or up.dtype != mx.float32:
-        return nn.silu(gate) * up
+    if not on_cpu() or gate.dtype != mx.float32 or up.dtype != mx.float32:
+        product: mx.array = nn.silu(gate) * up
+        return product
     found: mx.array = _on_cpu(gate, up)  # type: ignore[assignment]
     return found
 

@@ -10,9 +10,9 @@ import mlx.core as mx
 
 from mlx_ppo.errors import RunError
 from mlx_ppo.networks.adapters import HEAD, Weights, adapter_config
+from mlx_ppo.networks.load import DTYPES
 from mlx_ppo.networks.trunk import Trunk
 
-_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _CARRIED = (".json", ".model", ".jinja", ".txt")
 _LEFT_BEHIND = (".index.json", "reward.json")
 
@@ -51,7 +51,7 @@ def fill_with_model(folder: Path, source: Path, trunk: Trunk, weights: Weights, 
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    arrays = {name: weights.arrays.get(name, array).astype(_DTYPES[dtype]) for name, array in trunk.base.items()}
+    arrays = {name: weights.arrays.get(name, array).astype(DTYPES[dtype]) for name, array in trunk.base.items()}
     mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
 
 

@@ -13,12 +13,13 @@ from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.activations import use_fast_gates
 from mlx_ppo.networks.adapters import parameters_of
+from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.folder import ModelFolder, check_model_folder
 from mlx_ppo.networks.model_files import read_arrays
 from mlx_ppo.networks.tokenizer import load_tokenizer
 from mlx_ppo.networks.trunk import BRANCH_ENDS, Trunk
 
-_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _INITIAL_DEVIATION = 0.02
 _EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
 
@@ -73,20 +74,45 @@ def load_trunk(
     missing = sorted(set(parameters_of(model)) - set(folder.tensors)) if classifier else []
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]!r} is missing")
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    if on_cpu and dtype in ("auto", "float32") and any(isinstance(m, nn.QuantizedLinear) for m in model.modules()):
+    cpu = on_cpu()
+    remark = ""
+    if cpu and dtype in ("auto", "float32") and any(isinstance(m, nn.QuantizedLinear) for m in model.modules()):
         model.set_dtype(mx.float32)  # scales too: in half precision the blocks would lose what they hold
         model = dequantize_model(model)
+        remark = f"{path.name}: quantised; computed in float32 here, because a CPU is slow with quantised products"
     if random_seed is not None:
         _randomise(model, random_seed)
         if embeddings is not None:
             _take_embeddings(model, embeddings)
-    target = _DTYPES.get(dtype, mx.float32 if on_cpu else None)
+    target = DTYPES.get(dtype, mx.float32 if cpu else None)
     _settle(model, target, path)
     use_fast_gates(model)
     tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
     _check_vocabulary(folder, model, tokenizer.vocab_size)
-    return Trunk(model, tokenizer, str(path))
+    trunk = Trunk(model, tokenizer, str(path))
+    trunk.remark = remark
+    return trunk
+
+
+def empty_model(config: dict[str, Any], name: str) -> nn.Module:
+    """The modules of a config.json; nothing is computed for their weights, which are random, until somebody asks.
+
+    Raises:
+        ModelError: mlx-lm doesn't know the architecture, or something is missing.
+    """
+    with _open_files_limit_kept():
+        from mlx_lm.utils import _get_classes
+    try:
+        model_class, arguments = _get_classes(config)
+        model: nn.Module = model_class(arguments.from_dict({**config, **rope_keys(config)}))
+        quantisation = config.get("quantization")
+        if quantisation is not None:
+            bits, group = int(quantisation["bits"]), int(quantisation["group_size"])
+            nn.quantize(model, group_size=group, bits=bits, mode=quantisation.get("mode", "affine"))
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise ModelError(f"{name}: mlx-lm cannot make this model ({type(error).__name__}: {first})") from None
+    return model
 
 
 def rope_keys(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The four roles as views of as few weights as possible; the one place that knows which arrays are shared."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -40,7 +41,7 @@ class Source:
 
     name: str
     weight: float
-    scorer: RewardModel | RewardFunction
+    scorer: RewardModel | RewardFunction | None  # None: a function that a plan doesn't start
     own_tokens: bool = False  # a model with another tokenizer than the policy's: it reads the text anew
 
 
@@ -69,7 +70,22 @@ def token_statistics(
     return sequences.spread(logprobs), sequences.spread(entropies)
 
 
-def load_roles(config: TrainConfig) -> tuple[Roles, Weights, Weights | None]:
+def _started(source: RewardSource) -> RewardFunction:
+    """A reward function in its process."""
+    assert source.function is not None
+    file, name = parse_reference(source.function)
+    return RewardFunction(Path(file), name, timeout=source.timeout).__enter__()
+
+
+class Loading(NamedTuple):
+    """How models come into being: from their folders or, for a plan, without their weights."""
+
+    trunk: Callable[..., Trunk] = load_trunk
+    reward: Callable[..., RewardModel] = load_reward_model
+    function: Callable[[RewardSource], RewardFunction | None] = _started
+
+
+def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles, Weights, Weights | None]:  # noqa: B008
     """Load every model that a run needs.
 
     Returns:
@@ -77,13 +93,13 @@ def load_roles(config: TrainConfig) -> tuple[Roles, Weights, Weights | None]:
     Raises:
         ModelError, ConfigError: whatever is wrong, before anything is trained.
     """
-    trunk = load_trunk(config.model.path, dtype=config.model.dtype)
+    trunk = loading.trunk(config.model.path, dtype=config.model.dtype)
     policy = initial_weights(trunk, config.model, config.lora, key="policy", seed=config.run.seed)
     reference = policy if config.model.adapter is not None else Weights({})
     roles = Roles(trunk, reference, None)
     try:
         for source in config.reward:
-            loaded = _load_source(source, trunk, config)
+            loaded = _load_source(source, trunk, config, loading)
             same = sum(
                 other.name.rpartition("-")[0] == loaded.name or other.name == loaded.name for other in roles.sources
             )
@@ -91,7 +107,7 @@ def load_roles(config: TrainConfig) -> tuple[Roles, Weights, Weights | None]:
             roles.sources.append(loaded)
         critic_weights = None
         if config.ppo.advantage == "gae":
-            roles.critic, critic_weights = _load_critic(config, roles)
+            roles.critic, critic_weights = _load_critic(config, roles, loading)
         trunk.share_below(_on_trunk(roles, policy, critic_weights))
     except BaseException:
         roles.close()
@@ -141,15 +157,13 @@ def _is_trained(array: mx.array) -> bool:
     return bool(mx.issubdtype(array.dtype, mx.floating))
 
 
-def _load_source(source: RewardSource, trunk: Trunk, config: TrainConfig) -> Source:
+def _load_source(source: RewardSource, trunk: Trunk, config: TrainConfig, loading: Loading) -> Source:
     if source.kind == "model":
         assert source.path is not None
-        model = load_reward_model(source.path, trunk, dtype=config.model.dtype)
+        model = loading.reward(source.path, trunk, dtype=config.model.dtype)
         return Source(source.path.name, source.weight, model, own_tokens=not _same_tokens(model.trunk, trunk))
     assert source.function is not None
-    file, name = parse_reference(source.function)
-    function = RewardFunction(Path(file), name, timeout=source.timeout).__enter__()
-    return Source(name, source.weight, function)
+    return Source(parse_reference(source.function)[1], source.weight, loading.function(source))
 
 
 def _same_tokens(other: Trunk, trunk: Trunk) -> bool:
@@ -160,13 +174,13 @@ def _same_tokens(other: Trunk, trunk: Trunk) -> bool:
     )
 
 
-def _load_critic(config: TrainConfig, roles: Roles) -> tuple[Critic, Weights]:
+def _load_critic(config: TrainConfig, roles: Roles, loading: Loading) -> tuple[Critic, Weights]:
     critic: CriticSection = config.critic
     trunk = roles.trunk
     if critic.kind == "head":
         return Critic("head", trunk), Weights(new_head(trunk.width))
     if critic.kind == "model":
-        return _separate_critic(config, roles)
+        return _separate_critic(config, roles, loading)
     body = _adapters_of_reward(roles) if critic.initialise == "reward" else None
     if body is None:
         lora = config.lora
@@ -182,7 +196,7 @@ def _load_critic(config: TrainConfig, roles: Roles) -> tuple[Critic, Weights]:
     return Critic("adapters", trunk), body.holding({**_body(body), **new_head(trunk.width)})
 
 
-def _separate_critic(config: TrainConfig, roles: Roles) -> tuple[Critic, Weights]:
+def _separate_critic(config: TrainConfig, roles: Roles, loading: Loading) -> tuple[Critic, Weights]:
     """A critic with all weights of its own: from a folder, a reward model in its own folder, or the policy's."""
     path = config.critic.path
     if path is None and config.critic.initialise == "reward":
@@ -190,7 +204,7 @@ def _separate_critic(config: TrainConfig, roles: Roles) -> tuple[Critic, Weights
             if source.path is not None and read_reward_facts(source.path).placement == "folder":
                 path = source.path
                 break
-    trunk = load_trunk(path or config.model.path, dtype=config.model.dtype)
+    trunk = loading.trunk(path or config.model.path, dtype=config.model.dtype)
     if not _same_tokens(trunk, roles.trunk):
         raise ModelError(f"{trunk.name}: its tokenizer differs from the policy's; a critic must share it")
     return Critic("model", trunk), Weights({**_trainable(trunk), **new_head(trunk.width)})

@@ -69,11 +69,21 @@ class Trunk:
     enter it can be kept and given to `hidden`, which starts from them.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, name: str) -> None:
-        """Prepare a loaded model; `name` is its folder, for messages."""
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, name: str, *, checked: bool = True) -> None:
+        """Prepare a loaded model.
+
+        Args:
+            model: of mlx-lm; its linear layers are replaced by ones to which adapters can be attached.
+            tokenizer: its own.
+            name: its folder, for messages.
+            checked: compute a little to see that the architecture is understood; False where weights aren't there.
+        Raises:
+            ModelError: the architecture isn't understood.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.remark = ""  # what a person should know of how it was loaded
         self._owner, self._inner_name = _find_inner(model, name)
         first = model.layers[0]  # `model.layers` itself may be a copy
         inner = self._owner[self._inner_name]
@@ -84,8 +94,10 @@ class Trunk:
         self._noisy = _make_noisy(self._owner[self._inner_name], self.adapted)
         self._in_use = False
         self.split = 0  # states that enter this block may be kept; 0: none
+        self._checked = checked
         model.eval()
-        self._check_split()
+        if checked:
+            self._check_split()
 
     @functools.cached_property
     def decodes_batches(self) -> bool:
@@ -132,7 +144,7 @@ class Trunk:
         """Set `split` to the lowest block that any of these roles changes, if this architecture can start there."""
         lowest = [_lowest_block(weights) for weights in roles]
         self.split = min((block for block in lowest if block is not None), default=0)
-        if self.split and not (self._layers and self._starts_from_kept()):
+        if self._checked and self.split and not (self._layers and self._starts_from_kept()):
             self.split = 0
 
     def hidden(self, tokens: mx.array, cache: list[Any] | None = None, *, kept: mx.array | None = None) -> mx.array:
@@ -189,7 +201,7 @@ class Trunk:
             logits: mx.array = self._owner(mx.zeros(states.shape[:2], mx.int32))
         finally:
             dict.__setitem__(self._owner, self._inner_name, inner)
-        return logits if hidden.ndim == 3 else logits[0]
+        return logits if hidden.ndim == 3 else logits.squeeze(0)  # an index would copy
 
     def response_states(self, sequences: Sequences) -> mx.array:
         """Hidden states [N, D] from which each of the N counted response tokens is predicted."""

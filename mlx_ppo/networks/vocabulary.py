@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.algo.logprobs import entropy, token_logprobs
+from mlx_ppo.networks.device import on_cpu
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 _PIECE = 1 << 18  # elements
@@ -22,7 +23,7 @@ def vocabulary_statistics(logits: mx.array, tokens: mx.array, *, temperature: fl
 
     d log p_a / d z_j = ([j = a] - p_j) / temperature,   d H / d z_j = -p_j (log p_j + H) / temperature
     """
-    if mx.default_device().type != mx.DeviceType.cpu:
+    if not on_cpu():
         logprobs = token_logprobs(logits[None], tokens[None], temperature=temperature)[0]
         return logprobs, entropy(logits[None], temperature=temperature)[0]
     inverse = mx.array(1.0 / temperature)

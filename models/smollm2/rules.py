@@ -12,18 +12,19 @@ def sentences(text: str) -> list[str]:
 
 
 def short_and_asking(prompts: list[str], completions: list[str]) -> list[float]:
-    """One number for each completion, at most 2.5.
+    """One number for each completion, from -1 to 2.
 
-    1 for one or two sentences, half a point less for every further one. For a question 0.5, and 1 more where the text
-    ends with it: without the first step there is nothing to learn from, since the model hardly ever does the second.
-    A text of fewer than eight words gets -1, because saying nothing is the easiest way to be brief.
+    -1 without a question. With one, 1 for one or two sentences, half a point less for every further one; and 1 more
+    where the text ends with the question, half a point where it stands elsewhere.
+
+    Brevity alone earns nothing: a model that seldom asks would learn to be brief and never find the question. Nor do
+    fewer than eight words, which say nothing.
     """
     scores = []
     for text in completions:
-        if len(text.split()) < _FEWEST_WORDS:
+        if "?" not in text or len(text.split()) < _FEWEST_WORDS:
             scores.append(-1.0)
             continue
         brief = max(-1.0, 1.0 - 0.5 * max(0, len(sentences(text)) - 2))
-        asks = 1.5 if text.rstrip(" \n\"')").endswith("?") else 0.5 if "?" in text else 0.0
-        scores.append(brief + asks)
+        scores.append(brief + (1.0 if text.rstrip(" \n\"')").endswith("?") else 0.5))
     return scores

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import pytest
 
 from mlx_ppo import reward_training, sft, train
-from mlx_ppo.config import RewardConfig, SFTConfig, TrainConfig
+from mlx_ppo.config import TrainConfig
 from mlx_ppo.config_file import read_config
+from mlx_ppo.config_supervised import RewardConfig, SFTConfig
 from mlx_ppo.runs import Run, create_run
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
 

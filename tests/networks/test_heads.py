@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_ppo.config import RewardConfig
+from mlx_ppo.config_supervised import RewardConfig
 from mlx_ppo.data.preferences import load_pairs, load_rated
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import Weights

@@ -1,0 +1,72 @@
+"""How much memory there is, and mlx's limits while a run lasts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import psutil
+
+from mlx_ppo.memory.plan import Plan
+
+_SHARE = 0.75  # of what is free
+_WORKING_SET = 0.9  # of what Metal recommends
+_WIRED_SPARE = 1 << 30  # bytes beside weights and caches
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def default_budget() -> int:
+    """Bytes that a run may use where its configuration says nothing."""
+    free = psutil.virtual_memory().available
+    limit = _cgroup_room()
+    if limit is not None:
+        free = min(free, limit)
+    budget = int(_SHARE * free)
+    working_set = _recommended_working_set()
+    return budget if working_set is None else min(budget, int(_WORKING_SET * working_set))
+
+
+def _cgroup_room() -> int | None:
+    """What a control group (a container, a systemd slice) leaves of its limit."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text("ascii").strip()
+        return None if limit == "max" else int(limit) - int((_CGROUP / "memory.current").read_text("ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _recommended_working_set() -> int | None:
+    """Bytes that Metal recommends to use; None on a CPU.
+
+    Source: mlx's documentation of `mx.device_info`, key max_recommended_working_set_size.
+    """
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return None
+    size = mx.device_info().get("max_recommended_working_set_size")
+    return int(size) if size else None
+
+
+@contextmanager
+def keeping_to(plan: Plan) -> Iterator[None]:
+    """Mlx's limits for the length of a `with` block; the former ones come back, whatever happens.
+
+    The cache of freed buffers gets what the plan leaves. On Metal the memory limit is the budget, and weights and
+    caches are kept wired, never the whole working set.
+    """
+    on_gpu = mx.default_device().type != mx.DeviceType.cpu
+    cache = mx.set_cache_limit(plan.freed)
+    memory = mx.set_memory_limit(plan.budget) if on_gpu and plan.budget is not None else None
+    working_set = _recommended_working_set()
+    wired = None
+    if working_set is not None:
+        resident = sum(plan.largest.resident.values())
+        wired = mx.set_wired_limit(min(resident + _WIRED_SPARE, int(_WORKING_SET * working_set)))
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(cache)
+        if memory is not None:
+            mx.set_memory_limit(memory)
+        if wired is not None:
+            mx.set_wired_limit(wired)
+        mx.clear_cache()

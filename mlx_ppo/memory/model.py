@@ -1,0 +1,115 @@
+"""The roles of a run without their weights: shapes and types alone, for a plan."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_ppo.config import RewardSource, TrainConfig
+from mlx_ppo.data.tokenizer import Tokenizer
+from mlx_ppo.errors import ModelError
+from mlx_ppo.memory.stand_ins import weightless
+from mlx_ppo.networks.adapters import Weights, load_adapters, new_adapters
+from mlx_ppo.networks.device import on_cpu
+from mlx_ppo.networks.heads import REWARD_FILE, RewardFacts, RewardModel, new_head, read_reward_facts
+from mlx_ppo.networks.load import DTYPES, empty_model
+from mlx_ppo.networks.model_files import json_object
+from mlx_ppo.networks.roles import Loading, Roles, load_roles
+from mlx_ppo.networks.trunk import Trunk
+
+
+class _NoTokenizer:
+    """Stands for a tokenizer of some size."""
+
+    eos_id = 0
+    eos_ids = frozenset({0})
+    has_chat_template = False
+
+    def __init__(self, size: int) -> None:
+        self.vocab_size = size
+
+    def encode(self, text: str, *, bos: bool) -> list[int]:
+        """Nothing: texts aren't read."""
+        return []
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Nothing."""
+        return ""
+
+    def render_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
+        """Nothing."""
+        return []
+
+
+def weightless_trunk(config: dict[str, Any], name: str, *, dtype: str) -> Trunk:
+    """A trunk of a model's config.json whose weights take no memory.
+
+    Args:
+        config: the content of config.json.
+        name: for messages.
+        dtype: as in `load_trunk`.
+    Raises:
+        ModelError: mlx-lm doesn't know the architecture, or the config is incomplete.
+    """
+    model = empty_model(config, name)
+    quantised = any(isinstance(module, nn.QuantizedLinear) for module in model.modules())
+    if on_cpu() and dtype in ("auto", "float32") and quantised:
+        plain = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+        model = empty_model(plain, name)
+    stored = DTYPES.get(str(config.get("torch_dtype") or config.get("dtype")), mx.float32)
+    model.set_dtype(DTYPES.get(dtype, mx.float32 if on_cpu() else stored))
+    tokenizer: Tokenizer = _NoTokenizer(1000)
+    return Trunk(weightless(model), tokenizer, name, checked=False)
+
+
+def weightless_roles(config: TrainConfig, model_config: dict[str, Any] | None) -> tuple[Roles, Weights, Weights | None]:
+    """The roles of a configuration, in memory of next to nothing.
+
+    Args:
+        config: the run's.
+        model_config: the content of another config.json for the policy, None for the one in its folder.
+    Raises:
+        ModelError: a folder's config.json or reward.json is missing or not understood.
+    """
+
+    def trunk(path: Path, *, dtype: str = "auto", **_: Any) -> Trunk:
+        given = model_config if model_config is not None and path == config.model.path else _config_of(path)
+        return weightless_trunk(given, str(path), dtype=dtype)
+
+    def reward(path: Path, shared: Trunk | None, *, dtype: str = "auto") -> RewardModel:
+        lora = config.lora
+        assert shared is not None
+        adapters = new_adapters(
+            shared.adapted, layers=lora.layers, rank=lora.rank, scale=lora.scale, targets=(), key="reward", seed=0
+        )
+        if not path.exists():  # not trained yet: what `mlx-ppo reward` makes with the same [lora]
+            facts = RewardFacts("adapters", "last", 0.0, 1.0)
+            return RewardModel(shared, adapters.holding({**adapters.arrays, **new_head(width_of(shared))}), facts)
+        if not (path / REWARD_FILE).is_file():
+            facts = RewardFacts("folder", "last", 0.0, 1.0)
+        else:
+            facts = read_reward_facts(path)
+        if facts.placement == "adapters":
+            weights = load_adapters(path, shared.adapted) if model_config is None else adapters
+            return RewardModel(shared, weights.holding({**weights.arrays, **new_head(width_of(shared))}), facts)
+        own = trunk(path, dtype=dtype)
+        return RewardModel(own, Weights(new_head(width_of(own))), facts)
+
+    def function(_: RewardSource) -> None:
+        return None
+
+    return load_roles(config, Loading(trunk, reward, function))
+
+
+def width_of(trunk: Trunk) -> int:
+    """D of a trunk whose forward pass isn't to be computed."""
+    names = [name for name in trunk.base if name.endswith("norm.weight") and ".layers." not in name]
+    if not names:
+        raise ModelError(f"{trunk.name}: no final norm was found in this architecture")
+    return int(trunk.base[names[-1]].shape[0])
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    return json_object(path / "config.json")

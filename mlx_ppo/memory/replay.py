@@ -1,0 +1,254 @@
+"""mlx's evaluator replayed on a traced graph: in which order it works, what it keeps, and how high memory goes.
+
+Source: mlx 0.32, mlx/transforms.cpp (eval_impl) and mlx/backend/cpu (eval.cpp, encoder.h).
+"""
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_ppo.memory.graph import Graph, Operation, Pause, Tensor
+from mlx_ppo.memory.primitives import evaluate
+from mlx_ppo.memory.storage import Buffer, Memory
+from mlx_ppo.memory.trace import trace
+
+_WIDTH = 20  # mlx's default of MLX_BFS_MAX_WIDTH
+_PIECES = 10  # pieces of work in a task; mlx waits for whole tasks
+_TASKS_AHEAD = 10  # tasks that may be under way
+_PHASES = (0, 3, 7)  # pieces of work in the task that is open at the start: unknown, so the median of some
+_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Memory of one evaluation, in bytes."""
+
+    transient: int  # at the peak, above the arguments and captured constants
+    output: int  # of that what stays: the results
+    outside: int  # numpy's and the like, at their largest; mlx doesn't count them
+    together: int  # the largest sum of mlx's and the outside bytes at one moment, above arguments and constants
+    largest: list[tuple[str, int]]  # the largest buffers at the peak, and what they hold
+
+
+def predict(
+    function: Callable[..., Any], *arrays: Any, sequential: bool = True, held: Collection[int] | None = None
+) -> Peak:
+    """The memory that evaluating a function would need; see `trace` for the arguments and `replay` for the rest."""
+    return replay(trace(function, *arrays), sequential=sequential, held=held)
+
+
+def replay(graph: Graph, *, sequential: bool = True, held: Collection[int] | None = None) -> Peak:
+    """Evaluate a graph's outputs together, as `mx.eval` does, without computing anything.
+
+    Args:
+        graph: from `trace`.
+        sequential: with a memory limit that is always exceeded, so that mlx doesn't run ahead; False: with the
+            default limit.
+        held: positions of the arguments that the caller keeps, from 0; None: all. The others may be overwritten or
+            freed, as a cache's old arrays are.
+    """
+    peaks = [_Replay(graph, sequential, held, phase).run() for phase in _PHASES]
+    return sorted(peaks, key=lambda peak: peak.transient)[len(peaks) // 2]
+
+
+class _Replay:
+    """The state between evaluations of parts of one graph."""
+
+    def __init__(self, graph: Graph, sequential: bool, held: Collection[int] | None, phase: int) -> None:
+        self.graph = graph
+        self.memory = Memory()
+        self.memory.work = phase
+        self.late = _Late(self.memory, 0 if sequential else _TASKS_AHEAD)
+        self.outside = 0
+        for position, argument in enumerate(graph.arguments):
+            for tensor in argument:
+                self.memory.resident(tensor, held=held is None or position in held)
+        for tensor in graph.constants:
+            self.memory.resident(tensor, held=True)
+        self.start = self.memory.active
+        for operation in graph.operations:
+            for tensor in operation.inputs:
+                self.memory.of(tensor).uses += 1
+        for tensor in graph.outputs:
+            self.memory.of(tensor).uses += 1
+        traced = any(pause.gradients for pause in graph.pauses)
+        self.retained = _dependent(graph) if traced else set()
+        self.kept: list[Operation] = []
+
+    def run(self) -> Peak:
+        """Evaluate everything."""
+        for pause in self.graph.pauses:
+            self.leave(pause)
+        for pause in reversed(self.graph.pauses):
+            self.leave_for_gradient(pause)
+        self.finish()
+        return self.result()
+
+    def leave(self, pause: Pause) -> None:
+        """Evaluate what code outside of mlx reads, one after the other, then let it work."""
+        for tensor in pause.reads:
+            self._run([tensor])
+        self._work_outside(pause.work[0])
+        self._receive(pause.result)
+
+    def leave_for_gradient(self, pause: Pause) -> None:
+        """The same in the backward pass, where mlx keeps everything."""
+        self.retained = set(self.graph.operations)
+        for operation in pause.gradients:
+            self._run([tensor for tensor in operation.inputs if not _is_filling(tensor)])
+        if pause.gradients:
+            self._work_outside(pause.work[1])
+        for operation in pause.gradients:
+            self._receive(operation)
+
+    def finish(self) -> None:
+        """Evaluate the outputs; whatever only the tracing of the gradient had kept goes first."""
+        self.retained = set()
+        for operation in self.kept:
+            self._detach(operation)
+        self.kept = []
+        self._run(self.graph.outputs)
+
+    def result(self) -> Peak:
+        """What has been seen."""
+        memory = self.memory
+        self.late.finish()
+        return Peak(
+            transient=memory.peak - self.start,
+            output=memory.active - self.start,
+            outside=self.outside,
+            together=memory.together - self.start,
+            largest=memory.largest(_SHOWN),
+        )
+
+    def _work_outside(self, nbytes: int) -> None:
+        self.outside = max(self.outside, nbytes)
+        self.memory.together = max(self.memory.together, self.memory.active + nbytes)
+
+    def _receive(self, operation: Operation) -> None:
+        """Put a new array there, come from outside."""
+        made = operation.outputs[0]
+        self.memory.fresh(made)
+        self.memory.of(made).evaluated = True
+        if operation in self.retained and operation.name != "ScatterAxis":
+            self.kept.append(operation)
+        else:
+            self._detach(operation)
+
+    def _run(self, wanted: Sequence[Tensor]) -> None:
+        for operation in _order(self.memory, wanted):
+            self._evaluate(operation)
+        self.late.finish()
+
+    def _evaluate(self, operation: Operation) -> None:
+        memory = self.memory
+        keeping = operation in self.retained
+        memory.may_donate = not keeping
+        evaluate(memory, operation)
+        for tensor in operation.outputs:
+            memory.of(tensor).evaluated = True
+        self.late.add(operation)
+        if keeping:
+            self.kept.append(operation)
+        else:
+            self._detach(operation)
+        self.late.catch_up()
+
+    def _detach(self, operation: Operation) -> None:
+        for tensor in operation.inputs:
+            self.memory.drop_use(tensor)
+        for tensor in operation.outputs:
+            self.memory.drop_if_unused(tensor)
+
+
+class _Late:
+    """Buffers that work under way still holds: mlx hands it out ahead, and waits for whole tasks only."""
+
+    def __init__(self, memory: Memory, ahead: int) -> None:
+        self.memory = memory
+        self.ahead = ahead * _PIECES
+        self.pending: deque[tuple[int, list[Buffer]]] = deque()
+
+    def add(self, operation: Operation) -> None:
+        """Hold what an operation reads, and its temporaries, until its work is done."""
+        memory = self.memory
+        memory.work += 1
+        own = memory.buffer(operation.outputs[0])
+        holding = [memory.buffer(tensor) for tensor in (*operation.inputs, *operation.outputs[1:])]
+        holding = [buffer for buffer in dict.fromkeys(holding) if buffer is not own]
+        for buffer in holding:
+            buffer.references += 1
+        self.pending.append((memory.work, holding + memory.temporaries))
+        memory.temporaries = []
+
+    def catch_up(self) -> None:
+        """Let go of what mlx has waited for."""
+        self._until(self.memory.work // _PIECES * _PIECES - self.ahead)
+
+    def finish(self) -> None:
+        """Wait for everything."""
+        self._until(self.memory.work)
+
+    def _until(self, done: int) -> None:
+        while self.pending and self.pending[0][0] <= done:
+            for buffer in self.pending.popleft()[1]:
+                self.memory.release(buffer)
+
+
+def _dependent(graph: Graph) -> set[Operation]:
+    """Operations that depend on the arguments: those that a gradient's tracing keeps."""
+    reached = set(graph.inputs)
+    found: set[Operation] = set()
+    for operation in graph.operations:
+        if any(tensor in reached for tensor in operation.inputs):
+            reached.update(operation.outputs)
+            found.add(operation)
+    return found
+
+
+def _is_filling(tensor: Tensor) -> bool:
+    """Whether a gradient's stand-in reads zeros here, which the real code doesn't need."""
+    return tensor.operation is None or tensor.operation.name in ("Full", "Broadcast")
+
+
+def _order(memory: Memory, wanted: Sequence[Tensor]) -> Iterable[Operation]:
+    """The order in which mlx evaluates: backwards from the results by breadth, in bands of limited width."""
+    uses = _uses(memory, wanted)
+    tape: list[Operation | None] = [None]
+    stack: list[tuple[Operation | None, int]] = []
+    at = 0
+    while uses and (at < len(tape) or stack):
+        if at < len(tape):
+            operation, position = tape[at], 0
+            at += 1
+        else:
+            operation, position = stack.pop()
+        inputs = wanted if operation is None else operation.inputs
+        for index in range(position, len(inputs)):
+            maker = inputs[index].operation
+            if maker is None or memory.of(inputs[index]).evaluated:
+                continue
+            if len(tape) - at >= _WIDTH:
+                stack.append((operation, index))
+                break
+            uses[maker] -= 1
+            if uses[maker] == 0:
+                del uses[maker]
+                tape.append(maker)
+    return [operation for operation in reversed(tape) if operation is not None]
+
+
+def _uses(memory: Memory, wanted: Sequence[Tensor]) -> dict[Operation, int]:
+    """How often each operation's outputs are read on the way to the results."""
+    uses: dict[Operation, int] = {}
+    waiting: list[Sequence[Tensor]] = [wanted]
+    while waiting:
+        for tensor in waiting.pop():
+            maker = tensor.operation
+            if maker is None or memory.of(tensor).evaluated:
+                continue
+            if maker not in uses:
+                waiting.append(maker.inputs)
+            uses[maker] = uses.get(maker, 0) + 1
+    return uses

@@ -1,0 +1,157 @@
+"""What takes the place of things that can't or needn't be there while a function is traced.
+
+mlx cannot trace a function that reads an array's values, such as one that computes in numpy. While tracing, such code
+is replaced by operations that allocate the same arrays, with a mark (see `outside`) where it leaves mlx.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from mlx_ppo.networks import activations, vocabulary
+from mlx_ppo.networks.device import assuming
+
+_MARK = 1 << 60  # a mark is a strided view with an offset that no real array has
+
+
+class Work(NamedTuple):
+    """Bytes that code outside of mlx needs while it runs, and while its gradient does."""
+
+    forward: int
+    gradient: int
+
+
+_marks: ContextVar[list[Work] | None] = ContextVar("marks", default=None)
+
+
+def outside(result: mx.array, reads: Sequence[mx.array], work: Work) -> mx.array:
+    """Mark, while tracing, a place where code leaves mlx and needs `reads` evaluated.
+
+    The mark has to be an input of the one operation that stands for the code's result, which must read one of `reads`
+    itself; operations that mlx derives from that one for the gradient read the mark too, and so are found. All of
+    these stand for new arrays. What only local variables of callers still hold at that moment isn't known and isn't
+    counted.
+
+    Args:
+        result: what the mark is to look like.
+        reads: what the code reads. No gradient flows through the mark.
+        work: memory that mlx doesn't count.
+    Raises:
+        RuntimeError: nothing is being traced.
+    """
+    marks = _marks.get()
+    if marks is None:
+        raise RuntimeError("stand-ins are for tracing only")
+    marks.append(work)
+    (waiting,) = mx.depends([result], [mx.stop_gradient(array) for array in reads])
+    return mx.as_strided(waiting, result.shape, [0] * result.ndim, _MARK + len(marks) - 1)
+
+
+def mark_of(name: str, arguments: Sequence[Any]) -> int | None:
+    """The number of the mark that an operation is, None if it is an ordinary one."""
+    return arguments[-1] - _MARK if name == "AsStrided" and arguments[-1] >= _MARK else None
+
+
+def weightless(model: nn.Module) -> nn.Module:
+    """Put in place of each of a model's arrays an evaluated one of the same shape and type that takes four bytes.
+
+    The model can then be captured by functions to be traced, without its weights being loaded; its outputs mean
+    nothing, and computing them would allocate whole weights. Changes and returns `model`.
+    """
+
+    def empty(array: mx.array) -> mx.array:
+        return mx.broadcast_to(mx.zeros((), array.dtype), array.shape)
+
+    model.update(tree_map(empty, model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+@contextmanager
+def standing_in() -> Iterator[list[Work]]:
+    """Replace this project's own numpy code for the length of a `with` block; the marks that are made are collected."""
+    real = [(module, name, getattr(module, name)) for module, name, _ in _STAND_INS]
+    collected: list[Work] = []
+    before = _marks.set(collected)
+    try:
+        for module, name, stand_in in _STAND_INS:
+            setattr(module, name, stand_in)
+        yield collected
+    finally:
+        for module, name, function in real:
+            setattr(module, name, function)
+        _marks.reset(before)
+
+
+@contextmanager
+def as_on_metal() -> Iterator[None]:
+    """Trace what a GPU would compute, for the length of a `with` block: no numpy, and attention in one kernel."""
+    attention = mx.fast.scaled_dot_product_attention
+    try:
+        mx.fast.scaled_dot_product_attention = _fused_attention
+        with assuming(cpu=False):
+            yield
+    finally:
+        mx.fast.scaled_dot_product_attention = attention
+
+
+def _fused_attention(q: mx.array, k: mx.array, v: mx.array, **_: Any) -> mx.array:
+    """Makes an array like q; its gradient makes ones like k and v."""
+    return q + (k[..., :1, :1].sum() + v[..., :1, :1].sum())
+
+
+@contextmanager
+def spelt_out() -> Iterator[None]:
+    """Switch `mx.compile` off for the length of a `with` block, because mlx can't trace what it makes."""
+    if not _compiling():
+        yield
+        return
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
+
+
+def _compiling() -> bool:
+    """Whether `mx.compile` is on; mlx has no way to ask, but what is compiled runs in Python just once."""
+    runs: list[int] = []
+
+    def count(array: mx.array) -> mx.array:
+        runs.append(1)
+        return array + 1
+
+    compiled = mx.compile(count)
+    compiled(mx.zeros(()))
+    compiled(mx.zeros(()))
+    return len(runs) == 1
+
+
+def _vocabulary_on_cpu(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array]:
+    """For `vocabulary._on_cpu`; gathering has the gradient that it has, one array [N, V].
+
+    Numpy works by pieces: on shifted logits, their exponentials and a third array; the gradient is whole.
+    """
+    pieces = 3 * min(logits.nbytes, max(logits.shape[-1], vocabulary._PIECE) * 4)
+    work = Work(pieces, pieces + logits.nbytes)
+    index = outside(tokens[:, None].astype(mx.int32), [logits, tokens, inverse], work)
+    picked = mx.take_along_axis(logits, index, axis=-1).squeeze(-1)
+    return picked, picked * 1.0
+
+
+def _gate_on_cpu(gate: mx.array, up: mx.array) -> mx.array:
+    """For `activations._on_cpu`; selecting has gradients of the same shapes. Numpy holds what it returns as well."""
+    anywhere = mx.broadcast_to(mx.array(True), gate.shape)
+    return mx.where(outside(anywhere, [gate, up], Work(gate.nbytes, 2 * gate.nbytes)), gate, up)
+
+
+_STAND_INS: tuple[tuple[ModuleType, str, Callable[..., Any]], ...] = (
+    (vocabulary, "_on_cpu", _vocabulary_on_cpu),
+    (activations, "_on_cpu", _gate_on_cpu),
+)
