@@ -129,6 +129,7 @@ def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interru
         with keeping_to(plan), metering() as meter:
             stream = PromptStream(data.prompts, config.run.seed)
             state = initial_state(config, policy, critic)
+            del policy, critic  # the first weights would stay in memory beside the trained ones
             before = _start(config, run, roles, state, held_out, reporter)
             while state.iteration < config.run.iterations:
                 started = time.monotonic()

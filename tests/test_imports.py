@@ -42,7 +42,7 @@ TABLE = {
         "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.importing", "mlx_ppo.networks", "mlx_ppo.runtime",
     },
     "mlx_ppo.memory": {
-        "mlx", "mlx_lm", "psutil",
+        "mlx", "mlx_lm", "numpy", "psutil",
         "mlx_ppo.config", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.memory", "mlx_ppo.networks", "mlx_ppo.records",
         "mlx_ppo.rollout", "mlx_ppo.scoring", "mlx_ppo.update",
     },

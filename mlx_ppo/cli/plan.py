@@ -14,8 +14,8 @@ from mlx_ppo.config import TrainConfig
 from mlx_ppo.config_file import read_config
 from mlx_ppo.errors import ConfigError, ModelError, UserError
 from mlx_ppo.memory.model import weightless_roles
-from mlx_ppo.memory.phases import Accountant
-from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, longest_response, make_plan, needed
+from mlx_ppo.memory.phases import Accountant, Choices
+from mlx_ppo.memory.plan import GIB, RESERVE, RUNTIME, Plan, longest_response, make_plan, needed
 from mlx_ppo.memory.stand_ins import as_on_metal
 from mlx_ppo.memory.starting import budget_of, shapes_of
 from mlx_ppo.networks.device import on_cpu
@@ -56,7 +56,7 @@ def show(
             "budget_gib": round(budget / GIB, 3),
             "prompt_tokens": accountant.shapes.prompt,
             "longest_response_that_fits": longest_response(accountant, config, budget),
-            "most_responses_together": _most(accountant, config, budget),
+            "most_responses_in_a_pass": _most(accountant, config, budget),
             "variants_gib": _variants(config, given, budget),
         }
     if as_json:
@@ -104,23 +104,16 @@ def _longest_prompt(config: TrainConfig) -> int:
 
 
 def _most(accountant: Accountant, config: TrainConfig, budget: int) -> int:
-    """The largest number of responses in one update pass that would fit, to about a tenth."""
-    pinned = config.ppo.gradient_checkpointing
-    section = config.ppo.model_copy(update={"gradient_checkpointing": pinned if pinned != "auto" else "on"})
-
-    def fits(count: int) -> bool:
-        shapes = replace(accountant.shapes, minibatch=count, responses=max(count, accountant.shapes.responses))
+    """About the most responses in one update pass that would fit; memory is a linear function of their number."""
+    checkpointing = config.ppo.gradient_checkpointing != "off"
+    sizes = []
+    for count in (1, 5):
+        shapes = replace(accountant.shapes, minibatch=count)
         other = Accountant(config, accountant.roles, accountant.policy, accountant.critic, shapes)
-        trial = config.model_copy(update={"ppo": section.model_copy(update={"micro_batch": count})})
-        return make_plan(other, trial, budget).fits
-
-    fitting, failing = 0, 1
-    while failing <= 1024 and fits(failing):
-        fitting, failing = failing, failing * 2
-    while failing - fitting > max(1, fitting // 10):
-        middle = (fitting + failing) // 2
-        fitting, failing = (middle, failing) if fits(middle) else (fitting, middle)
-    return fitting
+        phases = other.phases(Choices(1, 1, count, checkpointing))
+        sizes.append(RUNTIME + max(needed(phase) for phase in phases if phase.name.startswith("update")))
+    room, each = budget * (1 - RESERVE) - sizes[0], (sizes[1] - sizes[0]) / 4
+    return int(1 + room / each) if room >= 0 else 0
 
 
 def _variants(config: TrainConfig, given: dict[str, Any] | None, budget: int) -> dict[str, float]:
@@ -161,7 +154,7 @@ def _print(plan: Plan, facts: dict[str, Any], metal: bool) -> None:
     )
     console.print(
         f"longest response that would fit: {facts['longest_response_that_fits']} tokens; "
-        f"most responses in one update pass: {facts['most_responses_together']}"
+        f"most responses in one update pass: {facts['most_responses_in_a_pass']}"
     )
     for name, size in facts["variants_gib"].items():
         console.print(f"  with {name}: {size:.2f} GiB ({size - plan.process / GIB:+.2f})")

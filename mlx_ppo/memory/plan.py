@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from mlx_ppo.config import TrainConfig
 from mlx_ppo.errors import ConfigError
-from mlx_ppo.memory.phases import Accountant, Choices, Phase
+from mlx_ppo.memory.phases import Accountant, Choices, Phase, Shapes
 
 RUNTIME = 400 << 20  # bytes of the process beside arrays: Python, libraries, tokenizers
 RESERVE = 0.05  # of the budget, for what a prediction misses
@@ -96,17 +98,32 @@ def require_fit(plan: Plan, accountant: Accountant, config: TrainConfig) -> None
 
 
 def longest_response(accountant: Accountant, config: TrainConfig, budget: int) -> int:
-    """The largest rollout.max_tokens that would fit, to about a tenth; 0 where not even 1 would."""
-    fitting, failing = 0, 1
-    while failing <= _LONGEST and make_plan(accountant.with_response(failing), config, budget).fits:
-        fitting, failing = failing, failing * 2
-    while failing - fitting > max(1, fitting // 10):
-        middle = (fitting + failing) // 2
-        if make_plan(accountant.with_response(middle), config, budget).fits:
-            fitting = middle
-        else:
-            failing = middle
-    return fitting
+    """About the largest rollout.max_tokens that would fit with the smallest choices; 0 where not even 1 would.
+
+    Memory is a quadratic function of the length, because of attention; it is taken through three lengths.
+    """
+    smallest = _smallest(config, accountant.shapes)
+    lengths = [1, 256, 1024]
+    sizes = [
+        max(map(needed, accountant.with_response(length).phases(smallest))) - (budget * (1 - RESERVE) - RUNTIME)
+        for length in lengths
+    ]
+    if sizes[0] > 0:
+        return 0
+    square, slope, constant = np.polyfit(lengths, sizes, 2)
+    roots = np.roots([square, slope, constant]) if square > 1e-6 else np.array([-constant / slope])
+    found = [float(root.real) for root in roots if abs(root.imag) < 1e-6 and root.real >= 1]
+    return min(int(min(found, default=_LONGEST)), _LONGEST)
+
+
+def _smallest(config: TrainConfig, shapes: Shapes) -> Choices:
+    """What needs least memory of what the configuration leaves open."""
+    return Choices(
+        rollout_batch=config.rollout.batch_size or 1,
+        score_batch=config.score.batch_size or 1,
+        micro_batch=min(config.ppo.micro_batch or 1, shapes.minibatch),
+        checkpointing=config.ppo.gradient_checkpointing != "off",
+    )
 
 
 def _concede(plan: Plan, config: TrainConfig, length: int) -> tuple[Choices, str] | None:

@@ -5,12 +5,15 @@ Source: Chen et al. 2016, arXiv:1604.06174.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
 
-Adapter = tuple[mx.array, mx.array]
+from mlx_ppo.networks.adapters import parameters_of
+from mlx_ppo.networks.device import on_cpu
 
 
 def checkpointed(block: nn.Module) -> Callable[..., mx.array]:
@@ -24,18 +27,47 @@ def checkpointed(block: nn.Module) -> Callable[..., mx.array]:
     def call(states: mx.array, *given: Any, **named: Any) -> mx.array:
         layers = [layer for layer in block.modules() if getattr(layer, "attached", None) is not None]
         scales = [layer.attached[2] for layer in layers]
-        parameters: dict[str, Any] = {} if layers else block.parameters()
+        own = {} if layers else parameters_of(block)
+        names = list(own)
+        arrays = [array for layer in layers for array in layer.attached[:2]] + list(own.values())
 
-        def inside(states: mx.array, adapters: list[Adapter], parameters: dict[str, Any]) -> mx.array:
-            attached = [(a, b, scale) for (a, b), scale in zip(adapters, scales, strict=True)]
-            with _carrying(block, layers, attached, parameters):
+        def inside(states: mx.array, *arrays: mx.array) -> mx.array:
+            pairs = [arrays[at : at + 2] for at in range(0, 2 * len(layers), 2)]
+            attached = [(a, b, scale) for (a, b), scale in zip(pairs, scales, strict=True)]
+            parameters = tree_unflatten(list(zip(names, arrays[2 * len(layers) :], strict=True)))
+            with _carrying(block, layers, attached, parameters if names else {}):
                 after: mx.array = block(states, *given, **named)
             return after
 
-        after: mx.array = mx.checkpoint(inside)(states, [layer.attached[:2] for layer in layers], parameters)
-        return after
+        if not on_cpu():
+            checkpointed: mx.array = mx.checkpoint(inside)(states, *arrays)
+            return checkpointed
+        return _by_itself(inside)(states, *arrays)
 
     return call
+
+
+def _by_itself(inside: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """The same function, whose inside is evaluated at once, both ways, and leaves nothing in memory.
+
+    mlx keeps every array that it evaluates while it traces a gradient, for as long as its results live; and the numpy
+    code of this project makes it evaluate. So what goes in and comes out here are copies that know of no graph.
+    """
+
+    @mx.custom_function
+    def function(*primals: mx.array) -> mx.array:
+        return _copy(inside(*map(_copy, primals)))
+
+    @function.vjp
+    def _(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+        found = mx.vjp(inside, [_copy(primal) for primal in primals], [_copy(cotangent)])[1]
+        return tuple(_copy(gradient) for gradient in found)
+
+    return cast(Callable[..., mx.array], function)
+
+
+def _copy(array: mx.array) -> mx.array:
+    return mx.array(np.asarray(array))
 
 
 @contextmanager
