@@ -57,7 +57,7 @@ def generate(
         samples_per_prompt: responses of each; they share its prefill.
         max_tokens: bound T on a response.
         temperature: of the sampling distribution; 0 takes the most probable token.
-        batch_size: sequences decoded together. Changes speed and memory only; 1 where the architecture needs it.
+        batch_size: sequences decoded together, 0: all. Changes speed and memory only; 1 where the model needs it.
         seed_parts: what the random draws derive from, with the prompt's position and the sample's number.
         positions: each prompt's number in the stream of prompts.
         records: each prompt's JSONL record, carried along.
@@ -71,11 +71,11 @@ def generate(
             draws = philox(*seed_parts, position, sample).random(max_tokens, dtype=np.float32)
             requests.append(Request(prompt, draws))
     responses: list[Response] = [Response((), (), False)] * len(requests)
-    if batch_size > 1 and not trunk.decodes_batches:
+    if batch_size != 1 and not trunk.decodes_batches:
         batch_size = 1
     kept = _Kept()
     with trunk.using(weights):
-        for rows in _chunks(requests, batch_size):
+        for rows in _chunks(requests, batch_size or len(requests)):
             decoder = _Decoder(trunk, [requests[row] for row in rows], max_tokens, temperature)
             with phase("rollout"):
                 for row, response in zip(rows, decoder.run(on_tokens), strict=True):

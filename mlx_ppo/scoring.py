@@ -13,7 +13,6 @@ from mlx_ppo.errors import RunError
 from mlx_ppo.memory.meter import phase
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.heads import RewardModel
-from mlx_ppo.networks.reward_functions import RewardFunction
 from mlx_ppo.networks.roles import Critic, Roles, Source, token_statistics
 from mlx_ppo.networks.tokenizer import completion_text
 from mlx_ppo.records import Rollout, Scored, Sequences, number
@@ -77,7 +76,7 @@ def _read_anew(model: RewardModel, roles: Roles, rollout: Rollout) -> Rollout:
 
 
 def _ask_function(roles: Roles, source: Source, rollout: Rollout) -> list[float]:
-    assert isinstance(source.scorer, RewardFunction)
+    assert source.scorer is not None and not isinstance(source.scorer, RewardModel)
     tokenizer = roles.trunk.tokenizer
     prompts = [tokenizer.decode(prompt) for prompt in rollout.prompts]
     texts = [
@@ -191,7 +190,7 @@ def _by_rows(rollout: Rollout, batch_size: int, function: Callable[[Sequences], 
 
 def _row_batches(rollout: Rollout, batch_size: int) -> Iterator[list[int]]:
     lengths = [len(prompt) + len(response) for prompt, response in zip(rollout.prompts, rollout.responses, strict=True)]
-    yield from length_batches(lengths, max_rows=batch_size, max_tokens=None, seed_parts=None)
+    yield from length_batches(lengths, max_rows=batch_size or len(lengths), max_tokens=None, seed_parts=None)
 
 
 def _require_finite(values: mx.array, what: str, rollout: Rollout, roles: Roles) -> None:

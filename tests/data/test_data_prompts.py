@@ -23,9 +23,9 @@ def test_plain_and_chat_prompts(write, tokenizer):
     plain, system, turns, both = load(path, tokenizer).prompts
     assert plain.tokens == (1, 100, 101)
     assert (plain.text, plain.record, plain.where) == ("ab", {"prompt": "ab", "id": 9}, f"{path}:1")
-    assert system.text == "s:be|u:hi|a:"
-    assert list(system.tokens) == tokenizer.encode(system.text, bos=True)
-    assert turns.text == "u:hi|a:yo|\nu:hi|a:"
+    assert system.text == "system: be\nuser: hi\nassistant: "
+    assert list(system.tokens) == tokenizer.encode("s:be|u:hi|a:", bos=True)
+    assert turns.text == "user: hi\nassistant: yo\nuser: hi\nassistant: "
     assert both.text == "cd"
 
 

@@ -69,6 +69,14 @@ def spoken(chat):
     return "".join(f"{message['role']}\n{message['content']}" for message in messages) + "assistant\n"
 
 
+def shown(chat):
+    """A chat as a person reads it, up to where the answer follows."""
+    messages = chat.get("prompt", chat.get("messages"))
+    if isinstance(messages, str):
+        return messages
+    return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant: "
+
+
 def test_training_prompts_are_rendered_and_records_reach_the_reward_function(chats):
     project = chats()
     config = project.config(
@@ -81,7 +89,7 @@ def test_training_prompts_are_rendered_and_records_reach_the_reward_function(cha
     found = {record["number"]: (prompt, record) for prompt, _, record in seen}
     assert found == {chat["number"]: (spoken(chat), chat) for chat in CHATS}
     texts = {text for row in project.samples() if "completion" in row for text in [row["prompt"]]}
-    assert texts and texts <= {spoken(chat) for chat in CHATS}
+    assert texts and texts <= {shown(chat) for chat in CHATS}
     assert project.metrics()[-1]["step"] == 2
 
 
@@ -95,7 +103,7 @@ def test_the_tokens_are_the_templates(chats):
         turns = "".join(f"<|start|>{m['role']}\n{m['content']}<|end|>" for m in messages)
         assert list(prompt.tokens) == tokenizer.hf.encode(turns + "<|start|>assistant\n", add_special_tokens=False)
         assert prompt.tokens[0] == START and prompt.tokens.count(END) == len(messages)
-        assert prompt.text == spoken(chat) and prompt.record == chat
+        assert prompt.text == shown(chat) and prompt.record == chat
 
 
 @pytest.fixture
@@ -117,9 +125,9 @@ def test_sampled_answers_follow_the_whole_chat_and_end_with_either_stop_token(ta
     project = taught
     asked = [{"messages": [SYSTEM, USER, ANSWER, AGAIN]}, {"prompt": [USER]}, {"prompt": "the film"}]
     file = project.jsonl("asked.jsonl", asked)
-    shown = project.done("sample", "runs/a", "--prompts", "asked.jsonl", "--temperature", 0, "--max-tokens", 20)
-    assert shown.split("\n\n") == [
-        spoken(asked[0]) + "very good", spoken(asked[1]) + "is not bad", "the film was good\n",
+    written = project.done("sample", "runs/a", "--prompts", "asked.jsonl", "--temperature", 0, "--max-tokens", 20)
+    assert written.split("\n\n") == [
+        shown(asked[0]) + "very good", shown(asked[1]) + "is not bad", "the film was good\n",
     ]  # fmt: skip
     target = load_target(project.run())
     prompts = load_prompts(file, target.trunk.tokenizer, max_tokens=200, overlong="error").prompts

@@ -34,7 +34,16 @@ def test_a_run_leaves_everything_that_is_promised(project):
     assert "iteration 5/5" in shown and "before" in shown and "after" in shown
     folder = project.run()
     names = {item.name for item in folder.iterdir()}
-    assert names == {"config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "lock"}
+    assert names == {
+        "config.toml",
+        "run.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "checkpoints",
+        "lock",
+        "plan.json",
+        "memory.jsonl",
+    }
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     for row in rows:
