@@ -20,7 +20,7 @@ from mlx_ppo.memory.stand_ins import as_on_metal
 from mlx_ppo.memory.starting import budget_of, shapes_of
 from mlx_ppo.networks.device import on_cpu
 
-_BAR = 30
+_BAR = 18
 _VARIANTS: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
     ("no critic (ppo.advantage = 'rloo')", {"ppo": {"advantage": "rloo"}}),
     ("critic.kind = 'head'", {"critic": {"kind": "head"}}),

@@ -11,6 +11,7 @@ from mlx_ppo.config import RewardSource, TrainConfig
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
 from mlx_ppo.memory.stand_ins import weightless
+from mlx_ppo.networks.activations import use_fast_gates
 from mlx_ppo.networks.adapters import Weights, load_adapters, new_adapters
 from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.heads import REWARD_FILE, RewardFacts, RewardModel, new_head, read_reward_facts
@@ -60,6 +61,7 @@ def weightless_trunk(config: dict[str, Any], name: str, *, dtype: str) -> Trunk:
         model = empty_model(plain, name)
     stored = DTYPES.get(str(config.get("torch_dtype") or config.get("dtype")), mx.float32)
     model.set_dtype(DTYPES.get(dtype, mx.float32 if on_cpu() else stored))
+    use_fast_gates(model)
     tokenizer: Tokenizer = _NoTokenizer(1000)
     return Trunk(weightless(model), tokenizer, name, checked=False)
 

@@ -83,6 +83,8 @@ def test_roles_without_weights_have_the_arrays_of_the_real_ones(make_config: Mak
                 n: (a.shape, a.dtype) for n, a in wanted.items()
             }
         assert roles.trunk.split == real.trunk.split
+        free = make_plan(Accountant(config, real, real_policy, real_critic, SHAPES), config, None)
+        assert make_plan(accountant(config), config, None).phases == free.phases
 
 
 def measured(config: TrainConfig) -> tuple[dict[str, int], dict[str, int]]:
