@@ -13,7 +13,7 @@ from mlx_ppo.networks.roles import Roles
 from mlx_ppo.networks.tokenizer import completion_text
 from mlx_ppo.records import Rollout, number
 from mlx_ppo.rollout import generate
-from mlx_ppo.scoring import combined_scores, policy_logprobs, raw_scores
+from mlx_ppo.scoring import combined_scores, policy_logprobs, raw_scores, reference_logprobs
 
 
 class Completion(NamedTuple):
@@ -83,7 +83,8 @@ def sequence_kl(roles: Roles, policy: Weights, rollout: Rollout, config: TrainCo
     """Mean over sequences of the summed log pi - log pi_ref, in nats: an unbiased estimate of the KL divergence."""
     temperature, size = config.rollout.temperature, config.score.batch_size
     now = policy_logprobs(roles, policy, rollout, temperature=temperature, batch_size=size)
-    reference = policy_logprobs(roles, roles.reference, rollout, temperature=temperature, batch_size=size)
+    reference = reference_logprobs(roles, rollout, temperature=temperature, batch_size=size)
+    roles.evict()
     return number(masked_sum(now - reference, rollout.mask)) / len(rollout.prompts)
 
 

@@ -62,6 +62,7 @@ def update(
     max_tokens: int,
     seed_parts: tuple[int | str, ...],
     train_policy: bool = True,
+    pass_size: Callable[[], int] | None = None,
 ) -> UpdateStats:
     """Several passes over the rollout; `policy` and `critic` are changed in place.
 
@@ -76,12 +77,15 @@ def update(
         max_tokens: T of the "constant" denominator.
         seed_parts: what the order of the minibatches derives from.
         train_policy: False while only the critic is warmed up.
+        pass_size: asked before every optimizer step how many responses a forward and backward pass may have, which
+            changes memory, not the gradient; without it, `section.micro_batch`.
     Raises:
         RunError: a loss or gradient is not finite, or the first minibatch's ratio is not 1. Nothing is applied then.
     """
     stats = UpdateStats()
     generator = philox(*seed_parts)
-    step = _Step(roles, policy, critic, rollout, batch, section, temperature, max_tokens)
+    size = pass_size or (lambda: section.micro_batch)
+    step = _Step(roles, policy, critic, rollout, batch, section, temperature, max_tokens, size)
     for epoch in range(section.epochs):
         order = generator.permutation(len(rollout.prompts))
         for index, rows in enumerate(np.array_split(order, section.minibatches)):
@@ -109,9 +113,10 @@ class _Step:
     section: PPOSection
     temperature: float
     max_tokens: int
+    pass_size: Callable[[], int]
 
     def run(self, rows: Sequence[int], stats: UpdateStats, *, first: bool, train_policy: bool) -> None:
-        size = self.section.micro_batch or len(rows)
+        size = self.pass_size() or len(rows)
         micro = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
         mask = self.rollout.mask[mx.array(list(rows))]
         tokens = number(mask.sum())
@@ -135,11 +140,13 @@ class _Step:
             logprobs.append(now)
             ratios.append(ratio)
             _accumulate(policy_gradients, gradients)
+            del gradients  # they would stay in memory beside the sum
             if self.critic is not None:
                 with phase("update critic"):
                     loss, gradients = self._critic(self.critic, sequences, part, tokens, states)
                 value_loss += loss
                 _accumulate(critic_gradients, gradients)
+                del gradients
         if not np.isfinite(policy_loss) or not np.isfinite(value_loss):
             raise RunError(f"the loss is not finite (policy {policy_loss}, critic {value_loss}); nothing was applied")
         self._watch(rows, micro, mx.concatenate(logprobs), mx.concatenate(ratios), stats, first=first)

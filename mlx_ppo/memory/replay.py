@@ -17,7 +17,6 @@ _WIDTH = 20  # mlx's default of MLX_BFS_MAX_WIDTH
 _PIECES = 10  # pieces of work in a task; mlx waits for whole tasks
 _TASKS_AHEAD = 10  # tasks that may be under way
 _PHASES = (0, 3, 7)  # pieces of work in the task that is open at the start: unknown, so the median of some
-_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class Peak:
     output: int  # of that what stays: the results
     outside: int  # numpy's and the like, at their largest; mlx doesn't count them
     together: int  # the largest sum of mlx's and the outside bytes at one moment, above arguments and constants
-    largest: list[tuple[str, int]]  # the largest buffers at the peak, and what they hold
+    live: dict[tuple[int, ...], int]  # what was there at the peak, by shape
 
 
 def predict(
@@ -128,7 +127,7 @@ class _Replay:
             output=memory.active - self.start,
             outside=self.outside,
             together=memory.together - self.start,
-            largest=memory.largest(_SHOWN),
+            live=memory.at_peak(),
         )
 
     def _work_outside(self, nbytes: int) -> None:

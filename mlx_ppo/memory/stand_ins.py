@@ -16,6 +16,7 @@ from mlx.utils import tree_map
 
 from mlx_ppo.networks import activations, vocabulary
 from mlx_ppo.networks.device import assuming
+from mlx_ppo.networks.trunk import placeholder
 
 _MARK = 1 << 60  # a mark is a strided view with an offset that no real array has
 
@@ -64,12 +65,7 @@ def weightless(model: nn.Module) -> nn.Module:
     The model can then be captured by functions to be traced, without its weights being loaded; its outputs mean
     nothing, and computing them would allocate whole weights. Changes and returns `model`.
     """
-
-    def empty(array: mx.array) -> mx.array:
-        return mx.broadcast_to(mx.zeros((), array.dtype), array.shape)
-
-    model.update(tree_map(empty, model.parameters()))
-    mx.eval(model.parameters())
+    model.update(tree_map(placeholder, model.parameters()))
     return model
 
 

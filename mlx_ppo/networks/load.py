@@ -1,7 +1,7 @@
 """A checked local folder into a trunk: model, tokenizer, compute type. Nothing is ever looked up elsewhere."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,36 +62,77 @@ def load_trunk(
         ModelError: whatever is wrong with the folder, in one line.
     """
     folder = check_model_folder(path, weights=random_seed is None)
+    model, config, quantised = _read(folder, dtype, strict=random_seed is None, classifier=classifier)
+    remark = ""
+    if quantised:
+        remark = f"{path.name}: quantised; computed in float32 here, because a CPU is slow with quantised products"
+    if random_seed is not None:
+        _randomise(model, random_seed)
+        if embeddings is not None:
+            _take_embeddings(model, embeddings)
+    _settle(model, _target(dtype), path)
+    use_fast_gates(model)
+    tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
+    _check_vocabulary(folder, model, tokenizer.vocab_size)
+    trunk = Trunk(model, tokenizer, str(path))
+    trunk.remark = remark
+    if random_seed is None:
+        trunk.reload = _reload(folder, dtype, classifier=classifier)
+    return trunk
+
+
+def _read(folder: ModelFolder, dtype: str, *, strict: bool, classifier: bool) -> tuple[nn.Module, dict[str, Any], bool]:
+    """A model whose weights are read when they are needed, its config, and whether it was quantised but isn't here.
+
+    Raises:
+        ModelError: mlx-lm can't load it, or a tensor is missing.
+    """
+    path = folder.path
     with _open_files_limit_kept():
         from mlx_lm.utils import dequantize_model, load_model
     given = {**rope_keys(folder.config), **({"tie_word_embeddings": True} if classifier else {})}
-    strict = random_seed is None and not classifier
     try:
-        model, config = load_model(path, lazy=True, strict=strict, model_config=given, trust_remote_code=False)
+        model, config = load_model(
+            path, lazy=True, strict=strict and not classifier, model_config=given, trust_remote_code=False
+        )
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"{path}: mlx-lm cannot load this model ({type(error).__name__}: {first})") from None
     missing = sorted(set(parameters_of(model)) - set(folder.tensors)) if classifier else []
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]!r} is missing")
-    cpu = on_cpu()
-    remark = ""
-    if cpu and dtype in ("auto", "float32") and any(isinstance(m, nn.QuantizedLinear) for m in model.modules()):
-        model.set_dtype(mx.float32)  # scales too: in half precision the blocks would lose what they hold
-        model = dequantize_model(model)
-        remark = f"{path.name}: quantised; computed in float32 here, because a CPU is slow with quantised products"
-    if random_seed is not None:
-        _randomise(model, random_seed)
-        if embeddings is not None:
-            _take_embeddings(model, embeddings)
-    target = DTYPES.get(dtype, mx.float32 if cpu else None)
-    _settle(model, target, path)
-    use_fast_gates(model)
-    tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
-    _check_vocabulary(folder, model, tokenizer.vocab_size)
-    trunk = Trunk(model, tokenizer, str(path))
-    trunk.remark = remark
-    return trunk
+    quantised = any(isinstance(module, nn.QuantizedLinear) for module in model.modules())
+    if not (on_cpu() and dtype in ("auto", "float32") and quantised):
+        return model, config, False
+    model.set_dtype(mx.float32)  # scales too: in half precision the blocks would lose what they hold
+    return dequantize_model(model), config, True
+
+
+def _target(dtype: str) -> mx.Dtype | None:
+    """The compute type; None for the stored one."""
+    return DTYPES.get(dtype, mx.float32 if on_cpu() else None)
+
+
+def _reload(folder: ModelFolder, dtype: str, *, classifier: bool) -> Callable[[], dict[str, mx.array]]:
+    """A function that reads the same weights again, for a trunk that was evicted."""
+    seen = _stamps(folder)
+
+    def read() -> dict[str, mx.array]:
+        if _stamps(folder) != seen:
+            raise ModelError(f"{folder.path}: its weights changed on disk while a run was reading them in turns")
+        model, _, _ = _read(folder, dtype, strict=True, classifier=classifier)
+        _settle(model, _target(dtype), folder.path)
+        return parameters_of(model)
+
+    return read
+
+
+def _stamps(folder: ModelFolder) -> list[tuple[int, int]]:
+    try:
+        facts = [file.stat() for file in folder.weight_files]
+    except OSError as error:
+        raise ModelError(f"{folder.path}: its weights can't be read again ({error.strerror})") from None
+    return [(fact.st_size, fact.st_mtime_ns) for fact in facts]
 
 
 def empty_model(config: dict[str, Any], name: str) -> nn.Module:

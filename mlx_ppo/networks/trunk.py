@@ -1,6 +1,7 @@
 """The trunk: one mlx-lm model whose weights never change, on which roles lay their own weights for a while."""
 
 import functools
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -84,6 +85,8 @@ class Trunk:
         self.tokenizer = tokenizer
         self.name = name
         self.remark = ""  # what a person should know of how it was loaded
+        self.reload: Callable[[], Mapping[str, mx.array]] | None = None  # reads the frozen weights again
+        self.present = True  # the frozen weights are in memory
         self._owner, self._inner_name = _find_inner(model, name)
         first = model.layers[0]  # `model.layers` itself may be a copy
         inner = self._owner[self._inner_name]
@@ -129,6 +132,33 @@ class Trunk:
             except (ValueError, AttributeError, TypeError):
                 return False
         return True
+
+    def evict(self) -> None:
+        """Free the frozen weights until `restore`; meanwhile only a role that brings all weights itself can use this.
+
+        Where there is nothing to read them from again, they stay evicted.
+        """
+        if self.present:
+            self.width  # noqa: B018  computed once, from the weights
+            self._hold({name: placeholder(array) for name, array in self.base.items()})
+            gc.collect()
+            mx.clear_cache()
+        self.present = False
+
+    def restore(self) -> None:
+        """Bring the frozen weights back.
+
+        Raises:
+            ModelError: the folder can't be read any more, or has changed.
+        """
+        if not self.present and self.reload is not None:
+            self._hold(self.reload())
+            self.present = True
+
+    def _hold(self, arrays: Mapping[str, mx.array]) -> None:
+        mx.eval(dict(arrays))
+        self.base = dict(arrays)
+        self._put(arrays)
 
     @property
     def blocks(self) -> int:
@@ -294,12 +324,24 @@ class Trunk:
             raise ModelError(f"{self.name}: this architecture's logits don't follow from its final hidden states")
 
 
+def placeholder(array: mx.array) -> mx.array:
+    """An evaluated array of the same shape and type that takes the room of one element; its values mean nothing."""
+    empty = mx.broadcast_to(mx.zeros((), array.dtype), array.shape)
+    mx.eval(empty)
+    return empty
+
+
 def _lowest_block(weights: Weights) -> int | None:
-    """The lowest block that some weights change; 0 where they change what lies before the blocks; None for none."""
+    """The lowest block that some weights change; 0 where they change what lies outside the blocks; None for none."""
     names = [name for name in weights.arrays if not name.startswith(HEAD)]
-    if not names:
-        return None
-    return min(layer_of(name)[0] if name.endswith((".lora_a", ".lora_b")) else 0 for name in names)
+    return min(map(_block_of, names), default=None)
+
+
+def _block_of(name: str) -> int:
+    try:
+        return layer_of(name)[0]
+    except StopIteration:  # the embedding, the final norm, the output layer
+        return 0
 
 
 def _make_noisy(inner: nn.Module, adapted: Mapping[str, nn.Module]) -> list[nn.Module]:

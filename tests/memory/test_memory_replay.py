@@ -105,9 +105,9 @@ def test_released_arguments_are_written_over() -> None:
     assert measured(function, lambda: [mx.sin(a)])[0] == 0
 
 
-def test_largest_names_what_is_there_at_the_peak() -> None:
+def test_live_has_what_is_there_at_the_peak() -> None:
     peak = predict(lambda a: mx.exp(a @ a.T).sum(), mx.zeros((64, 32)))
-    assert peak.largest == [("Matmul [64, 64] float32", 64 * 64 * 4), ("Reduce [1, 1] float32", 4)]
+    assert peak.live == {(64, 64): 64 * 64 * 4, (1, 1): 4}
     assert peak.transient == 64 * 64 * 4 + 4
 
 
