@@ -98,7 +98,7 @@ class _Replay:
         """Evaluate what code outside of mlx reads, one after the other, then let it work."""
         for tensor in pause.reads:
             self._run([tensor])
-        self._work_outside(pause.work[0])
+        self._work_outside(pause.work[0], pause.arrays[0])
         self._receive(pause.result)
 
     def leave_for_gradient(self, pause: Pause) -> None:
@@ -107,7 +107,7 @@ class _Replay:
         for operation in pause.gradients:
             self._run([tensor for tensor in operation.inputs if not _is_filling(tensor)])
         if pause.gradients:
-            self._work_outside(pause.work[1])
+            self._work_outside(pause.work[1], pause.arrays[1])
         for operation in pause.gradients:
             self._receive(operation)
 
@@ -131,8 +131,9 @@ class _Replay:
             largest=memory.largest(_SHOWN),
         )
 
-    def _work_outside(self, nbytes: int) -> None:
+    def _work_outside(self, nbytes: int, arrays: int) -> None:
         self.outside = max(self.outside, nbytes)
+        self.memory.passing(arrays, "arrays of code outside")
         self.memory.together = max(self.memory.together, self.memory.active + nbytes)
 
     def _receive(self, operation: Operation) -> None:

@@ -13,6 +13,7 @@ from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.activations import use_fast_gates
 from mlx_ppo.networks.adapters import parameters_of
+from mlx_ppo.networks.compact import keep_compact
 from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.folder import ModelFolder, check_model_folder
 from mlx_ppo.networks.model_files import read_arrays
@@ -48,6 +49,7 @@ def load_trunk(
     random_seed: int | None = None,
     embeddings: Path | None = None,
     classifier: bool = False,
+    compact: bool = False,
 ) -> Trunk:
     """Load a model folder.
 
@@ -58,6 +60,8 @@ def load_trunk(
         random_seed: start from random weights of this seed instead of the folder's.
         embeddings: then take the token embeddings from this model folder.
         classifier: the folder has a sequence classifier's head and may lack an output layer; neither is loaded.
+        compact: leave a quantised folder's matrices quantised on a CPU too, computing in float32 with the same numbers:
+            less memory, more time. Of no effect with random weights or half precision.
     Raises:
         ModelError: whatever is wrong with the folder, in one line.
     """
@@ -78,8 +82,12 @@ def load_trunk(
     remark = ""
     if cpu and dtype in ("auto", "float32") and any(isinstance(m, nn.QuantizedLinear) for m in model.modules()):
         model.set_dtype(mx.float32)  # scales too: in half precision the blocks would lose what they hold
-        model = dequantize_model(model)
         remark = f"{path.name}: quantised; computed in float32 here, because a CPU is slow with quantised products"
+        if compact and random_seed is None:
+            keep_compact(model)
+            remark += ", of one matrix at a time"
+        else:
+            model = dequantize_model(model)
     if random_seed is not None:
         _randomise(model, random_seed)
         if embeddings is not None:
@@ -108,7 +116,14 @@ def empty_model(config: dict[str, Any], name: str) -> nn.Module:
         quantisation = config.get("quantization")
         if quantisation is not None:
             bits, group = int(quantisation["bits"]), int(quantisation["group_size"])
-            nn.quantize(model, group_size=group, bits=bits, mode=quantisation.get("mode", "affine"))
+
+            def chosen(path: str, module: nn.Module) -> Any:
+                fits = hasattr(module, "to_quantized") and module.weight.shape[-1] % group == 0
+                return quantisation.get(path, fits)  # a layer may have bits of its own
+
+            nn.quantize(
+                model, group_size=group, bits=bits, mode=quantisation.get("mode", "affine"), class_predicate=chosen
+            )
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"{name}: mlx-lm cannot make this model ({type(error).__name__}: {first})") from None
