@@ -122,6 +122,12 @@ class RolloutSection(Section):
     batch_size: CountOrZero = Field(
         0, description="sequences decoded together; 0: up to 64, as the memory budget allows. Changes speed and memory"
     )
+    kv_cache: Literal["auto", "full", "8-bit"] = Field(
+        "auto",
+        description="how keys and values are kept while sampling; 8-bit: a quarter of the memory of float32, sampling "
+        "from a slightly different distribution, which the recomputed log-probabilities account for; auto: full unless "
+        "the memory budget asks for it",
+    )
 
 
 class RewardSource(Section):

@@ -59,7 +59,8 @@ class CompactEmbedding(nn.QuantizedEmbedding):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rows in float32."""
-        return super().__call__(x).astype(mx.float32)
+        rows: mx.array = super().__call__(x)  # type: ignore[no-untyped-call]
+        return rows.astype(mx.float32)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """[..., in] float32 to [..., out]."""
@@ -84,7 +85,7 @@ def _packed(layer: nn.Module) -> Packed:
 
 
 def _on_cpu(x: mx.array, packed: Packed) -> mx.array:
-    """x [..., in] times the matrix transposed, plus the bias.
+    """Rows x [..., in] times the matrix transposed, plus the bias.
 
     All that is evaluated here is made of copies: mlx keeps what it evaluates while it traces a gradient for as long as
     its results live, and the matrix would be among it.
@@ -93,13 +94,12 @@ def _on_cpu(x: mx.array, packed: Packed) -> mx.array:
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
         states = _copy(x)
-        parts = ((rows, _times(states, packed, rows)) for rows in packed.pieces())
         if packed.outputs * packed.inputs <= PIECE:
-            return _copy(next(parts)[1])
+            return _copy(_times(states, packed, slice(0, packed.outputs)))
         found = mx.zeros((*x.shape[:-1], packed.outputs))
         values = _values(found)
-        for rows, part in parts:
-            values[..., rows] = _values(part)
+        for rows in packed.pieces():
+            values[..., rows] = _values(_times(states, packed, rows))
         return found
 
     @product.vjp
@@ -111,8 +111,8 @@ def _on_cpu(x: mx.array, packed: Packed) -> mx.array:
             values += _values(mx.array(given[..., rows]) @ written_out(packed, rows))
         return found
 
-    result: mx.array = product(x)
-    return result
+    found: mx.array = product(x)  # type: ignore[assignment]
+    return found
 
 
 def _times(x: mx.array, packed: Packed, rows: slice) -> mx.array:
@@ -124,9 +124,9 @@ def _times(x: mx.array, packed: Packed, rows: slice) -> mx.array:
 def written_out(packed: Packed, rows: slice) -> mx.array:
     """Some rows of the matrix, [rows, in] float32: to the bit what `mx.dequantize` makes, in half of its memory."""
     if packed.mode != "affine" or packed.bits not in _KINDS:
-        parts = [None if array is None else array[rows] for array in packed[:3]]
-        given = {"group_size": packed.group_size, "bits": packed.bits, "mode": packed.mode}
-        return mx.dequantize(*parts, **given).astype(mx.float32)
+        offsets = None if packed.biases is None else packed.biases[rows]
+        given = (packed.weight[rows], packed.scales[rows], offsets)
+        return mx.dequantize(*given, packed.group_size, packed.bits, packed.mode).astype(mx.float32)
     assert packed.biases is not None
     stored = np.asarray(packed.weight)[rows].view(np.uint8)
     scales, biases = (_values(array)[rows, :, None] for array in (packed.scales, packed.biases))

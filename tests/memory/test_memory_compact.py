@@ -94,10 +94,8 @@ def test_weights_without_weights(folder: Path, trunk: Trunk) -> None:
     assert other.base["model.layers.1.mlp.gate_proj.weight"].shape == (704, 32)
 
 
-@pytest.mark.parametrize("piece", [1 << 22, 100 * 256])
-def test_scoring(
-    trunk: Trunk, lora: Weights, tokens: mx.array, piece: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("piece", [1 << 22, 1000 * 256])
+def test_scoring(trunk: Trunk, lora: Weights, tokens: mx.array, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices in one piece, and in several."""
     monkeypatch.setattr(compact, "PIECE", piece)
 
@@ -110,7 +108,7 @@ def test_scoring(
     assert predicted == pytest.approx(found, rel=0.05)
 
 
-@pytest.mark.parametrize("piece", [1 << 22, 100 * 256])
+@pytest.mark.parametrize("piece", [1 << 22, 1000 * 256])
 def test_update(trunk: Trunk, lora: Weights, tokens: mx.array, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compact, "PIECE", piece)
 
