@@ -124,7 +124,7 @@ class RolloutSection(Section):
     )
     kv_cache: Literal["auto", "full", "8-bit"] = Field(
         "auto",
-        description="how keys and values are kept while sampling; 8-bit: a quarter of the memory of float32, sampling "
+        description="how keys and values are kept while sampling; 8-bit: about a quarter of the memory of float32, sampling "
         "from a slightly different distribution, which the recomputed log-probabilities account for; auto: full unless "
         "the memory budget asks for it",
     )
