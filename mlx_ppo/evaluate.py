@@ -56,6 +56,7 @@ def evaluate(roles: Roles, policy: Weights, prompts: Sequence[Prompt], config: T
         seed_parts=(config.run.seed, "evaluate"),
         positions=range(len(prompts)),
         records=[prompt.record for prompt in prompts],
+        cache_form="8-bit" if config.rollout.kv_cache == "8-bit" else "full",
     )
     raw = raw_scores(roles, rollout, batch_size=config.score.batch_size)
     scores = combined_scores(raw, roles, rollout, config.score, config.rollout.max_tokens)

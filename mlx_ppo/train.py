@@ -198,6 +198,7 @@ def _iterate(
         seed_parts=(seed, "rollout"),
         positions=range(state.cursor, state.cursor + len(taken)),
         records=[prompt.record for _, prompt in taken],
+        cache_form="8-bit" if config.rollout.kv_cache == "8-bit" else "full",
         on_tokens=reporter.tokens,
     )
     interrupts.check()

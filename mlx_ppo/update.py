@@ -208,7 +208,7 @@ class _Step:
         if first:
             error = number(mx.where(mask, mx.abs(ratio - 1), 0.0).max())
             stats.first_ratio_error = error
-            exact = all(array.dtype == mx.float32 for array in self.roles.trunk.base.values())
+            exact = all(array.dtype in (mx.float32, mx.uint32) for array in self.roles.trunk.base.values())
             if not error <= (RATIO_TOLERANCE if exact else _RATIO_TOLERANCE_HALF):
                 raise RunError(
                     f"self-check failed: the first minibatch's ratio to the old policy is off 1 by {error:.2g}; "

@@ -50,6 +50,7 @@ class Pause:
     result: Operation
     gradients: tuple[Operation, ...]
     work: tuple[int, int]  # bytes the code needs outside of mlx while it runs, and while its gradient does
+    arrays: tuple[int, int]  # the same in arrays of mlx
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.memory.stand_ins import weightless
 from mlx_ppo.networks.activations import use_fast_gates
 from mlx_ppo.networks.adapters import Weights, load_adapters, new_adapters
+from mlx_ppo.networks.compact import keep_compact
 from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.folder import check_model_folder
 from mlx_ppo.networks.heads import REWARD_FILE, RewardFacts, RewardModel, new_head, read_reward_facts
@@ -57,7 +58,9 @@ def weightless_trunk(config: dict[str, Any], name: str, *, dtype: str, compact: 
     """
     model = empty_model(config, name)
     quantised = any(isinstance(module, nn.QuantizedLinear) for module in model.modules())
-    if on_cpu() and dtype in ("auto", "float32") and quantised and not compact:
+    if on_cpu() and dtype in ("auto", "float32") and quantised and compact:
+        keep_compact(model)
+    elif on_cpu() and dtype in ("auto", "float32") and quantised:
         plain = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
         model = empty_model(plain, name)
     stored = DTYPES.get(str(config.get("torch_dtype") or config.get("dtype")), mx.float32)

@@ -82,7 +82,8 @@ class _Replay:
             self.memory.of(tensor).uses += 1
         traced = any(pause.gradients for pause in graph.pauses)
         self.retained = _dependent(graph) if traced else set()
-        self.kept: list[Operation] = []
+        self.kept: list[Operation] = []  # to the end of the tracing, because the gradient may need them
+        self.held: set[Operation] | None = None  # in the backward pass: as long as their results live
 
     def run(self) -> Peak:
         """Evaluate everything."""
@@ -97,22 +98,25 @@ class _Replay:
         """Evaluate what code outside of mlx reads, one after the other, then let it work."""
         for tensor in pause.reads:
             self._run([tensor])
-        self._work_outside(pause.work[0])
+        self._work_outside(pause.work[0], pause.arrays[0])
         self._receive(pause.result)
 
     def leave_for_gradient(self, pause: Pause) -> None:
-        """The same in the backward pass, where mlx keeps everything."""
-        self.retained = set(self.graph.operations)
+        """The same in the backward pass, where mlx keeps everything that led to an array for as long as it lives."""
+        if self.held is None:
+            self.held, self.retained = set(), set(self.graph.operations)
         for operation in pause.gradients:
             self._run([tensor for tensor in operation.inputs if not _is_filling(tensor)])
         if pause.gradients:
-            self._work_outside(pause.work[1])
+            self._work_outside(pause.work[1], pause.arrays[1])
         for operation in pause.gradients:
-            self._receive(operation)
+            self._receive(operation, new=True)
 
     def finish(self) -> None:
         """Evaluate the outputs; whatever only the tracing of the gradient had kept goes first."""
         self.retained = set()
+        while self.held:
+            self._detach(self.held.pop())
         for operation in self.kept:
             self._detach(operation)
         self.kept = []
@@ -130,16 +134,17 @@ class _Replay:
             live=memory.at_peak(),
         )
 
-    def _work_outside(self, nbytes: int) -> None:
+    def _work_outside(self, nbytes: int, arrays: int) -> None:
         self.outside = max(self.outside, nbytes)
+        self.memory.passing(arrays, "arrays of code outside")
         self.memory.together = max(self.memory.together, self.memory.active + nbytes)
 
-    def _receive(self, operation: Operation) -> None:
-        """Put a new array there, come from outside."""
+    def _receive(self, operation: Operation, *, new: bool = False) -> None:
+        """Put an array there, come from outside; `new`: it doesn't know what it was made of."""
         made = operation.outputs[0]
         self.memory.fresh(made)
         self.memory.of(made).evaluated = True
-        if operation in self.retained and operation.name != "ScatterAxis":
+        if operation in self.retained and not new:
             self.kept.append(operation)
         else:
             self._detach(operation)
@@ -157,17 +162,27 @@ class _Replay:
         for tensor in operation.outputs:
             memory.of(tensor).evaluated = True
         self.late.add(operation)
-        if keeping:
+        if keeping and self.held is not None:
+            self.held.add(operation)
+        elif keeping:
             self.kept.append(operation)
         else:
             self._detach(operation)
         self.late.catch_up()
 
     def _detach(self, operation: Operation) -> None:
-        for tensor in operation.inputs:
-            self.memory.drop_use(tensor)
-        for tensor in operation.outputs:
-            self.memory.drop_if_unused(tensor)
+        """Let an evaluated operation go of its inputs, and those that led to nothing else with it."""
+        waiting = [operation]
+        while waiting:
+            leaving = waiting.pop()
+            for tensor in leaving.inputs:
+                self.memory.drop_use(tensor)
+                maker = tensor.operation
+                if self.held and maker in self.held and not any(self.memory.of(t).uses > 0 for t in maker.outputs):
+                    self.held.remove(maker)
+                    waiting.append(maker)
+            for tensor in leaving.outputs:
+                self.memory.drop_if_unused(tensor)
 
 
 class _Late:

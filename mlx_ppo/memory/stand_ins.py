@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_ppo.networks import activations, vocabulary
+from mlx_ppo.networks import activations, compact, vocabulary
 from mlx_ppo.networks.device import assuming
 from mlx_ppo.networks.trunk import placeholder
 
@@ -22,10 +22,12 @@ _MARK = 1 << 60  # a mark is a strided view with an offset that no real array ha
 
 
 class Work(NamedTuple):
-    """Bytes that code outside of mlx needs while it runs, and while its gradient does."""
+    """Bytes that such code needs while it runs, and while its gradient does: outside of mlx, and in arrays of mlx."""
 
     forward: int
     gradient: int
+    forward_arrays: int = 0
+    gradient_arrays: int = 0
 
 
 _marks: ContextVar[list[Work] | None] = ContextVar("marks", default=None)
@@ -42,7 +44,7 @@ def outside(result: mx.array, reads: Sequence[mx.array], work: Work) -> mx.array
     Args:
         result: what the mark is to look like.
         reads: what the code reads. No gradient flows through the mark.
-        work: memory that mlx doesn't count.
+        work: memory beside what is read and returned.
     Raises:
         RuntimeError: nothing is being traced.
     """
@@ -147,7 +149,22 @@ def _gate_on_cpu(gate: mx.array, up: mx.array) -> mx.array:
     return mx.where(outside(anywhere, [gate, up], Work(gate.nbytes, 2 * gate.nbytes)), gate, up)
 
 
+def _compact_on_cpu(x: mx.array, packed: compact.Packed) -> mx.array:
+    """For `compact._on_cpu`; gathering makes an array as the product does, its gradient one like x.
+
+    There is a piece of the matrix, and what is multiplied with it; and what comes out, before it is copied.
+    """
+    shape = (*x.shape[:-1], packed.outputs)
+    columns = next(packed.pieces()).stop
+    matrix, part = columns * packed.inputs * 4, x.size // packed.inputs * columns * 4
+    whole = x.size // packed.inputs * packed.outputs * 4 if columns < packed.outputs else 0
+    work = Work(0, 0, x.nbytes + matrix + part + whole, part + matrix + 2 * x.nbytes)
+    index = outside(mx.broadcast_to(mx.array(0), shape), [x], work)
+    return mx.take_along_axis(x, index, axis=-1)
+
+
 _STAND_INS: tuple[tuple[ModuleType, str, Callable[..., Any]], ...] = (
     (vocabulary, "_on_cpu", _vocabulary_on_cpu),
     (activations, "_on_cpu", _gate_on_cpu),
+    (compact, "_on_cpu", _compact_on_cpu),
 )

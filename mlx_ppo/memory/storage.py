@@ -118,6 +118,11 @@ class Memory:
         self.temporaries.append(self._allocate(tensor.nbytes, tensor.shape))
         self.work += 1
 
+    def passing(self, nbytes: int, what: str) -> None:
+        """Allocate some bytes and free them at once."""
+        if nbytes:
+            self.release(self._allocate(nbytes, what))
+
     def view(self, tensor: Tensor, source: Tensor, layout: Layout | None = None) -> None:
         """Let a tensor share a source's buffer."""
         value = self.of(tensor)

@@ -13,6 +13,7 @@ from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.activations import use_fast_gates
 from mlx_ppo.networks.adapters import parameters_of
+from mlx_ppo.networks.compact import keep_compact
 from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.folder import ModelFolder, check_model_folder
 from mlx_ppo.networks.model_files import read_arrays
@@ -48,6 +49,7 @@ def load_trunk(
     random_seed: int | None = None,
     embeddings: Path | None = None,
     classifier: bool = False,
+    compact: bool = False,
 ) -> Trunk:
     """Load a model folder.
 
@@ -58,14 +60,14 @@ def load_trunk(
         random_seed: start from random weights of this seed instead of the folder's.
         embeddings: then take the token embeddings from this model folder.
         classifier: the folder has a sequence classifier's head and may lack an output layer; neither is loaded.
+        compact: leave a quantised folder's matrices quantised on a CPU too, computing in float32 with the same numbers:
+            less memory, more time. Of no effect with random weights or half precision.
     Raises:
         ModelError: whatever is wrong with the folder, in one line.
     """
     folder = check_model_folder(path, weights=random_seed is None)
-    model, config, quantised = _read(folder, dtype, strict=random_seed is None, classifier=classifier)
-    remark = ""
-    if quantised:
-        remark = f"{path.name}: quantised; computed in float32 here, because a CPU is slow with quantised products"
+    given = random_seed is None
+    model, config, remark = _read(folder, dtype, strict=given, classifier=classifier, compact=compact and given)
     if random_seed is not None:
         _randomise(model, random_seed)
         if embeddings is not None:
@@ -77,7 +79,7 @@ def load_trunk(
     trunk = Trunk(model, tokenizer, str(path))
     trunk.remark = remark
     if random_seed is None:
-        trunk.reload = _reload(folder, dtype, classifier=classifier)
+        trunk.reload = _reload(folder, dtype, classifier=classifier, compact=compact)
     return trunk
 
 
@@ -103,9 +105,13 @@ def _read(folder: ModelFolder, dtype: str, *, strict: bool, classifier: bool) ->
         raise ModelError(f"{path}: tensor {missing[0]!r} is missing")
     quantised = any(isinstance(module, nn.QuantizedLinear) for module in model.modules())
     if not (on_cpu() and dtype in ("auto", "float32") and quantised):
-        return model, config, False
+        return model, config, ""
     model.set_dtype(mx.float32)  # scales too: in half precision the blocks would lose what they hold
-    return dequantize_model(model), config, True
+    remark = f"{path.name}: quantised; computed in float32 here, because a CPU is slow with quantised products"
+    if not compact:
+        return dequantize_model(model), config, remark
+    keep_compact(model)
+    return model, config, remark + ", of one matrix at a time"
 
 
 def _target(dtype: str) -> mx.Dtype | None:
@@ -113,14 +119,14 @@ def _target(dtype: str) -> mx.Dtype | None:
     return DTYPES.get(dtype, mx.float32 if on_cpu() else None)
 
 
-def _reload(folder: ModelFolder, dtype: str, *, classifier: bool) -> Callable[[], dict[str, mx.array]]:
+def _reload(folder: ModelFolder, dtype: str, *, classifier: bool, compact: bool) -> Callable[[], dict[str, mx.array]]:
     """A function that reads the same weights again, for a trunk that was evicted."""
     seen = _stamps(folder)
 
     def read() -> dict[str, mx.array]:
         if _stamps(folder) != seen:
             raise ModelError(f"{folder.path}: its weights changed on disk while a run was reading them in turns")
-        model, _, _ = _read(folder, dtype, strict=True, classifier=classifier)
+        model, _, _ = _read(folder, dtype, strict=True, classifier=classifier, compact=compact)
         _settle(model, _target(dtype), folder.path)
         return parameters_of(model)
 
@@ -149,7 +155,14 @@ def empty_model(config: dict[str, Any], name: str) -> nn.Module:
         quantisation = config.get("quantization")
         if quantisation is not None:
             bits, group = int(quantisation["bits"]), int(quantisation["group_size"])
-            nn.quantize(model, group_size=group, bits=bits, mode=quantisation.get("mode", "affine"))
+
+            def chosen(path: str, module: nn.Module) -> Any:
+                fits = hasattr(module, "to_quantized") and module.weight.shape[-1] % group == 0
+                return quantisation.get(path, fits)  # a layer may have bits of its own
+
+            nn.quantize(
+                model, group_size=group, bits=bits, mode=quantisation.get("mode", "affine"), class_predicate=chosen
+            )
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"{name}: mlx-lm cannot make this model ({type(error).__name__}: {first})") from None
