@@ -233,6 +233,11 @@ class MemorySection(Section):
     budget_gb: NonNegative = Field(
         0.0, description="bound on the process's memory in GiB; 0: three quarters of what is free at the start"
     )
+    positions: CountOrZero = Field(
+        0,
+        description="response positions whose logits are computed together; 0: as many as make 64 MB of logits, "
+        "fewer where the memory budget asks for it",
+    )
 
 
 class TrainConfig(Job):

@@ -93,6 +93,8 @@ class Trunk:
         self.base = parameters_of(model)
         self._noisy = _make_noisy(self._owner[self._inner_name], self.adapted)
         self._in_use = False
+        self.replaced: Mapping[str, mx.array] = {}  # what a role that trains all weights has put on the model just now
+        self.positions = 0  # positions whose logits are computed together; 0: as many as `output_head` thinks fit
         self.split = 0  # states that enter this block may be kept; 0: none
         self._checked = checked
         model.eval()
@@ -232,15 +234,25 @@ class Trunk:
                     attached.append(layer)
                 elif not name.endswith(".lora_b") and not name.startswith(HEAD):
                     replaced[name] = array.astype(self.base[name].dtype)
-            if replaced:
-                self._put(replaced)
+            self._put(replaced)
+            self.replaced = replaced
             yield
         finally:
             for layer in attached:
                 plain(layer)
-            if replaced:
-                self._put({name: self.base[name] for name in replaced})
+            self._put({name: self.base[name] for name in replaced})
+            self.replaced = {}
             self._in_use = False
+
+    @contextmanager
+    def bearing(self, arrays: Mapping[str, mx.array]) -> Iterator[None]:
+        """Put other arrays in place of some of the model's parameters for the length of a `with` block."""
+        before = parameters_of(self.model) if arrays else {}
+        try:
+            self._put(arrays)
+            yield
+        finally:
+            self._put({name: before[name] for name in arrays})
 
     @contextmanager
     def checkpointing(self) -> Iterator[None]:
@@ -283,7 +295,8 @@ class Trunk:
         return bool(mx.allclose(whole, started, rtol=1e-3, atol=1e-3).item())
 
     def _put(self, arrays: Mapping[str, mx.array]) -> None:
-        self.model.update(tree_unflatten(list(arrays.items())))
+        if arrays:
+            self.model.update(tree_unflatten(list(arrays.items())))
 
     def _check_split(self) -> None:
         """Logits of split and whole model must agree, or the architecture isn't understood."""
