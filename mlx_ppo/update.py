@@ -164,9 +164,7 @@ class _Step:
         index = mx.array(rows)
         targets = PolicyTargets(self.batch.old_logprobs[index], self.batch.advantages[index], denominator)
         weights, section = self.policy.weights, self.section
-        loss_of = policy_loss(
-            self.roles.trunk, weights, sequences, targets, section, self.temperature, learning=train
-        )
+        loss_of = policy_loss(self.roles.trunk, weights, sequences, targets, section, self.temperature, learning=train)
         if train:
             (loss, now, ratio, states), gradients = mx.value_and_grad(loss_of)(dict(weights.arrays))
         else:
@@ -258,9 +256,7 @@ def policy_loss(
     def loss_of(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         with trunk.using(weights.holding(arrays)), _saving_memory(trunk, section):
             states = trunk.response_states(sequences)
-            now, entropy = token_statistics(
-                trunk, states, sequences, temperature=temperature, learning=by_logprobs
-            )
+            now, entropy = token_statistics(trunk, states, sequences, temperature=temperature, learning=by_logprobs)
         losses, ratio = clipped_policy_loss(
             now,
             targets.old_logprobs,

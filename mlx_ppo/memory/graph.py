@@ -44,12 +44,14 @@ class Pause:
     """Where a function leaves mlx: what it reads has to be evaluated there, and its result is a new array.
 
     `gradients` stand for the arrays that the code's own vector-Jacobian product makes; none outside of a gradient.
+    `inside` is what the code has mlx evaluate by itself while it runs, and while its gradient does.
     """
 
     reads: tuple[Tensor, ...]
     result: Operation
     gradients: tuple[Operation, ...]
     work: tuple[int, int]  # bytes the code needs outside of mlx while it runs, and while its gradient does
+    inside: "tuple[Graph | None, Graph | None]" = (None, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,7 @@ class _Replay:
 
     def __init__(self, graph: Graph, sequential: bool, held: Collection[int] | None, phase: int) -> None:
         self.graph = graph
+        self.sequential = sequential
         self.memory = Memory()
         self.memory.work = phase
         self.late = _Late(self.memory, 0 if sequential else _TASKS_AHEAD)
@@ -98,6 +99,7 @@ class _Replay:
         """Evaluate what code outside of mlx reads, one after the other, then let it work."""
         for tensor in pause.reads:
             self._run([tensor])
+        self._work_inside(pause.inside[0])
         self._work_outside(pause.work[0])
         self._receive(pause.result)
 
@@ -107,6 +109,7 @@ class _Replay:
         for operation in pause.gradients:
             self._run([tensor for tensor in operation.inputs if not _is_filling(tensor)])
         if pause.gradients:
+            self._work_inside(pause.inside[1])
             self._work_outside(pause.work[1])
         for operation in pause.gradients:
             self._receive(operation)
@@ -130,6 +133,14 @@ class _Replay:
             together=memory.together - self.start,
             largest=memory.largest(_SHOWN),
         )
+
+    def _work_inside(self, graph: Graph | None) -> None:
+        if graph is None:
+            return
+        peak, memory = replay(graph, sequential=self.sequential, thorough=False), self.memory
+        memory.reach(peak.transient)
+        memory.together = max(memory.together, memory.active + peak.together)
+        self.outside = max(self.outside, peak.outside)
 
     def _work_outside(self, nbytes: int) -> None:
         self.outside = max(self.outside, nbytes)

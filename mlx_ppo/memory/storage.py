@@ -166,6 +166,12 @@ class Memory:
             self.active -= buffer.nbytes
             buffer.died = len(self.buffers)
 
+    def reach(self, more: int) -> None:
+        """Note that there are so many bytes more than those of buffers at this moment."""
+        self.together = max(self.together, self.active + more)
+        if self.active + more > self.peak:
+            self.peak, self.peak_moment = self.active + more, len(self.buffers)
+
     def largest(self, count: int) -> list[tuple[str, int]]:
         """The largest buffers at the moment of the peak, with what they hold; those there from the start excluded."""
         moment = self.peak_moment
@@ -177,9 +183,7 @@ class Memory:
         buffer = Buffer(nbytes, what, len(self.buffers))
         self.buffers.append(buffer)
         self.active += nbytes
-        self.together = max(self.together, self.active)
-        if self.active > self.peak:
-            self.peak, self.peak_moment = self.active, len(self.buffers)
+        self.reach(0)
         return buffer
 
 

@@ -15,12 +15,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.networks.checkpointing import copied
+from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.networks.vocabulary import vocabulary_statistics
 
-_TOGETHER = 64 << 20  # bytes of float32 logits
+_TOGETHER = 64_000_000  # bytes of float32 logits
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
 Statistics = Callable[..., tuple[mx.array, mx.array]]  # (states [C, D], tokens [C], *arrays) -> [C], [C]
 
 
@@ -39,15 +39,17 @@ def head_statistics(
     """
     names = _names_read(trunk, states) if trunk.replaced else ()
     size = _together(trunk, states)
-    ahead = learning and not names
+    ahead = learning and not names and (on_cpu() or len(states) > size)
     if len(states) <= size and not ahead:
         return vocabulary_statistics(trunk.logits(states), tokens, temperature=temperature)
 
-    def statistics(states: mx.array, tokens: mx.array, *arrays: mx.array) -> tuple[mx.array, mx.array]:
+    def statistics(
+        states: mx.array, tokens: mx.array, *arrays: mx.array, summed: bool = False
+    ) -> tuple[mx.array, mx.array]:
         with trunk.bearing(dict(zip(names, arrays, strict=True))):
-            return vocabulary_statistics(trunk.logits(states), tokens, temperature=temperature)
+            return vocabulary_statistics(trunk.logits(states), tokens, temperature=temperature, summed=summed)
 
-    found = _by_chunks(statistics, size, ahead)(states, tokens, *(trunk.replaced[name] for name in names))
+    found = _by_chunks(statistics, size, ahead, states, tokens, *(trunk.replaced[name] for name in names))
     return found[0], found[1]
 
 
@@ -72,32 +74,14 @@ def _names_read(trunk: Trunk, states: mx.array) -> tuple[str, ...]:
     return tuple(name for name, tensor in zip(trunk.replaced, given, strict=True) if tensor[0] in read)
 
 
-def _by_chunks(statistics: Statistics, size: int, ahead: bool) -> Callable[..., Sequence[mx.array]]:
-    """A function of (states, tokens, *arrays) that evaluates `statistics` by chunks, with gradients by states and arrays.
-
-    What it returns knows of no graph, because mlx keeps all that it evaluates while it traces a gradient, for as long
-    as results live.
-    """
-
-    def rows(count: int) -> Iterator[slice]:
-        return (slice(start, start + size) for start in range(0, count, size))
+def _by_chunks(
+    statistics: Statistics, size: int, ahead: bool, states: mx.array, tokens: mx.array, *arrays: mx.array
+) -> Sequence[mx.array]:
+    """What `statistics` gives for all states, and, `ahead`, d log-probability / d state; with gradients."""
 
     @mx.custom_function
     def function(states: mx.array, tokens: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
-        given = copied(states)
-        logprobs, entropies = np.empty(len(given), np.float32), np.empty(len(given), np.float32)
-        slopes = np.empty(given.shape if ahead else (0, 0), np.float32)  # d log-probability / d state
-        for part in rows(len(given)):
-            found: Sequence[mx.array]
-            if ahead:
-                found, slope = mx.value_and_grad(_summed(statistics, tokens[part]))(given[part])
-                slopes[part] = _values(slope)
-                found = found[1:]
-            else:
-                found = statistics(given[part], tokens[part], *arrays)
-            mx.eval(found)
-            logprobs[part], entropies[part] = map(_values, found)
-        return mx.array(logprobs), mx.array(entropies), mx.array(slopes)
+        return forward(statistics, size, ahead, states, tokens, *arrays)
 
     @function.vjp
     def _(
@@ -105,35 +89,71 @@ def _by_chunks(statistics: Statistics, size: int, ahead: bool) -> Callable[..., 
     ) -> tuple[mx.array, ...]:
         states, tokens, *arrays = primals
         by_logprob, by_entropy = cotangents[:2]
-        none = mx.zeros_like(tokens)
-        if ahead and not np.asarray(by_entropy).any():
-            return ((by_logprob[:, None] * outputs[2]).astype(states.dtype), none)
-        given = copied(states)
-        by_states = np.empty(given.shape, np.float32)
-        totals = [np.zeros(array.shape, np.float32) for array in arrays]
-        for part in rows(len(given)):
-            function = _for(statistics, tokens[part])
-            _, gradients = mx.vjp(function, [given[part], *arrays], [by_logprob[part], by_entropy[part]])
-            by_states[part] = _values(gradients[0])
-            for total, gradient in zip(totals, gradients[1:], strict=True):
-                total += _values(gradient)
-        made = [mx.array(total).astype(array.dtype) for total, array in zip(totals, arrays, strict=True)]
-        return (mx.array(by_states).astype(states.dtype), none, *made)
+        if ahead and not by_entropy.any().item():
+            return (by_logprob[:, None] * outputs[2]).astype(states.dtype), mx.zeros_like(tokens)
+        found: list[Sequence[mx.array]] = []
+        totals = [mx.zeros(array.shape) for array in arrays]
+        for part, chunk in _chunks(_apart(states), size, found):
+            by_part = [by_logprob[part], by_entropy[part]]
+            _, (slopes, *others) = mx.vjp(_for(statistics, tokens[part]), [chunk, *arrays], by_part)
+            totals = [*map(_added, totals, others)]
+            found.append([_apart(slopes), *totals])
+        by_states = mx.concatenate([parts[0] for parts in found])
+        by_arrays = (total.astype(array.dtype) for total, array in zip(totals, arrays, strict=True))
+        return by_states, mx.zeros_like(tokens), *by_arrays
 
-    return function  # type: ignore[return-value]
+    found: Sequence[mx.array] = function(states, tokens, *arrays)  # type: ignore[assignment]
+    return found
+
+
+def forward(
+    statistics: Statistics, size: int, ahead: bool, states: mx.array, tokens: mx.array, *arrays: mx.array
+) -> tuple[mx.array, ...]:
+    """Chunk by chunk.
+
+    Each chunk waits for the one before; otherwise mlx would begin with the logits of all. On the CPU, where numpy makes
+    mlx evaluate, they are evaluated one by one, and cut off from their graph: mlx keeps all that it evaluates while it
+    traces a gradient, for as long as results live.
+    """
+    found: list[Sequence[mx.array]] = []
+    for part, chunk in _chunks(_apart(states), size, found):
+        made = one_ahead(statistics, chunk, tokens[part]) if ahead else statistics(chunk, tokens[part], *arrays)
+        found.append([*map(_apart, made)])
+    return tuple(mx.concatenate(list(column)) for column in zip(*found, strict=True))
+
+
+def one_ahead(statistics: Statistics, states: mx.array, tokens: mx.array) -> tuple[mx.array, ...]:
+    """Log-probabilities and entropies [C], and the former's gradients by the states [C, D]."""
+
+    def function(states: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        logprobs, entropies = statistics(states, tokens, summed=True)
+        return logprobs.sum(), logprobs, entropies
+
+    (_, logprobs, entropies), slopes = mx.value_and_grad(function)(states)
+    return logprobs, entropies, slopes
+
+
+def _chunks(states: mx.array, size: int, found: Sequence[Sequence[mx.array]]) -> Iterator[tuple[slice, mx.array]]:
+    """Slices and the states there; each chunk waits for what was last put into `found`."""
+    for start in range(0, len(states), size):
+        chunk = states[start : start + size]
+        if found:
+            (chunk,) = mx.depends([chunk], list(found[-1]))
+        yield slice(start, start + size), chunk
+
+
+def _apart(array: mx.array) -> mx.array:
+    return copied(array) if on_cpu() else array
+
+
+def _added(total: mx.array, part: mx.array) -> mx.array:
+    """The sum; on the CPU in the memory of the total, which nobody else has seen."""
+    if not on_cpu():
+        return total + part
+    values = np.asarray(total)
+    values += np.asarray(part.astype(mx.float32))
+    return total
 
 
 def _for(statistics: Statistics, tokens: mx.array) -> Callable[..., tuple[mx.array, mx.array]]:
     return lambda states, *arrays: statistics(states, tokens, *arrays)
-
-
-def _summed(statistics: Statistics, tokens: mx.array) -> Callable[[mx.array], tuple[mx.array, mx.array, mx.array]]:
-    def function(states: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        logprobs, entropies = statistics(states, tokens)
-        return logprobs.sum(), logprobs, entropies
-
-    return function
-
-
-def _values(array: mx.array) -> Floats:
-    return np.asarray(array.astype(mx.float32))

@@ -68,9 +68,7 @@ def token_statistics(
 
     `learning`: a gradient by the log-probabilities will be taken, see `head_statistics`.
     """
-    logprobs, entropies = head_statistics(
-        trunk, states, sequences.targets, temperature=temperature, learning=learning
-    )
+    logprobs, entropies = head_statistics(trunk, states, sequences.targets, temperature=temperature, learning=learning)
     return sequences.spread(logprobs), sequences.spread(entropies)
 
 
