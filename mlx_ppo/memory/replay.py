@@ -43,7 +43,12 @@ def predict(
 
 
 def replay(
-    graph: Graph, *, sequential: bool = True, held: Collection[int] | None = None, thorough: bool = True
+    graph: Graph,
+    *,
+    sequential: bool = True,
+    held: Collection[int] | None = None,
+    thorough: bool = True,
+    traced: bool = False,
 ) -> Peak:
     """Evaluate a graph's outputs together, as `mx.eval` does, without computing anything.
 
@@ -55,16 +60,17 @@ def replay(
             freed, as a cache's old arrays are.
         thorough: take the median over some states in which mlx may be at the start; False: one of them, in a third of
             the time.
+        traced: the graph has a gradient of its own, and is evaluated while another one is traced.
     """
     phases = _PHASES if thorough else _PHASES[1:2]
-    peaks = [_Replay(graph, sequential, held, phase).run() for phase in phases]
+    peaks = [_Replay(graph, sequential, held, phase, traced).run() for phase in phases]
     return sorted(peaks, key=lambda peak: peak.transient)[len(peaks) // 2]
 
 
 class _Replay:
     """The state between evaluations of parts of one graph."""
 
-    def __init__(self, graph: Graph, sequential: bool, held: Collection[int] | None, phase: int) -> None:
+    def __init__(self, graph: Graph, sequential: bool, held: Collection[int] | None, phase: int, traced: bool) -> None:
         self.graph = graph
         self.sequential = sequential
         self.memory = Memory()
@@ -82,8 +88,9 @@ class _Replay:
                 self.memory.of(tensor).uses += 1
         for tensor in graph.outputs:
             self.memory.of(tensor).uses += 1
-        traced = any(pause.gradients for pause in graph.pauses)
-        self.retained = _dependent(graph) if traced else set()
+        self.traced = traced
+        self.gradient = any(pause.gradients for pause in graph.pauses)
+        self.retained = _dependent(graph) if self.gradient else set()
         self.kept: list[Operation] = []
 
     def run(self) -> Peak:
@@ -116,10 +123,11 @@ class _Replay:
 
     def finish(self) -> None:
         """Evaluate the outputs; whatever only the tracing of the gradient had kept goes first."""
-        self.retained = set()
-        for operation in self.kept:
-            self._detach(operation)
-        self.kept = []
+        if not self.traced:
+            self.retained = set()
+            for operation in self.kept:
+                self._detach(operation)
+            self.kept = []
         self._run(self.graph.outputs)
 
     def result(self) -> Peak:
@@ -137,7 +145,8 @@ class _Replay:
     def _work_inside(self, graph: Graph | None) -> None:
         if graph is None:
             return
-        peak, memory = replay(graph, sequential=self.sequential, thorough=False), self.memory
+        traced = self.gradient and any(pause.gradients for pause in graph.pauses)
+        peak, memory = replay(graph, sequential=self.sequential, thorough=False, traced=traced), self.memory
         memory.reach(peak.transient)
         memory.together = max(memory.together, memory.active + peak.together)
         self.outside = max(self.outside, peak.outside)

@@ -187,8 +187,8 @@ def _head_by_chunks(
     def gradient(states: mx.array, *arrays: mx.array) -> list[mx.array]:
         own, given = mx.zeros(states.shape[:1], mx.int32), [states, *arrays]
         cotangents = [mx.zeros(own.shape), mx.zeros(own.shape)]
-        made = mx.vjp(lambda states, *arrays: statistics(states, own, *arrays), given, cotangents)[1]
-        return [*made, *(mx.zeros(array.shape) for array in arrays)]
+        values, made = mx.vjp(lambda states, *arrays: statistics(states, own, *arrays), given, cotangents)
+        return [*values, *made, *(mx.zeros(array.shape) for array in arrays)]
 
     chunk = [
         mx.zeros((size, states.shape[-1]), states.dtype),

@@ -39,7 +39,7 @@ def head_statistics(
     """
     names = _names_read(trunk, states) if trunk.replaced else ()
     size = _together(trunk, states)
-    ahead = learning and not names and (on_cpu() or len(states) > size)
+    ahead = learning and not names and len(states) > (0 if on_cpu() else size)
     if len(states) <= size and not ahead:
         return vocabulary_statistics(trunk.logits(states), tokens, temperature=temperature)
 
