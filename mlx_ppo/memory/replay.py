@@ -123,11 +123,10 @@ class _Replay:
 
     def finish(self) -> None:
         """Evaluate the outputs; whatever only the tracing of the gradient had kept goes first."""
-        if not self.traced:
-            self.retained = set()
-            for operation in self.kept:
-                self._detach(operation)
-            self.kept = []
+        self.retained = set()
+        for operation in [] if self.traced else self.kept:
+            self._detach(operation)
+        self.kept = []
         self._run(self.graph.outputs)
 
     def result(self) -> Peak:
@@ -142,13 +141,14 @@ class _Replay:
             largest=memory.largest(_SHOWN),
         )
 
-    def _work_inside(self, graph: Graph | None) -> None:
-        if graph is None:
+    def _work_inside(self, inside: tuple[Graph, int] | None) -> None:
+        if inside is None:
             return
+        graph, beside = inside
         traced = self.gradient and any(pause.gradients for pause in graph.pauses)
         peak, memory = replay(graph, sequential=self.sequential, thorough=False, traced=traced), self.memory
-        memory.reach(peak.transient)
-        memory.together = max(memory.together, memory.active + peak.together)
+        memory.reach(beside + peak.transient)
+        memory.together = max(memory.together, memory.active + beside + peak.together)
         self.outside = max(self.outside, peak.outside)
 
     def _work_outside(self, nbytes: int) -> None:

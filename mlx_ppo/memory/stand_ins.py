@@ -25,6 +25,7 @@ class Inside(NamedTuple):
 
     function: Callable[..., Any]
     arguments: Sequence[mx.array]
+    beside: int  # bytes of arrays that are there only meanwhile
 
 
 class Work(NamedTuple):
@@ -194,7 +195,9 @@ def _head_by_chunks(
         mx.zeros((size, states.shape[-1]), states.dtype),
         *(mx.zeros(array.shape, array.dtype) for array in arrays),
     ]
-    work = Work(0, 0, (Inside(one, chunk), None if ahead else Inside(gradient, chunk)))
+    parts = states.nbytes * (len(states) - size) // len(states)  # gradients by the states of the chunks before
+    forward = Inside(one, chunk, states.nbytes + (parts if ahead else 0))
+    work = Work(0, 0, (forward, None if ahead else Inside(gradient, chunk, states.nbytes + parts)))
     picked = [_picked(array, 1, [array], Work(0, 0)).sum() for array in arrays]
     kept = _picked(states, states.shape[-1] if ahead else 1, [states, tokens], work)
     logprobs = (kept * mx.stop_gradient(kept)).sum(axis=-1).astype(mx.float32) + sum(picked, mx.zeros(()))

@@ -122,8 +122,8 @@ def _pauses(operations: list[Operation], marks: Sequence[Work]) -> tuple[Pause, 
     return tuple(found[number] for number in sorted(found))
 
 
-def _inside(inside: Inside | None) -> Graph | None:
-    return None if inside is None else trace(inside.function, *inside.arguments)
+def _inside(inside: Inside | None) -> tuple[Graph, int] | None:
+    return None if inside is None else (trace(inside.function, *inside.arguments), inside.beside)
 
 
 def _unmarked(operation: Operation, operations: list[Operation]) -> tuple[Tensor, ...]:

@@ -90,14 +90,13 @@ def _by_chunks(
         states, tokens, *arrays = primals
         by_logprob, by_entropy = cotangents[:2]
         if ahead and not by_entropy.any().item():
-            return (by_logprob[:, None] * outputs[2]).astype(states.dtype), mx.zeros_like(tokens)
+            return _apart((by_logprob[:, None] * outputs[2]).astype(states.dtype)), mx.zeros_like(tokens)
         found: list[Sequence[mx.array]] = []
         totals = [mx.zeros(array.shape) for array in arrays]
         for part, chunk in _chunks(_apart(states), size, found):
             by_part = [by_logprob[part], by_entropy[part]]
-            _, (slopes, *others) = mx.vjp(_for(statistics, tokens[part]), [chunk, *arrays], by_part)
-            totals = [*map(_added, totals, others)]
-            found.append([_apart(slopes), *totals])
+            slopes, totals = _pulled_back(_for(statistics, tokens[part]), [chunk, *arrays], by_part, totals)
+            found.append([slopes, *totals])
         by_states = mx.concatenate([parts[0] for parts in found])
         by_arrays = (total.astype(array.dtype) for total, array in zip(totals, arrays, strict=True))
         return by_states, mx.zeros_like(tokens), *by_arrays
@@ -117,8 +116,10 @@ def forward(
     """
     found: list[Sequence[mx.array]] = []
     for part, chunk in _chunks(_apart(states), size, found):
-        made = one_ahead(statistics, chunk, tokens[part]) if ahead else statistics(chunk, tokens[part], *arrays)
-        found.append([*map(_apart, made)])
+        if ahead:
+            found.append([*map(_apart, one_ahead(statistics, chunk, tokens[part]))])
+        else:
+            found.append([*map(_apart, statistics(chunk, tokens[part], *arrays))])
     return tuple(mx.concatenate(list(column)) for column in zip(*found, strict=True))
 
 
@@ -131,6 +132,17 @@ def one_ahead(statistics: Statistics, states: mx.array, tokens: mx.array) -> tup
 
     (_, logprobs, entropies), slopes = mx.value_and_grad(function)(states)
     return logprobs, entropies, slopes
+
+
+def _pulled_back(
+    function: Callable[..., tuple[mx.array, mx.array]],
+    given: list[mx.array],
+    cotangents: list[mx.array],
+    totals: Sequence[mx.array],
+) -> tuple[mx.array, list[mx.array]]:
+    """The gradient by the states, and those by the arrays added to totals; nothing else outlives the call."""
+    slopes, *others = mx.vjp(function, given, cotangents)[1]
+    return _apart(slopes), [*map(_added, totals, others)]
 
 
 def _chunks(states: mx.array, size: int, found: Sequence[Sequence[mx.array]]) -> Iterator[tuple[slice, mx.array]]:
