@@ -15,7 +15,7 @@ from mlx_ppo.memory.keeping import is_tight, limits_of
 from mlx_ppo.memory.meter import metering, phase
 from mlx_ppo.memory.plan import Plan
 from mlx_ppo.networks.roles import Roles, load_roles
-from mlx_ppo.rollout import generate
+from mlx_ppo.rollout import generate, sampling
 from mlx_ppo.scoring import score
 from mlx_ppo.training_state import State, initial_state
 from mlx_ppo.update import update
@@ -81,12 +81,10 @@ def _iterate(config: TrainConfig, roles: Roles, state: State, shapes: Shapes, nu
         state.policy.weights,
         [tuple(row) for row in drawn.tolist()],
         samples_per_prompt=config.rollout.samples_per_prompt,
-        max_tokens=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
-        batch_size=config.rollout.batch_size,
         seed_parts=("dry run", number),
         positions=range(count),
         records=[{"prompt": ""}] * count,
+        **sampling(config.rollout),
     )
     scored, _ = score(
         roles,

@@ -12,7 +12,7 @@ from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.roles import Roles
 from mlx_ppo.networks.tokenizer import completion_text
 from mlx_ppo.records import Rollout, number
-from mlx_ppo.rollout import generate
+from mlx_ppo.rollout import generate, sampling
 from mlx_ppo.scoring import combined_scores, policy_logprobs, raw_scores, reference_logprobs
 
 
@@ -50,13 +50,10 @@ def evaluate(roles: Roles, policy: Weights, prompts: Sequence[Prompt], config: T
         policy,
         [prompt.tokens for prompt in prompts],
         samples_per_prompt=1,
-        max_tokens=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
-        batch_size=config.rollout.batch_size,
         seed_parts=(config.run.seed, "evaluate"),
         positions=range(len(prompts)),
         records=[prompt.record for prompt in prompts],
-        cache_form="8-bit" if config.rollout.kv_cache == "8-bit" else "full",
+        **sampling(config.rollout),
     )
     raw = raw_scores(roles, rollout, batch_size=config.score.batch_size)
     scores = combined_scores(raw, roles, rollout, config.score, config.rollout.max_tokens)

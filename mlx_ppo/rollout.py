@@ -1,11 +1,12 @@
 """Prompts into responses of the current policy, with the probability of every token as it was sampled."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_ppo.config import RolloutSection
 from mlx_ppo.data.batches import pad_right
 from mlx_ppo.data.random import philox
 from mlx_ppo.errors import RunError
@@ -86,6 +87,25 @@ def generate(
                     responses[row] = response
             kept.join(decoder.kept, rows)
     return _joined(requests, responses, kept, samples_per_prompt, records)
+
+
+class Sampling(TypedDict):
+    """What every rollout of a run has in common, as arguments of `generate`."""
+
+    max_tokens: int
+    temperature: float
+    batch_size: int
+    cache_form: str
+
+
+def sampling(section: RolloutSection) -> Sampling:
+    """The `[rollout]` section as arguments of `generate`."""
+    return {
+        "max_tokens": section.max_tokens,
+        "temperature": section.temperature,
+        "batch_size": section.batch_size,
+        "cache_form": "8-bit" if section.kv_cache == "8-bit" else "full",
+    }
 
 
 def _joined(

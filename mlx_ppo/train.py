@@ -26,7 +26,7 @@ from mlx_ppo.networks.folder import check_model_folder
 from mlx_ppo.networks.roles import Roles, load_roles
 from mlx_ppo.networks.tokenizer import completion_text, load_tokenizer
 from mlx_ppo.records import number
-from mlx_ppo.rollout import generate
+from mlx_ppo.rollout import generate, sampling
 from mlx_ppo.runs import MEMORY, METRICS, SAMPLES, Run
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
 from mlx_ppo.scoring import score
@@ -192,14 +192,11 @@ def _iterate(
         state.policy.weights,
         [prompt.tokens for _, prompt in taken],
         samples_per_prompt=config.rollout.samples_per_prompt,
-        max_tokens=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
-        batch_size=config.rollout.batch_size,
         seed_parts=(seed, "rollout"),
         positions=range(state.cursor, state.cursor + len(taken)),
         records=[prompt.record for _, prompt in taken],
-        cache_form="8-bit" if config.rollout.kv_cache == "8-bit" else "full",
         on_tokens=reporter.tokens,
+        **sampling(config.rollout),
     )
     interrupts.check()
     reporter.phase("score", number_, config.run.iterations)
@@ -234,8 +231,7 @@ def _iterate(
     state.iteration = number_
     state.cursor += len(taken)
     row = int(np.argsort(np.array(scored.scores))[len(rollout.prompts) // 2])
-    tokenizer = roles.trunk.tokenizer
-    text = completion_text(tokenizer, rollout.prompts[row], rollout.responses[row])
+    text = completion_text(roles.trunk.tokenizer, rollout.prompts[row], rollout.responses[row])
     asked = taken[row // config.rollout.samples_per_prompt][1].text
     lengths = [(len(p), len(r)) for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
     return metrics, (asked, text, number(scored.scores[row])), lengths

@@ -170,11 +170,12 @@ class _Step:
         """Loss, (log-probabilities, ratios, states) and gradients of one micro-batch; no gradients without `train`."""
         index = mx.array(rows)
         targets = PolicyTargets(self.batch.old_logprobs[index], self.batch.advantages[index], denominator)
-        loss_of = policy_loss(self.roles.trunk, self.policy.weights, sequences, targets, self.section, self.temperature)
+        weights, section = self.policy.weights, self.section
+        loss_of = policy_loss(self.roles.trunk, weights, sequences, targets, section, self.temperature, learning=train)
         if train:
-            (loss, now, ratio, states), gradients = mx.value_and_grad(loss_of)(dict(self.policy.weights.arrays))
+            (loss, now, ratio, states), gradients = mx.value_and_grad(loss_of)(dict(weights.arrays))
         else:
-            (loss, now, ratio, states), gradients = loss_of(self.policy.weights.arrays), {}
+            (loss, now, ratio, states), gradients = loss_of(weights.arrays), {}
         mx.eval(loss, now, ratio, states, gradients)
         return number(loss), (now, ratio, states), gradients
 
@@ -250,13 +251,19 @@ def policy_loss(
     targets: PolicyTargets,
     section: PPOSection,
     temperature: float,
+    *,
+    learning: bool = True,
 ) -> Callable[[Mapping[str, mx.array]], tuple[mx.array, mx.array, mx.array, mx.array]]:
-    """The loss as a function of the policy's arrays: loss [], log-probabilities and ratios [B, T], states [N, D]."""
+    """The loss as a function of the policy's arrays: loss [], log-probabilities and ratios [B, T], states [N, D].
+
+    `learning`: its gradient will be taken; it can be without, but that is slower.
+    """
+    by_logprobs = learning and not section.entropy_coef
 
     def loss_of(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         with trunk.using(weights.holding(arrays)), _saving_memory(trunk, section):
             states = trunk.response_states(sequences)
-            now, entropy = token_statistics(trunk, states, sequences, temperature=temperature)
+            now, entropy = token_statistics(trunk, states, sequences, temperature=temperature, learning=by_logprobs)
         losses, ratio = clipped_policy_loss(
             now,
             targets.old_logprobs,

@@ -53,8 +53,8 @@ TABLE = {
         "mlx_ppo.config", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.exporting", "mlx_ppo.networks", "mlx_ppo.targets",
     },
 }  # fmt: skip
-FREE = {"bundle", "cli", "dry_run", "estimation", "evaluate", "optimization", "reward_figures", "reward_training", "rollout", "scoring", "sft"}
-FREE |= {"measurements", "supervised", "targets", "train", "training_state", "update"}
+FREE = {"bundle", "cli", "dry_run", "estimation", "evaluate", "measurements", "optimization", "reward_figures"}
+FREE |= {"reward_training", "rollout", "scoring", "sft", "supervised", "targets", "train", "training_state", "update"}
 STAGES = {"mlx_ppo.rollout", "mlx_ppo.scoring", "mlx_ppo.update"}
 STORIES = {"mlx_ppo.dry_run", "mlx_ppo.train", "mlx_ppo.sft", "mlx_ppo.reward_training"}
 HEAVY = {"mlx", "mlx_lm", "numpy", "pydantic", "rich", "safetensors", "sentencepiece", "tomli", "transformers"}

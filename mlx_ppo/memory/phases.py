@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache
 
 from mlx_ppo.config import PPOSection, TrainConfig
 from mlx_ppo.memory.choices import Choices, Possible, Shapes
@@ -15,6 +15,7 @@ from mlx_ppo.memory.replay import Peak, predict
 from mlx_ppo.memory.trace import trace
 from mlx_ppo.networks.adapters import HEAD, Weights, layer_of
 from mlx_ppo.networks.heads import RewardModel
+from mlx_ppo.networks.kv_cache import FULL, new_caches
 from mlx_ppo.networks.roles import Roles, evictable
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.records import Sequences, make_sequences
@@ -100,9 +101,10 @@ class Accountant:
         """Every phase of an iteration that isn't the first: the optimizers have their states."""
         if choices.compact and self._compact is not None:
             return self._compact().phases(choices)
+        self.roles.trunk.positions = choices.positions
         away = evictable(self.roles, self.config) if choices.evict else []
         resident = self._resident(away)
-        if self.roles.trunk.split and choices.kv_cache == "full":
+        if self.roles.trunk.split and choices.kv_cache == FULL:
             resident["states kept below the adapters"] = self._kept(self.shapes.responses)
         found = [self._load(away), _phase("rollout", resident, self._rollout(choices))]
         for name, trunk, cost in self._scores(choices):
@@ -149,12 +151,19 @@ class Accountant:
         rows = min(choices.rollout_batch, shapes.responses)
 
         def read(tokens: mx.array) -> list[Any]:
-            caches = make_prompt_cache(trunk.model)
+            caches = new_caches(trunk.model, choices.kv_cache, len(tokens))
             size_caches(caches, tokens.shape[1])
             with trunk.using(self.policy):
-                states, entering = trunk.hidden_and_entering(tokens, caches)
+                if choices.kv_cache == FULL:
+                    states, entering = trunk.hidden_and_entering(tokens, caches)
+                else:
+                    states, entering = trunk.hidden(tokens, caches), None
                 logits = trunk.logits(states[:, -1])
-            return [logits, entering, [cache.state for cache in caches]]
+            return [
+                logits,
+                entering,
+                [[cache.keys, cache.values] if _is_plain(cache) else cache.state for cache in caches],
+            ]
 
         def tokens(rows: int, length: int) -> mx.array:
             return mx.zeros((rows, length), mx.int32)
@@ -260,7 +269,7 @@ class Accountant:
 
     def _sequences(self, rows: int, choices: Choices, kept: mx.array | None = None) -> Sequences:
         made = make_sequences([[0] * self.shapes.prompt] * rows, [[0] * self.shapes.response] * rows)
-        if kept is None and self.roles.trunk.split and choices.kv_cache == "full":
+        if kept is None and self.roles.trunk.split and choices.kv_cache == FULL:
             kept = _there(*made.tokens.shape, self._width, dtype=self._dtype)
         return made._replace(kept=kept)
 
@@ -296,6 +305,10 @@ def _there(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
     array = mx.broadcast_to(mx.zeros((), dtype), shape)
     mx.eval(array)
     return array
+
+
+def _is_plain(cache: Any) -> bool:
+    return isinstance(cache, BatchKVCache)
 
 
 def _phase(name: str, resident: Mapping[str, int], cost: _Cost) -> Phase:

@@ -42,7 +42,12 @@ def predict(
 
 
 def replay(
-    graph: Graph, *, sequential: bool = True, held: Collection[int] | None = None, thorough: bool = True
+    graph: Graph,
+    *,
+    sequential: bool = True,
+    held: Collection[int] | None = None,
+    thorough: bool = True,
+    traced: bool = False,
 ) -> Peak:
     """Evaluate a graph's outputs together, as `mx.eval` does, without computing anything.
 
@@ -54,17 +59,19 @@ def replay(
             freed, as a cache's old arrays are.
         thorough: take the median over some states in which mlx may be at the start; False: one of them, in a third of
             the time.
+        traced: the graph has a gradient of its own, and is evaluated while another one is traced.
     """
     phases = _PHASES if thorough else _PHASES[1:2]
-    peaks = [_Replay(graph, sequential, held, phase).run() for phase in phases]
+    peaks = [_Replay(graph, sequential, held, phase, traced).run() for phase in phases]
     return sorted(peaks, key=lambda peak: peak.transient)[len(peaks) // 2]
 
 
 class _Replay:
     """The state between evaluations of parts of one graph."""
 
-    def __init__(self, graph: Graph, sequential: bool, held: Collection[int] | None, phase: int) -> None:
+    def __init__(self, graph: Graph, sequential: bool, held: Collection[int] | None, phase: int, traced: bool) -> None:
         self.graph = graph
+        self.sequential = sequential
         self.memory = Memory()
         self.memory.work = phase
         self.late = _Late(self.memory, 0 if sequential else _TASKS_AHEAD)
@@ -80,8 +87,9 @@ class _Replay:
                 self.memory.of(tensor).uses += 1
         for tensor in graph.outputs:
             self.memory.of(tensor).uses += 1
-        traced = any(pause.gradients for pause in graph.pauses)
-        self.retained = _dependent(graph) if traced else set()
+        self.traced = traced
+        self.gradient = any(pause.gradients for pause in graph.pauses)
+        self.retained = _dependent(graph) if self.gradient else set()
         self.kept: list[Operation] = []  # to the end of the tracing, because the gradient may need them
         self.held: set[Operation] | None = None  # in the backward pass: as long as their results live
 
@@ -98,6 +106,7 @@ class _Replay:
         """Evaluate what code outside of mlx reads, one after the other, then let it work."""
         for tensor in pause.reads:
             self._run([tensor])
+        self._work_inside(pause.inside[0])
         self._work_outside(pause.work[0], pause.arrays[0])
         self._receive(pause.result)
 
@@ -108,6 +117,7 @@ class _Replay:
         for operation in pause.gradients:
             self._run([tensor for tensor in operation.inputs if not _is_filling(tensor)])
         if pause.gradients:
+            self._work_inside(pause.inside[1])
             self._work_outside(pause.work[1], pause.arrays[1])
         for operation in pause.gradients:
             self._receive(operation, new=True)
@@ -115,9 +125,9 @@ class _Replay:
     def finish(self) -> None:
         """Evaluate the outputs; whatever only the tracing of the gradient had kept goes first."""
         self.retained = set()
-        while self.held:
+        while self.held and not self.traced:
             self._detach(self.held.pop())
-        for operation in self.kept:
+        for operation in [] if self.traced else self.kept:
             self._detach(operation)
         self.kept = []
         self._run(self.graph.outputs)
@@ -134,9 +144,19 @@ class _Replay:
             live=memory.at_peak(),
         )
 
+    def _work_inside(self, inside: tuple[Graph, int] | None) -> None:
+        if inside is None:
+            return
+        graph, beside = inside
+        traced = self.gradient and any(pause.gradients for pause in graph.pauses)
+        peak, memory = replay(graph, sequential=self.sequential, thorough=False, traced=traced), self.memory
+        memory.reach(beside + peak.transient)
+        memory.together = max(memory.together, memory.active + beside + peak.together)
+        self.outside = max(self.outside, peak.outside)
+
     def _work_outside(self, nbytes: int, arrays: int) -> None:
         self.outside = max(self.outside, nbytes)
-        self.memory.passing(arrays, "arrays of code outside")
+        self.memory.reach(arrays)
         self.memory.together = max(self.memory.together, self.memory.active + nbytes)
 
     def _receive(self, operation: Operation, *, new: bool = False) -> None:

@@ -118,11 +118,6 @@ class Memory:
         self.temporaries.append(self._allocate(tensor.nbytes, tensor.shape))
         self.work += 1
 
-    def passing(self, nbytes: int, what: str) -> None:
-        """Allocate some bytes and free them at once."""
-        if nbytes:
-            self.release(self._allocate(nbytes, what))
-
     def view(self, tensor: Tensor, source: Tensor, layout: Layout | None = None) -> None:
         """Let a tensor share a source's buffer."""
         value = self.of(tensor)
@@ -171,6 +166,12 @@ class Memory:
             self.active -= buffer.nbytes
             buffer.died = len(self.buffers)
 
+    def reach(self, more: int) -> None:
+        """Note that there are so many bytes more than those of buffers at this moment."""
+        self.together = max(self.together, self.active + more)
+        if self.active + more > self.peak:
+            self.peak, self.peak_moment = self.active + more, len(self.buffers)
+
     def at_peak(self) -> dict[tuple[int, ...], int]:
         """Bytes that were there at the moment of the peak, by shape; what was there from the start excluded."""
         moment = self.peak_moment
@@ -184,7 +185,5 @@ class Memory:
         buffer = Buffer(nbytes, shape, len(self.buffers))
         self.buffers.append(buffer)
         self.active += nbytes
-        self.together = max(self.together, self.active)
-        if self.active > self.peak:
-            self.peak, self.peak_moment = self.active, len(self.buffers)
+        self.reach(0)
         return buffer

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlx_ppo.memory.fusing import fused
 from mlx_ppo.memory.graph import Graph, Operation, Pause, Tensor
-from mlx_ppo.memory.stand_ins import Work, mark_of, spelt_out, standing_in
+from mlx_ppo.memory.stand_ins import Inside, Work, mark_of, spelt_out, standing_in
 
 
 def trace(function: Callable[..., Any], *arrays: Any) -> Graph:
@@ -117,9 +117,14 @@ def _pauses(operations: list[Operation], marks: Sequence[Work]) -> tuple[Pause, 
         readers = _readers(operation.outputs[0], operations)
         (result,) = [other for other in readers if any(tensor in other.inputs for tensor in reads)]
         gradients = tuple(other for other in readers if other is not result)
-        work = marks[number]
-        found[number] = Pause(reads, result, gradients, work[:2], work[2:])
+        forward, gradient, forward_arrays, gradient_arrays, inside = marks[number]
+        work, arrays = (forward, gradient), (forward_arrays, gradient_arrays)
+        found[number] = Pause(reads, result, gradients, work, arrays, (_inside(inside[0]), _inside(inside[1])))
     return tuple(found[number] for number in sorted(found))
+
+
+def _inside(inside: Inside | None) -> tuple[Graph, int] | None:
+    return None if inside is None else (trace(inside.function, *inside.arguments), inside.beside)
 
 
 def _unmarked(operation: Operation, operations: list[Operation]) -> tuple[Tensor, ...]:

@@ -83,8 +83,10 @@ def load_trunk(
     return trunk
 
 
-def _read(folder: ModelFolder, dtype: str, *, strict: bool, classifier: bool) -> tuple[nn.Module, dict[str, Any], bool]:
-    """A model whose weights are read when they are needed, its config, and whether it was quantised but isn't here.
+def _read(
+    folder: ModelFolder, dtype: str, *, strict: bool, classifier: bool, compact: bool
+) -> tuple[nn.Module, dict[str, Any], str]:
+    """A model whose weights are read when they are needed, its config, and what a person should know of how.
 
     Raises:
         ModelError: mlx-lm can't load it, or a tensor is missing.

@@ -12,9 +12,9 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import HEAD, Weights, load_adapters, new_adapters
 from mlx_ppo.networks.heads import RewardModel, apply_head, load_reward_model, new_head, read_reward_facts
 from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.networks.output_head import head_statistics
 from mlx_ppo.networks.reward_functions import RewardFunction, parse_reference
 from mlx_ppo.networks.trunk import Trunk
-from mlx_ppo.networks.vocabulary import vocabulary_statistics
 from mlx_ppo.records import Sequences
 
 
@@ -79,11 +79,13 @@ class Roles:
 
 
 def token_statistics(
-    trunk: Trunk, states: mx.array, sequences: Sequences, *, temperature: float
+    trunk: Trunk, states: mx.array, sequences: Sequences, *, temperature: float, learning: bool = False
 ) -> tuple[mx.array, mx.array]:
-    """Log-probabilities and entropies [B, T] of the counted tokens, from the states [N, D] that predict them."""
-    logits = trunk.logits(states)
-    logprobs, entropies = vocabulary_statistics(logits, sequences.targets, temperature=temperature)
+    """Log-probabilities and entropies [B, T] of the counted tokens, from the states [N, D] that predict them.
+
+    `learning`: a gradient by the log-probabilities will be taken, see `head_statistics`.
+    """
+    logprobs, entropies = head_statistics(trunk, states, sequences.targets, temperature=temperature, learning=learning)
     return sequences.spread(logprobs), sequences.spread(entropies)
 
 
@@ -110,7 +112,9 @@ def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles
     Raises:
         ModelError, ConfigError: whatever is wrong, before anything is trained.
     """
-    trunk = loading.trunk(config.model.path, dtype=config.model.dtype)
+    compact = config.memory.compact == "on"
+    trunk = loading.trunk(config.model.path, dtype=config.model.dtype, compact=compact)
+    trunk.positions = config.memory.positions
     policy = initial_weights(trunk, config.model, config.lora, key="policy", seed=config.run.seed)
     reference = policy if config.model.adapter is not None else Weights({})
     roles = Roles(trunk, reference, None)

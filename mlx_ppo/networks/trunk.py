@@ -14,52 +14,11 @@ from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import HEAD, AdaptedEmbedding, Weights, layer_of, make_adaptable, parameters_of, plain
 from mlx_ppo.networks.checkpointing import checkpointed
+from mlx_ppo.networks.parts import Entered, InPlace, States
 from mlx_ppo.records import Sequences
 
 _INNER_NAMES = ("model", "backbone", "transformer")
 BRANCH_ENDS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2", "w2", "wo", "dense_4h_to_h")
-
-
-class _States:
-    """Stands in for a model's inner part and returns hidden states that are already there."""
-
-    def __init__(self, inner: nn.Module, hidden: mx.array) -> None:
-        self._inner = inner
-        self._hidden = hidden
-
-    def __call__(self, *_: Any, **__: Any) -> mx.array:
-        return self._hidden
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-
-class _Entered(Exception):
-    """A block was reached; carries the states that enter it."""
-
-    def __init__(self, states: mx.array) -> None:
-        super().__init__()
-        self.states = states
-
-
-class _InPlace:
-    """Stands in for a block: calls something else instead, and is the block in every other respect."""
-
-    def __init__(self, block: nn.Module, call: Callable[..., mx.array]) -> None:
-        self._block = block
-        self._call = call
-
-    def __call__(self, *given: Any, **named: Any) -> mx.array:
-        return self._call(*given, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._block[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._block
 
 
 class Trunk:
@@ -96,6 +55,8 @@ class Trunk:
         self.base = parameters_of(model)
         self._noisy = _make_noisy(self._owner[self._inner_name], self.adapted)
         self._in_use = False
+        self.replaced: Mapping[str, mx.array] = {}  # what a role that trains all weights has put on the model just now
+        self.positions = 0  # positions whose logits are computed together; 0: as many as `output_head` thinks fit
         self.split = 0  # states that enter this block may be kept; 0: none
         self._checked = checked
         model.eval()
@@ -213,12 +174,12 @@ class Trunk:
         """The states [B, S, D] that enter block `split`; no block from there on is computed."""
 
         def stop(states: mx.array, *_: Any, **__: Any) -> mx.array:
-            raise _Entered(states)
+            raise Entered(states)
 
         try:
             with self._instead({self.split: stop}):
                 self.hidden(tokens)
-        except _Entered as reached:
+        except Entered as reached:
             return reached.states
         raise RuntimeError("the split block was not reached")
 
@@ -226,7 +187,7 @@ class Trunk:
         """Logits [..., V] of hidden states [..., D], by whatever the architecture does after its inner part."""
         inner = self._owner[self._inner_name]
         states = hidden if hidden.ndim == 3 else hidden[None]
-        dict.__setitem__(self._owner, self._inner_name, _States(inner, states))
+        dict.__setitem__(self._owner, self._inner_name, States(inner, states))
         try:
             logits: mx.array = self._owner(mx.zeros(states.shape[:2], mx.int32))
         finally:
@@ -262,15 +223,25 @@ class Trunk:
                     attached.append(layer)
                 elif not name.endswith(".lora_b") and not name.startswith(HEAD):
                     replaced[name] = array.astype(self.base[name].dtype)
-            if replaced:
-                self._put(replaced)
+            self._put(replaced)
+            self.replaced = replaced
             yield
         finally:
             for layer in attached:
                 plain(layer)
-            if replaced:
-                self._put({name: self.base[name] for name in replaced})
+            self._put({name: self.base[name] for name in replaced})
+            self.replaced = {}
             self._in_use = False
+
+    @contextmanager
+    def bearing(self, arrays: Mapping[str, mx.array]) -> Iterator[None]:
+        """Put other arrays in place of some of the model's parameters for the length of a `with` block."""
+        before = parameters_of(self.model) if arrays else {}
+        try:
+            self._put(arrays)
+            yield
+        finally:
+            self._put({name: before[name] for name in arrays})
 
     @contextmanager
     def checkpointing(self) -> Iterator[None]:
@@ -297,7 +268,7 @@ class Trunk:
         blocks = {number: layers[number] for number in calls}
         try:
             for number, call in calls.items():
-                layers[number] = _InPlace(blocks[number], call)
+                layers[number] = InPlace(blocks[number], call)
             yield
         finally:
             for number, block in blocks.items():
@@ -313,7 +284,8 @@ class Trunk:
         return bool(mx.allclose(whole, started, rtol=1e-3, atol=1e-3).item())
 
     def _put(self, arrays: Mapping[str, mx.array]) -> None:
-        self.model.update(tree_unflatten(list(arrays.items())))
+        if arrays:
+            self.model.update(tree_unflatten(list(arrays.items())))
 
     def _check_split(self) -> None:
         """Logits of split and whole model must agree, or the architecture isn't understood."""

@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
 from mlx_ppo.config import TrainConfig
 from mlx_ppo.dry_run import Measured, dry_run
 from mlx_ppo.memory.choices import shapes_of
@@ -39,7 +39,10 @@ def shrunk(smollm2: Path, folder: Path, size: str) -> Path:
     """A random model of the same architecture and vocabulary, with its tokenizer."""
     config = json.loads((smollm2 / "config.json").read_text("utf-8"))
     config.pop("quantization", None)
-    config |= SIZES[size] | {"head_dim": 64 if size == "35M" else 32, "num_attention_heads": SIZES[size]["hidden_size"] // 64}
+    config |= SIZES[size] | {
+        "head_dim": 64 if size == "35M" else 32,
+        "num_attention_heads": SIZES[size]["hidden_size"] // 64,
+    }
     config |= {"num_key_value_heads": 1, "torch_dtype": "float32"}
     target = folder / size
     target.mkdir()
