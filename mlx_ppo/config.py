@@ -124,9 +124,9 @@ class RolloutSection(Section):
     )
     kv_cache: Literal["auto", "full", "8-bit"] = Field(
         "auto",
-        description="how keys and values are kept while sampling; 8-bit: about a quarter of the memory of float32, sampling "
-        "from a slightly different distribution, which the recomputed log-probabilities account for; auto: full unless "
-        "the memory budget asks for it",
+        description="how keys and values are kept while sampling; 8-bit: about a quarter of the memory of float32, "
+        "sampling from a slightly different distribution, which the recomputed log-probabilities account for; "
+        "auto: full unless the memory budget asks for it",
     )
 
 
