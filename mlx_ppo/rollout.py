@@ -199,6 +199,7 @@ class _Decoder:
         for step in range(self.max_tokens):
             logits = np.asarray(self.trunk.logits(states).astype(mx.float32))
             picked, logprob = sample(logits, draws[live, step], self.temperature)
+            del logits  # it would stay in memory beside the next token's
             tokens[live, step], logprobs[live, step] = picked, logprob
             lengths[live] = step + 1
             on_tokens(len(live))

@@ -102,14 +102,18 @@ class Keeper:
         accountant = self.accountant
         actual = accountant.with_shapes(shapes_of_rows(accountant.shapes, lengths))
         choices = self.record.at(self.iteration)
-        own = {phase.name: phase for phase in plan_of(accountant, choices, None).phases}
-        expected = {phase.name: phase for phase in plan_of(actual, choices, None).phases} | {"rollout": own["rollout"]}
+        planned = {phase.name: phase for phase in plan_of(accountant, choices, None).phases}
+        expected = {phase.name: phase for phase in plan_of(actual, choices, None).phases} | {
+            "rollout": planned["rollout"]  # its cache has room for responses of full length
+        }
         found = {}
         for name, peak in self.meter.peaks.items():
             if name in expected:
                 there = states if name.startswith("update") else self._states_before
-                wanted = expected[name].peak - expected[name].resident.get(_STATES, 0) + there
-                found[name] = min(_HIGHEST, max(_LOWEST, peak / wanted))
+                there -= planned[name].resident.get(_STATES, 0)
+                # Up to the planned peak mlx may run ahead, so that alone says nothing against the prediction.
+                ratio = min(peak / (expected[name].peak + there), max(1.0, peak / (planned[name].peak + there)))
+                found[name] = min(_HIGHEST, max(_LOWEST, ratio))
         return found
 
 

@@ -18,7 +18,7 @@ from mlx_ppo.networks.folder import check_model_folder
 from mlx_ppo.networks.heads import REWARD_FILE, RewardFacts, RewardModel, new_head, read_reward_facts
 from mlx_ppo.networks.load import DTYPES, empty_model
 from mlx_ppo.networks.roles import Loading, Roles, load_roles
-from mlx_ppo.networks.trunk import Trunk
+from mlx_ppo.networks.trunk import Trunk, placeholder
 
 
 class _NoTokenizer:
@@ -108,7 +108,12 @@ def weightless_roles(
     def function(_: RewardSource) -> None:
         return None
 
-    return load_roles(config, Loading(trunk, reward, function))
+    roles, policy, critic = load_roles(config, Loading(trunk, reward, function))
+    return roles, _empty(policy), None if critic is None else _empty(critic)
+
+
+def _empty(weights: Weights) -> Weights:
+    return weights.holding({name: placeholder(array) for name, array in weights.arrays.items()})
 
 
 def config_of(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +12,7 @@ from mlx_ppo.config import PPOSection, TrainConfig
 from mlx_ppo.memory.choices import Choices, Possible, Shapes
 from mlx_ppo.memory.replay import Peak, predict
 from mlx_ppo.memory.trace import trace
-from mlx_ppo.networks.adapters import HEAD, Weights, layer_of
+from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.heads import RewardModel
 from mlx_ppo.networks.kv_cache import FULL, new_caches
 from mlx_ppo.networks.roles import Roles, evictable
@@ -23,7 +23,6 @@ from mlx_ppo.scoring import critic_values, policy_columns, raw_of
 from mlx_ppo.update import CriticTargets, PolicyTargets, critic_loss, policy_loss
 
 Terms = dict[str, int]
-_CHECKPOINTED = 1.5  # times what a block or the head needs by itself: measured, since the barriers can't be traced
 
 
 @dataclass(frozen=True)
@@ -222,13 +221,11 @@ class Accountant:
         targets = PolicyTargets(_there(rows, self.shapes.response), _there(rows, self.shapes.response), 1.0)
         temperature = self.config.rollout.temperature
 
-        def loss(arrays: Mapping[str, mx.array], kept: mx.array | None = None) -> mx.array:
-            sequences = self._sequences(rows, choices, kept)
-            section = _plain(self.config.ppo)
-            found = policy_loss(self.roles.trunk, self.policy, sequences, targets, section, temperature)(arrays)
-            return found[0]
+        def loss(arrays: Mapping[str, mx.array]) -> mx.array:
+            sequences, section = self._sequences(rows, choices), _with(self.config.ppo, choices)
+            return policy_loss(self.roles.trunk, self.policy, sequences, targets, section, temperature)(arrays)[0]
 
-        return self._gradient("policy", rows, loss, self.roles.trunk, self.policy, choices)
+        return self._gradient("policy", rows, choices, loss, self.policy)
 
     def _critic(self, rows: int, choices: Choices) -> _Cost:
         critic, weights = self.roles.critic, self.critic
@@ -236,45 +233,23 @@ class Accountant:
         targets = CriticTargets(_there(rows, self.shapes.response), _there(rows, self.shapes.response), 1.0)
         states = _there(rows * self.shapes.response, self._width) if critic.kind == "head" else None
 
-        def loss(arrays: Mapping[str, mx.array], kept: mx.array | None = None) -> mx.array:
-            sequences = self._sequences(rows, choices, kept)
-            return critic_loss(critic, weights, sequences, targets, _plain(self.config.ppo), states)(arrays)
+        def loss(arrays: Mapping[str, mx.array]) -> mx.array:
+            sequences, section = self._sequences(rows, choices), _with(self.config.ppo, choices)
+            return critic_loss(critic, weights, sequences, targets, section, states)(arrays)
 
-        if critic.kind == "head":
-            choices = replace(choices, checkpointing=False)
-        return self._gradient("critic", rows, loss, critic.trunk, weights, choices)
+        return self._gradient("critic", rows, choices, loss, weights)
 
     def _gradient(
-        self, role: str, rows: int, loss: Callable[..., mx.array], trunk: Trunk, weights: Weights, choices: Choices
+        self, role: str, rows: int, choices: Choices, loss: Callable[..., mx.array], weights: Weights
     ) -> _Cost:
-        """A forward and backward pass; with checkpointing, each block's inputs, and the head or one block at a time."""
-        key = (role, rows, choices.positions, choices.kv_cache)
-        arrays = dict(weights.arrays)
-        if not choices.checkpointing:
-            return self._predict(key, mx.value_and_grad(loss), arrays)
-        entering = rows * (self.shapes.prompt + self.shapes.response) * self._width * self._dtype.size
-        lowest = trunk.split
-        parts = []
-        for name, split in (("head", trunk.blocks), ("block", trunk.blocks - 1)):
-            top = {n: a for n, a in arrays.items() if n.startswith(HEAD) or _block(n) >= split}
-            trunk.split = split
-            try:
-                gradient = mx.value_and_grad(loss, argnums=(0, 1))
-                kept = mx.zeros((rows, self.shapes.prompt + self.shapes.response, self._width), self._dtype)
-                parts.append(self._predict((*key, name), gradient, top, kept))
-            finally:
-                trunk.split = lowest
-        most = max(parts, key=lambda part: part.transient)
-        passing = {name: int(_CHECKPOINTED * size) for name, size in most.passing.items()}
-        passing["what enters each block"] = (trunk.blocks - lowest + 2) * entering
-        passing["gradients"] = passing.get("gradients", 0) + _bytes(arrays)
-        return _Cost(passing, max(part.outside for part in parts))
+        key = (role, rows, choices.positions, choices.kv_cache, choices.checkpointing)
+        return self._predict(key, mx.value_and_grad(loss), dict(weights.arrays))
 
-    def _sequences(self, rows: int, choices: Choices, kept: mx.array | None = None) -> Sequences:
+    def _sequences(self, rows: int, choices: Choices) -> Sequences:
         made = make_sequences([[0] * self.shapes.prompt] * rows, [[0] * self.shapes.response] * rows)
-        if kept is None and self.roles.trunk.split and choices.kv_cache == FULL:
-            kept = _there(*made.tokens.shape, self._width, dtype=self._dtype)
-        return made._replace(kept=kept)
+        if self.roles.trunk.split and choices.kv_cache == FULL:
+            made = made._replace(kept=_there(*made.tokens.shape, self._width, dtype=self._dtype))
+        return made
 
     def _taken(self, rows: int, choices: Choices) -> Terms:
         """The rows of a batch, out of the kept states."""
@@ -325,16 +300,8 @@ def _phase(name: str, resident: Mapping[str, int], cost: _Cost) -> Phase:
     return Phase(name, there, {what: size for what, size in cost.passing.items() if size}, cost.outside)
 
 
-def _plain(section: PPOSection) -> PPOSection:
-    """Without checkpointing, which mlx cannot trace."""
-    return section.model_copy(update={"gradient_checkpointing": "off"})
-
-
-def _block(name: str) -> int:
-    try:
-        return layer_of(name)[0]
-    except StopIteration:  # it lies before or after the blocks
-        return -1
+def _with(section: PPOSection, choices: Choices) -> PPOSection:
+    return section.model_copy(update={"gradient_checkpointing": "on" if choices.checkpointing else "off"})
 
 
 def _bytes(arrays: Mapping[str, mx.array]) -> int:

@@ -6,7 +6,7 @@ Source: mlx 0.32, mlx/transforms.cpp (eval_impl) and mlx/backend/cpu (eval.cpp, 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mlx_ppo.memory.graph import Graph, Operation, Pause, Tensor
 from mlx_ppo.memory.primitives import evaluate
@@ -17,6 +17,9 @@ _WIDTH = 20  # mlx's default of MLX_BFS_MAX_WIDTH
 _PIECES = 10  # pieces of work in a task; mlx waits for whole tasks
 _TASKS_AHEAD = 10  # tasks that may be under way
 _PHASES = (0, 3, 7)  # pieces of work in the task that is open at the start: unknown, so the median of some
+
+
+Within = Literal["forward", "backward"] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ def replay(
     sequential: bool = True,
     held: Collection[int] | None = None,
     thorough: bool = True,
-    traced: bool = False,
+    within: Within = None,
 ) -> Peak:
     """Evaluate a graph's outputs together, as `mx.eval` does, without computing anything.
 
@@ -59,19 +62,23 @@ def replay(
             freed, as a cache's old arrays are.
         thorough: take the median over some states in which mlx may be at the start; False: one of them, in a third of
             the time.
-        traced: the graph has a gradient of its own, and is evaluated while another one is traced.
+        within: the graph has a gradient of its own, and is evaluated in the middle of another's forward or backward
+            pass, where mlx keeps more.
     """
     phases = _PHASES if thorough else _PHASES[1:2]
-    peaks = [_Replay(graph, sequential, held, phase, traced).run() for phase in phases]
+    peaks = [_Replay(graph, sequential, held, phase, within).run() for phase in phases]
     return sorted(peaks, key=lambda peak: peak.transient)[len(peaks) // 2]
 
 
 class _Replay:
     """The state between evaluations of parts of one graph."""
 
-    def __init__(self, graph: Graph, sequential: bool, held: Collection[int] | None, phase: int, traced: bool) -> None:
+    def __init__(
+        self, graph: Graph, sequential: bool, held: Collection[int] | None, phase: int, within: Within
+    ) -> None:
         self.graph = graph
         self.sequential = sequential
+        self.inside: dict[int, Peak] = {}  # what nested graphs need
         self.memory = Memory()
         self.memory.work = phase
         self.late = _Late(self.memory, 0 if sequential else _TASKS_AHEAD)
@@ -87,7 +94,7 @@ class _Replay:
                 self.memory.of(tensor).uses += 1
         for tensor in graph.outputs:
             self.memory.of(tensor).uses += 1
-        self.traced = traced
+        self.within = within
         self.gradient = any(pause.gradients for pause in graph.pauses)
         self.retained = _dependent(graph) if self.gradient else set()
         self.kept: list[Operation] = []  # to the end of the tracing, because the gradient may need them
@@ -106,7 +113,7 @@ class _Replay:
         """Evaluate what code outside of mlx reads, one after the other, then let it work."""
         for tensor in pause.reads:
             self._run([tensor])
-        self._work_inside(pause.inside[0])
+        self._work_inside(pause.inside[0], "forward")
         self._work_outside(pause.work[0], pause.arrays[0])
         self._receive(pause.result)
 
@@ -117,19 +124,25 @@ class _Replay:
         for operation in pause.gradients:
             self._run([tensor for tensor in operation.inputs if not _is_filling(tensor)])
         if pause.gradients:
-            self._work_inside(pause.inside[1])
+            self._work_inside(pause.inside[1], "backward")
             self._work_outside(pause.work[1], pause.arrays[1])
         for operation in pause.gradients:
             self._receive(operation, new=True)
 
     def finish(self) -> None:
-        """Evaluate the outputs; whatever only the tracing of the gradient had kept goes first."""
-        self.retained = set()
-        while self.held and not self.traced:
-            self._detach(self.held.pop())
-        for operation in [] if self.traced else self.kept:
-            self._detach(operation)
-        self.kept = []
+        """Evaluate the outputs; whatever only the tracing of the gradient had kept goes first.
+
+        Within another gradient it doesn't go, and in a backward pass mlx keeps all that leads to the outputs.
+        """
+        if self.within == "backward":
+            self.held, self.retained = self.held or set(), set(self.graph.operations)
+        else:
+            self.retained = set()
+        if self.within is None:
+            while self.held:
+                self._detach(self.held.pop())
+            for operation in self.kept:
+                self._detach(operation)
         self._run(self.graph.outputs)
 
     def result(self) -> Peak:
@@ -144,12 +157,14 @@ class _Replay:
             live=memory.at_peak(),
         )
 
-    def _work_inside(self, inside: tuple[Graph, int] | None) -> None:
+    def _work_inside(self, inside: tuple[Graph, int] | None, where: Within) -> None:
         if inside is None:
             return
         graph, beside = inside
-        traced = self.gradient and any(pause.gradients for pause in graph.pauses)
-        peak, memory = replay(graph, sequential=self.sequential, thorough=False, traced=traced), self.memory
+        within = where if self.gradient and any(pause.gradients for pause in graph.pauses) else None
+        if id(graph) not in self.inside:
+            self.inside[id(graph)] = replay(graph, sequential=self.sequential, thorough=False, within=within)
+        peak, memory = self.inside[id(graph)], self.memory
         memory.reach(beside + peak.transient)
         memory.together = max(memory.together, memory.active + beside + peak.together)
         self.outside = max(self.outside, peak.outside)

@@ -4,7 +4,7 @@ mlx cannot trace a function that reads an array's values, such as one that compu
 is replaced by operations that allocate the same arrays, with a mark (see `outside`) where it leaves mlx.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_ppo.networks import activations, compact, output_head, vocabulary
+from mlx_ppo.networks import activations, checkpointing, compact, output_head, vocabulary
 from mlx_ppo.networks.device import assuming, on_cpu
 from mlx_ppo.networks.trunk import placeholder
 
@@ -27,6 +27,7 @@ class Inside(NamedTuple):
     function: Callable[..., Any]
     arguments: Sequence[mx.array]
     beside: int  # bytes of arrays that are there only meanwhile
+    key: Hashable = None  # functions with the same one need the same; None: this one is like no other
 
 
 class Work(NamedTuple):
@@ -202,6 +203,27 @@ def _head_by_chunks(
     return logprobs, logprobs * 1.0
 
 
+def _block_twice(inside: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """For `checkpointing.twice`: a block by itself, on copies, and again together with its gradient."""
+
+    def gradient(cotangent: mx.array, *primals: mx.array) -> Sequence[mx.array]:
+        values, gradients = mx.vjp(inside, list(primals), [cotangent])
+        return [*values, *gradients]  # the values too: what computes them outside of mlx does so whoever asks
+
+    def function(*primals: mx.array) -> mx.array:
+        states, *arrays = primals
+        like = [mx.zeros(primal.shape, primal.dtype) for primal in primals]
+        key = tuple((primal.shape, primal.dtype) for primal in primals)
+        copies = sum(primal.nbytes for primal in primals) if on_cpu() else 0
+        forward = Inside(inside, like, copies, ("block", key))
+        backward = Inside(gradient, [like[0], *like], copies + states.nbytes, ("gradient", key))
+        picked = [_picked(array, 1, [array], Work(0, 0)).sum() for array in arrays]
+        kept = _picked(states, states.shape[-1], [states], Work(0, 0, 0, 0, (forward, backward)))
+        return kept + sum(picked, mx.zeros((), kept.dtype)).astype(kept.dtype)
+
+    return function
+
+
 def _picked(array: mx.array, columns: int, reads: Sequence[mx.array], work: Work) -> mx.array:
     """A new array [..., columns] made outside of mlx; so is a gradient like `array`."""
     index = outside(mx.zeros((*array.shape[:-1], columns), mx.int32), reads, work)
@@ -240,4 +262,5 @@ _STAND_INS: tuple[tuple[ModuleType, str, Callable[..., Any]], ...] = (
     (output_head, "_by_chunks", _head_by_chunks),
     (activations, "_on_cpu", _gate_on_cpu),
     (compact, "_on_cpu", _compact_on_cpu),
+    (checkpointing, "twice", _block_twice),
 )

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -109,6 +109,7 @@ def _graph(records: Sequence[dict[str, Any]], lengths: Sequence[int], marks: Seq
 def _pauses(operations: list[Operation], marks: Sequence[Work]) -> tuple[Pause, ...]:
     """The places that `stand_ins.outside` marked, in the order of calls; the marks themselves are taken away."""
     found: dict[int, Pause] = {}
+    graphs: dict[Hashable, Graph] = {}
     for operation in list(operations):
         number = mark_of(operation.name, operation.arguments)
         if number is None:
@@ -119,12 +120,18 @@ def _pauses(operations: list[Operation], marks: Sequence[Work]) -> tuple[Pause, 
         gradients = tuple(other for other in readers if other is not result)
         forward, gradient, forward_arrays, gradient_arrays, inside = marks[number]
         work, arrays = (forward, gradient), (forward_arrays, gradient_arrays)
-        found[number] = Pause(reads, result, gradients, work, arrays, (_inside(inside[0]), _inside(inside[1])))
+        nested = (_inside(inside[0], graphs), _inside(inside[1], graphs))
+        found[number] = Pause(reads, result, gradients, work, arrays, nested)
     return tuple(found[number] for number in sorted(found))
 
 
-def _inside(inside: Inside | None) -> tuple[Graph, int] | None:
-    return None if inside is None else (trace(inside.function, *inside.arguments), inside.beside)
+def _inside(inside: Inside | None, known: dict[Hashable, Graph]) -> tuple[Graph, int] | None:
+    if inside is None:
+        return None
+    key = inside.key if inside.key is not None else id(inside)
+    if key not in known:
+        known[key] = trace(inside.function, *inside.arguments)
+    return known[key], inside.beside
 
 
 def _unmarked(operation: Operation, operations: list[Operation]) -> tuple[Tensor, ...]:

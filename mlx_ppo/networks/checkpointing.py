@@ -39,12 +39,14 @@ def checkpointed(block: nn.Module) -> Callable[..., mx.array]:
                 after: mx.array = block(states, *given, **named)
             return after
 
-        if not on_cpu():
-            checkpointed: mx.array = mx.checkpoint(inside)(states, *arrays)
-            return checkpointed
-        return _by_itself(inside)(states, *arrays)
+        return twice(inside)(states, *arrays)
 
     return call
+
+
+def twice(inside: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """The same function of arrays; its inside is computed again for the gradient, of which nothing else is kept."""
+    return _by_itself(inside) if on_cpu() else cast(Callable[..., mx.array], mx.checkpoint(inside))
 
 
 def _by_itself(inside: Callable[..., mx.array]) -> Callable[..., mx.array]:

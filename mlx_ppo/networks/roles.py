@@ -191,7 +191,7 @@ def _trainable(trunk: Trunk) -> Mapping[str, mx.array]:
     """
     if any(array.dtype == mx.uint32 for array in trunk.base.values()):
         raise ModelError(f"{trunk.name}: a quantised model cannot be trained in full; use model.train = 'lora'")
-    return {name: array.astype(mx.float32) for name, array in trunk.base.items() if _is_trained(array)}
+    return {name: mx.array(array).astype(mx.float32) for name, array in trunk.base.items() if _is_trained(array)}
 
 
 def _is_trained(array: mx.array) -> bool:
