@@ -14,10 +14,12 @@ from pydantic_core import ErrorDetails
 from mlx_ppo.config import Job
 from mlx_ppo.config_checks import contradictions
 from mlx_ppo.errors import ConfigError
+from mlx_ppo.files import read_regular
 
 J = TypeVar("J", bound=Job)
 Key = tuple[str | int, ...]
 
+_LARGEST = 1 << 20  # bytes of a configuration file
 # What may hide brackets, '=' and line ends: multi-line strings, strings, comments.
 _OPAQUE = re.compile(
     r'("""(?:\\.|[^\\])*?"{3,5}|' r"'''.*?'{3,5})" r'|("(?:\\.|[^"\\\n])*"|' r"'[^'\n]*')|#[^\n]*", re.DOTALL
@@ -43,7 +45,7 @@ def read_config(job: type[J], path: Path, overrides: Sequence[str] = ()) -> J:
     lines = _key_lines(text)
     origins: dict[Key, str] = {}
     problems = [problem for override in overrides if (problem := _apply_override(table, override, origins))]
-    folder = path.resolve().parent
+    folder = Path(os.path.realpath(path)).parent
     _resolve_paths(job, table, folder, origins)
     try:
         config = job.model_validate(table)
@@ -77,7 +79,7 @@ def _read_text(path: Path) -> str:
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; name a TOML file in it")
     try:
-        data = path.read_bytes()
+        data = read_regular(path, _LARGEST)
     except FileNotFoundError:
         near = nearest(path.name, (item.name for item in path.parent.glob("*.toml")) if path.parent.is_dir() else ())
         raise ConfigError(f"{path}: no such configuration file." + _did_you_mean(near)) from None
@@ -202,7 +204,7 @@ def _resolve_section(
         value = row.get(key, field.default if kind == "output" else None)
         if isinstance(value, Path):
             value = str(value)
-        if not isinstance(value, str) or not (kind or key == "function"):
+        if not isinstance(value, str) or "\0" in value or not (kind or key == "function"):
             continue
         start = Path.cwd() if (*prefix, key) in origins else base
         row[key] = os.path.normpath(start / _expand(value)) if value else value

@@ -9,16 +9,19 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mlx_ppo.config import TrainConfig
 from mlx_ppo.config_file import read_config
-from mlx_ppo.errors import ConfigError, ModelError, UserError
+from mlx_ppo.errors import ConfigError, ModelError, UserError, printable
 from mlx_ppo.memory.model import weightless_roles
 from mlx_ppo.memory.phases import Accountant, Choices
 from mlx_ppo.memory.plan import GIB, RESERVE, RUNTIME, Plan, longest_response, make_plan, needed
 from mlx_ppo.memory.stand_ins import as_on_metal
 from mlx_ppo.memory.starting import budget_of, shapes_of
 from mlx_ppo.networks.device import on_cpu
+from mlx_ppo.networks.folder import check_depth
+from mlx_ppo.networks.model_files import json_object
 
 _BAR = 18
 _VARIANTS: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
@@ -44,7 +47,10 @@ def show(
         ConfigError, ModelError: what is wrong with the files.
     """
     config = read_config(TrainConfig, path, overrides)
-    given = _read(model_config) if model_config is not None else None
+    given = None
+    if model_config is not None:
+        given = json_object(model_config)
+        check_depth(model_config, given)
     budget = int(memory_gb * GIB) if memory_gb is not None else budget_of(config)
     metal = device == "gpu" if device is not None else not on_cpu()
     with as_on_metal() if metal and on_cpu() else nullcontext():
@@ -66,16 +72,6 @@ def show(
     _print(plan, facts, metal)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: not a model's config.json ({error})") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: not a model's config.json (not an object)")
-    return content
-
-
 def _accountant(config: TrainConfig, given: dict[str, Any] | None) -> Accountant:
     roles, policy, critic = weightless_roles(config, given)
     longest = config.data.max_prompt_tokens
@@ -87,7 +83,6 @@ def _accountant(config: TrainConfig, given: dict[str, Any] | None) -> Accountant
 def _longest_prompt(config: TrainConfig) -> int:
     """Tokens of the longest prompt; the configured bound where the tokenizer or the prompts aren't there."""
     from mlx_ppo.data.prompts import load_prompts
-    from mlx_ppo.networks.model_files import json_object
     from mlx_ppo.networks.tokenizer import load_tokenizer
 
     section = config.data
@@ -142,10 +137,10 @@ def _print(plan: Plan, facts: dict[str, Any], metal: bool) -> None:
         total = RUNTIME + needed(phase)
         bar = "█" * max(1, round(_BAR * total / most))
         stays, passing = sum(phase.resident.values()) / GIB, (phase.transient + phase.outside) / GIB
-        table.add_row(phase.name, f"{stays:.2f}", f"{passing:.2f}", f"{total / GIB:.2f}", bar)
+        table.add_row(Text(printable(phase.name)), f"{stays:.2f}", f"{passing:.2f}", f"{total / GIB:.2f}", bar)
     console.print(table)
     for what, size in sorted(plan.largest.resident.items(), key=lambda item: -item[1]):
-        console.print(f"  {what}: {size / GIB:.3f} GiB")
+        console.print(Text(printable(f"  {what}: {size / GIB:.3f} GiB")))
     choices = plan.choices
     console.print(
         f"decoded together {choices.rollout_batch}, scored {choices.score_batch}, updated {choices.micro_batch}, "

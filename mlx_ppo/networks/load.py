@@ -69,8 +69,7 @@ def load_trunk(
     try:
         model, config = load_model(path, lazy=True, strict=strict, model_config=given, trust_remote_code=False)
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(f"{path}: mlx-lm cannot load this model ({type(error).__name__}: {first})") from None
+        raise ModelError(f"{path}: mlx-lm cannot load this model ({_first_line(error)})") from None
     missing = sorted(set(parameters_of(model)) - set(folder.tensors)) if classifier else []
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]!r} is missing")
@@ -89,9 +88,18 @@ def load_trunk(
     use_fast_gates(model)
     tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
     _check_vocabulary(folder, model, tokenizer.vocab_size)
-    trunk = Trunk(model, tokenizer, str(path))
+    try:
+        trunk = Trunk(model, tokenizer, str(path))
+    except ModelError:
+        raise
+    except Exception as error:  # numbers in config.json that fit the weights' shapes and nothing else
+        raise ModelError(f"{path}: mlx-lm cannot compute with this model ({_first_line(error)})") from None
     trunk.remark = remark
     return trunk
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
 
 
 def empty_model(config: dict[str, Any], name: str) -> nn.Module:
@@ -110,8 +118,7 @@ def empty_model(config: dict[str, Any], name: str) -> nn.Module:
             bits, group = int(quantisation["bits"]), int(quantisation["group_size"])
             nn.quantize(model, group_size=group, bits=bits, mode=quantisation.get("mode", "affine"))
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(f"{name}: mlx-lm cannot make this model ({type(error).__name__}: {first})") from None
+        raise ModelError(f"{name}: mlx-lm cannot make this model ({_first_line(error)})") from None
     return model
 
 

@@ -29,6 +29,7 @@ class FolderTokenizer:
         own = self.hf.eos_token_id
         self.eos_id: int = int(own) if own is not None else min(self.eos_ids)
         self.vocab_size: int = len(self.hf)
+        self._after = _specials_after(self.hf, self.eos_ids)
         self.template: ChatTemplate | None = None
         source = chosen_template(path, self.hf.chat_template)
         self._by_library = wrapper._chat_template is not None or _overrides_rendering(self.hf)
@@ -54,9 +55,7 @@ class FolderTokenizer:
     def encode(self, text: str, *, bos: bool) -> list[int]:
         """Token ids; with `bos` the special tokens that this tokenizer puts before a text, never those after it."""
         tokens = [int(token) for token in self.hf.encode(text, add_special_tokens=bos)]
-        while bos and tokens and tokens[-1] in self.eos_ids and len(tokens) > 1:
-            tokens.pop()
-        return tokens
+        return tokens[: len(tokens) - self._after] if bos else tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out, spaces as they are."""
@@ -82,6 +81,16 @@ class FolderTokenizer:
         except Exception as error:
             first = str(error).strip().split("\n")[0]
             raise wrong(self._path, f"its chat template fails ({type(error).__name__}: {first})") from None
+
+
+def _specials_after(hf: Any, ends: frozenset[int]) -> int:
+    """How many special tokens this tokenizer puts after a text."""
+    bare, whole = hf.encode("a", add_special_tokens=False), hf.encode("a", add_special_tokens=True)
+    extra = len(whole) - len(bare)
+    if not bare:  # not even this letter: only the ends can be told from what comes before
+        return next((index for index, token in enumerate(reversed(whole)) if token not in ends), len(whole))
+    before = next((index for index in range(extra + 1) if whole[index : index + len(bare)] == bare), extra)
+    return int(extra - before)
 
 
 def _overrides_rendering(hf: Any) -> bool:
