@@ -27,7 +27,11 @@ _REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 def harmless(text: str) -> str:
     """A text from a model or a file as a terminal may have it: nothing that moves, colours, reorders or hides."""
-    return "".join(repr(c)[1:-1] if category(c) in ("Cc", "Cs") or c in _REORDERING else c for c in text)
+    return "".join(repr(c)[1:-1] if _acts(c) else c for c in text)
+
+
+def _acts(character: str) -> bool:
+    return character not in "\n\t" and (category(character) in ("Cc", "Cs") or character in _REORDERING)
 
 
 class Display:

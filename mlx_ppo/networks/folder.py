@@ -152,7 +152,7 @@ def _check_model_type(path: Path, config: dict[str, Any]) -> None:
 
 
 def check_depth(file: Path, config: dict[str, Any], most: int = _DEEPEST) -> None:
-    """ModelError where a config.json asks for more blocks than there can be: each is made, and has a tensor at least."""
+    """ModelError where a config.json asks for too many blocks: each of them is made, and has a tensor at least."""
     text = config.get("text_config")
     for section in (config, text if isinstance(text, dict) else {}):
         for key in _DEPTHS:

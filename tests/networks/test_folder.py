@@ -139,7 +139,7 @@ def test_a_hub_id_is_explained(build: Build, tmp_path: Path, monkeypatch: pytest
     ("name", "words"),
     [
         ("model.gguf", "a GGUF file has to be imported"),
-        ("model.tar.gz", "an archive has to be unpacked"),
+        ("model.tar.gz", "an archive, which is never unpacked here"),
         ("model.safetensors", "give the folder"),
     ],
 )
@@ -294,7 +294,7 @@ def test_a_pipe_does_not_block(build: Build, name: str) -> None:
     folder = build()
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    assert f"{name}: not a regular file" in problem(folder)
+    assert f"{name}: can't be read: not a regular file" in problem(folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
