@@ -65,10 +65,10 @@ def _place(key: Key, path: Path, lines: Mapping[Key, int], origins: Mapping[Key,
     """Where a key was given: by `--set`, or on a line of the file; else where its section was."""
     for length in range(len(key), 0, -1):
         if key[:length] in origins:
-            return f"--set {origins[key[:length]]}"
+            return f"--set {_cut(origins[key[:length]])}"
         if key[:length] in lines:
             return f"{path}:{lines[key[:length]]}"
-    return next((f"--set {override}" for full, override in origins.items() if full[: len(key)] == key), str(path))
+    return next((f"--set {_cut(override)}" for full, override in origins.items() if full[: len(key)] == key), str(path))
 
 
 def _key(parts: Iterable[str]) -> Key:
@@ -108,7 +108,7 @@ def _syntax_error(path: Path, text: str, message: str) -> str:
     match = re.search(r" \(at line (\d+), column \d+\)", message)
     line = int(match[1]) if match else text.rstrip().count("\n") + 1
     if re.match(r"Cannot (overwrite a value|declare .* twice)", message):
-        name = text.split("\n")[line - 1].partition("=")[0].strip()
+        name = _cut(text.split("\n")[line - 1].partition("=")[0].strip())
         what = name if name.startswith("[") else f"'{name}'"
         return f"{path}:{line}: {what} is there twice; keep one"
     return f"{path}:{line}: not valid TOML: {message.replace(match[0], '') if match else message}"
@@ -150,7 +150,7 @@ def _apply_override(table: dict[str, Any], override: str, origins: dict[Key, str
     path, equals, value = override.partition("=")
     parts = path.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        return f"--set {override}: write it as section.key=value, for example --set ppo.epochs=4"
+        return f"--set {_cut(override)}: write it as section.key=value, for example --set ppo.epochs=4"
     key = _key(parts)
     *sections, last = key
     target: Any = table
@@ -160,10 +160,10 @@ def _apply_override(table: dict[str, Any], override: str, origins: dict[Key, str
         elif isinstance(target, dict) and isinstance(part, str):
             target = target.get(part, {})
         else:
-            return f"--set {override}: there is no {_display(key[:-1])} in the configuration"
+            return f"--set {_cut(override)}: there is no {_display(key[:-1])} in the configuration"
     if not isinstance(target, dict) or not isinstance(last, str):
         example = "lists take an index, for example reward.0.weight=2"
-        return f"--set {override}: {_display(key[:-1])} is not a section; {example}"
+        return f"--set {_cut(override)}: {_display(key[:-1])} is not a section; {example}"
     target = table
     for part in sections:
         target = target[part] if isinstance(part, int) else target.setdefault(part, {})
@@ -272,8 +272,8 @@ def _unknown(job: type[Job], loc: Key) -> str:
     near = nearest(name, fields)
     if len(loc) == 1:
         hint = f" Did you mean {_header(job, near)}?" if near else _elsewhere(job, name)
-        return f"unknown section [{name}]." + hint
-    return f"unknown key '{name}' in {_header(job, loc[0])}." + (_did_you_mean(near) or _elsewhere(job, name))
+        return f"unknown section [{_cut(name)}]." + hint
+    return f"unknown key '{_cut(name)}' in {_header(job, loc[0])}." + (_did_you_mean(near) or _elsewhere(job, name))
 
 
 def _elsewhere(job: type[Job], name: str) -> str:
@@ -306,7 +306,12 @@ def _header(job: type[Job], section: str | int) -> str:
 
 
 def _display(key: Key) -> str:
-    return ".".join(str(part) for part in key)
+    return _cut(".".join(str(part) for part in key))
+
+
+def _cut(text: str) -> str:
+    """What somebody wrote, cut: it may be as long as the file."""
+    return text if len(text) <= 100 else text[:100] + "…"
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

@@ -75,7 +75,8 @@ def import_model(source: Path, target: Path, *, dtype: str = "auto") -> Summary:
 
 
 def _nearest(source: Path) -> str:
-    names = [entry.name for entry in source.parent.iterdir()] if source.parent.is_dir() else []
+    others = source.parent.iterdir() if source.parent.is_dir() else ()
+    names = [entry.name for entry in others if entry.name != source.name]
     near = difflib.get_close_matches(source.name, names, n=1)
     return f" (did you mean '{source.with_name(near[0])}'?)" if near else ""
 
