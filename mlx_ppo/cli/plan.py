@@ -20,7 +20,6 @@ from mlx_ppo.memory.plan import GIB, RESERVE, RUNTIME, Plan, longest_response, m
 from mlx_ppo.memory.stand_ins import as_on_metal
 from mlx_ppo.memory.starting import budget_of, shapes_of
 from mlx_ppo.networks.device import on_cpu
-from mlx_ppo.networks.folder import check_depth
 from mlx_ppo.networks.model_files import json_object
 
 _BAR = 18
@@ -47,10 +46,7 @@ def show(
         ConfigError, ModelError: what is wrong with the files.
     """
     config = read_config(TrainConfig, path, overrides)
-    given = None
-    if model_config is not None:
-        given = json_object(model_config)
-        check_depth(model_config, given)
+    given = json_object(model_config) if model_config is not None else None
     budget = int(memory_gb * GIB) if memory_gb is not None else budget_of(config)
     metal = device == "gpu" if device is not None else not on_cpu()
     with as_on_metal() if metal and on_cpu() else nullcontext():

@@ -14,7 +14,7 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.activations import use_fast_gates
 from mlx_ppo.networks.adapters import parameters_of
 from mlx_ppo.networks.device import on_cpu
-from mlx_ppo.networks.folder import ModelFolder, check_model_folder
+from mlx_ppo.networks.folder import ModelFolder, check_depth, check_model_folder
 from mlx_ppo.networks.model_files import read_arrays
 from mlx_ppo.networks.tokenizer import load_tokenizer
 from mlx_ppo.networks.trunk import BRANCH_ENDS, Trunk
@@ -108,6 +108,7 @@ def empty_model(config: dict[str, Any], name: str) -> nn.Module:
     Raises:
         ModelError: mlx-lm doesn't know the architecture, or something is missing.
     """
+    check_depth(Path(name), config)
     with _open_files_limit_kept():
         from mlx_lm.utils import _get_classes
     try:
