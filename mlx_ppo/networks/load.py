@@ -20,6 +20,7 @@ from mlx_ppo.networks.tokenizer import load_tokenizer
 from mlx_ppo.networks.trunk import BRANCH_ENDS, Trunk
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_LONGEST_ERROR = 300  # characters
 _INITIAL_DEVIATION = 0.02
 _EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
 
@@ -69,7 +70,7 @@ def load_trunk(
     try:
         model, config = load_model(path, lazy=True, strict=strict, model_config=given, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"{path}: mlx-lm cannot load this model ({_first_line(error)})") from None
+        raise ModelError(f"{path}: mlx-lm cannot load this model ({_said(error)})") from None
     missing = sorted(set(parameters_of(model)) - set(folder.tensors)) if classifier else []
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]!r} is missing")
@@ -93,13 +94,15 @@ def load_trunk(
     except ModelError:
         raise
     except Exception as error:  # numbers in config.json that fit the weights' shapes and nothing else
-        raise ModelError(f"{path}: mlx-lm cannot compute with this model ({_first_line(error)})") from None
+        raise ModelError(f"{path}: mlx-lm cannot compute with this model ({_said(error)})") from None
     trunk.remark = remark
     return trunk
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+def _said(error: Exception) -> str:
+    """What a library said, on one line and cut; the names of missing tensors come on lines of their own."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words if len(words) <= _LONGEST_ERROR else words[:_LONGEST_ERROR] + '…'}"
 
 
 def empty_model(config: dict[str, Any], name: str) -> nn.Module:
@@ -119,7 +122,7 @@ def empty_model(config: dict[str, Any], name: str) -> nn.Module:
             bits, group = int(quantisation["bits"]), int(quantisation["group_size"])
             nn.quantize(model, group_size=group, bits=bits, mode=quantisation.get("mode", "affine"))
     except Exception as error:
-        raise ModelError(f"{name}: mlx-lm cannot make this model ({_first_line(error)})") from None
+        raise ModelError(f"{name}: mlx-lm cannot make this model ({_said(error)})") from None
     return model
 
 

@@ -161,10 +161,7 @@ def test_a_wrong_order_of_roles(home, case):
 
 HOSTILE = {
     "loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took longer than"),
-    "grows": (
-        "{% set x = namespace(s='a') %}{% for i in range(60) %}{% set x.s = x.s + x.s %}{% endfor %}",
-        "of memory",
-    ),
+    "grows": ("{{ 'x' * 9999999999 }}", "of memory"),
     "writes": ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "characters beyond the messages"),
     "reaches": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "can't render this conversation"),
     "refuses": ("{{ raise_exception('no \x1b[2J chats') }}", r"refuses this conversation: no \x1b[2J chats"),
