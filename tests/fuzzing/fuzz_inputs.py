@@ -165,7 +165,16 @@ def jsonl_files() -> st.SearchStrategy[bytes]:
         st.lists(message, max_size=4),
         json_values(),
     )
-    record = st.dictionaries(st.sampled_from(names), fields, max_size=4)
+    talk = [{"role": "user", "content": "it"}, {"role": "assistant", "content": "was"}]
+    sound: list[dict[str, object]] = [
+        {"prompt": "it"},
+        {"prompt": talk[:1], "completion": " was"},
+        {"messages": talk},
+        {"prompt": "it", "chosen": " was", "rejected": " is", "margin": 1},
+        {"text": "it", "ratings": [1, 2.5]},
+    ]
+    extended = st.tuples(st.sampled_from(sound), st.dictionaries(st.sampled_from(names), fields, max_size=1))
+    record = st.dictionaries(st.sampled_from(names), fields, max_size=4) | extended.map(lambda both: both[0] | both[1])
     line = record.map(lambda row: json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     escaped = record.map(lambda row: json.dumps(row).encode())
     odd = st.sampled_from(

@@ -4,9 +4,8 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,10 @@ class Target:
 def config(folder: Path) -> Target:
     """TOML, and `--set`."""
     file = folder / "a.toml"
-    seeds = [path.read_bytes() for path in sorted((bundle_root() / "configs").glob("*.toml"))]
+    files = sorted((bundle_root() / "configs").glob("*.toml"))
+    seeds = [
+        bytes([1 if "sft" in path.name else 2 if "reward." in path.name else 0]) + path.read_bytes() for path in files
+    ]
     sections: dict[str, list[str]] = {}
     for job in _JOBS:
         for name, field in job.model_fields.items():
@@ -58,16 +60,16 @@ def config(folder: Path) -> Target:
                 sections.setdefault(name, []).extend(model.model_fields)
 
     def read(content: bytes) -> None:
-        first, _, rest = content.partition(b"\0")
+        job, (first, _, rest) = _JOBS[content[0] % 3] if content else TrainConfig, content[1:].partition(b"\0")
         file.write_bytes(rest or first)
         overrides = [part.decode("utf-8", "surrogateescape") for part in first.split(b"\n") if rest][:4]
-        _first_taken([partial(read_config, job, file, overrides) for job in _JOBS])
+        read_config(job, file, overrides)
 
-    built = toml_files(sections)
-    overrides = st.lists(
-        built.map(lambda text: text.replace(b"\n", b".").replace(b"[", b"").replace(b"]", b"")), max_size=2
+    built = st.tuples(st.sampled_from((b"\0", b"\1", b"\2")), toml_files(sections)).map(b"".join)
+    rows = toml_files(sections).map(lambda text: text.replace(b"\n", b".").replace(b"[", b"").replace(b"]", b""))
+    overridden = st.tuples(st.lists(rows, max_size=2).map(b"\n".join), st.sampled_from(seeds)).map(
+        lambda parts: parts[1][:1] + parts[0] + b"\0" + parts[1][1:]
     )
-    overridden = st.tuples(overrides.map(b"\n".join), st.sampled_from(seeds)).map(b"\0".join)
     return Target(st.one_of(edited(seeds), built, overridden), read)
 
 
@@ -80,13 +82,18 @@ def jsonl(folder: Path) -> Target:
     seeds = [b"".join(path.read_bytes().splitlines(keepends=True)[:3]) for path in bundled]
     limits: dict[str, Any] = {"max_tokens": 16, "overlong": "truncate"}
 
-    def read(content: bytes) -> None:
-        file.write_bytes(content)
-        loaders = (load_prompts, load_examples, load_pairs, load_rated)
-        for error in _first_taken([partial(load, file, tokenizer, **limits) for load in loaders]):
-            assert str(error).startswith(str(file)), error
+    loaders: tuple[Callable[..., object], ...] = (load_prompts, load_examples, load_pairs, load_rated)
 
-    return Target(edited(seeds) | jsonl_files(), read)
+    def read(content: bytes) -> None:
+        file.write_bytes(content[1:])
+        try:
+            loaders[content[0] % 4 if content else 0](file, tokenizer, **limits)
+        except UserError as error:
+            assert str(error).startswith(str(file)), error
+            raise
+
+    first = st.sampled_from((b"\0", b"\1", b"\2", b"\3"))
+    return Target(st.tuples(first, edited(seeds) | jsonl_files()).map(b"".join), read)
 
 
 def safetensors(folder: Path) -> Target:
@@ -263,20 +270,6 @@ def _use(tokenizer: Any) -> None:
     tokens = tokenizer.encode(_TEXT, bos=True)
     assert all(0 <= token < 1 << 31 for token in tokens)
     tokenizer.decode(tokens)
-
-
-def _first_taken(readers: Sequence[Callable[[], object]]) -> list[UserError]:
-    """Call all; what those that refused said. UserError where all did."""
-    said = []
-    for read in readers:
-        try:
-            read()
-        except UserError as error:
-            check_lines(error)
-            said.append(error)
-    if len(said) == len(readers):
-        raise said[0]
-    return said
 
 
 def check_lines(error: UserError) -> None:

@@ -21,6 +21,7 @@ from mlx_ppo.errors import UserError
 TESTS = Path(__file__).parents[1]
 sys.path += [str(TESTS / "fuzzing"), str(TESTS), str(TESTS / "importing")]
 SECONDS = 5  # of computing for one input
+ROUND = 1000  # inputs
 MEMORY = 1 << 30  # bytes above what the process has before
 
 
@@ -44,12 +45,6 @@ def main(name: str, count: int, number: int, folder: Path) -> dict[str, float]:
     found = {"tried": 0, "taken": 0, "slowest": 0.0}
     last = os.open(folder / "last", os.O_RDWR | os.O_CREAT)
 
-    @seed(number)
-    @settings(
-        max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False,
-        phases=(Phase.generate, Phase.shrink),
-    )  # fmt: skip
-    @given(target.inputs)
     def fuzz(content: bytes) -> None:
         os.pwrite(last, content, 0)
         os.ftruncate(last, len(content))
@@ -62,7 +57,16 @@ def main(name: str, count: int, number: int, folder: Path) -> dict[str, float]:
         found["tried"] += 1
         found["slowest"] = max(found["slowest"], time.process_time() - started)
 
-    fuzz()
+    for start in range(0, count, ROUND):  # hypothesis remembers all that it drew
+        options = settings(
+            max_examples=min(ROUND, count - start),
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            print_blob=False,
+            phases=(Phase.generate, Phase.shrink),
+        )
+        seed(f"{number} {start}")(options(given(content=target.inputs)(fuzz)))()
     return {**found, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
