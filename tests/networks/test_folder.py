@@ -178,6 +178,9 @@ def test_a_folder_around_the_model_names_the_model(build: Build) -> None:
         ({"model_type": "..utils"}, "no model type"),
         ({"model_type": "llama", "model_file": "model.py"}, "'model_file' asks to run code"),
         ({"model_type": "llama", "auto_map": {"AutoModel": "m.M"}}, "'auto_map' asks to run code"),
+        ({"model_type": "llama", "trust_remote_code": True}, "'trust_remote_code' asks to run code"),
+        ({"model_type": "llama", "num_hidden_layers": 9}, "'num_hidden_layers' is '9', more than there can be (2)"),
+        ({"model_type": "llama", "text_config": {"n_layer": 1e300}}, "'n_layer' is '1e+300', more than there can be"),
     ],
 )
 def test_bad_configs(build: Build, config: Any, words: str) -> None:
