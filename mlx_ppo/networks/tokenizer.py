@@ -69,13 +69,19 @@ class FolderTokenizer:
         return self.template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def render_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
-        """Token ids of the same; the template writes BOS where it wants it."""
+        """Token ids of the same; the template writes BOS where it wants it.
+
+        A message that spells a control token gives that token, as with transformers.
+        """
         if self.template is None:
             return [int(token) for token in self._library(messages, add_generation_prompt=add_generation_prompt)]
         return self.encode(self.chat_text(messages, add_generation_prompt=add_generation_prompt), bos=False)
 
     def _library(self, messages: list[dict[str, str]], **options: Any) -> Any:
-        """What mlx-lm's or transformers' own code makes of a conversation."""
+        """What mlx-lm's or transformers' own code makes of a conversation, in this process.
+
+        A folder can only name a module that mlx-lm brings; nothing of the folder runs or is rendered there.
+        """
         try:
             return self._wrapper.apply_chat_template(messages, **options)
         except Exception as error:
