@@ -64,9 +64,32 @@ def test_a_checkpoint_of_a_newer_version(project):
     folder = checkpoint.folder_of(project.run(), 1)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "format": 2}))
-    files = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != "manifest.json"}
-    (folder / "manifest.json").write_text(json.dumps({**files, "manifest.json": checkpoint._digest(files)}))
+    seal(folder)
     project.refused(4, "000001: written in format 2; this version reads format 1", "resume", "runs/a")
+
+
+def test_a_forged_checkpoint_of_somebody_else(project):
+    """Its manifest fits its files; mlx would read ranges that overlap."""
+    project.done("train", project.config(run={"iterations": 1}))
+    folder = checkpoint.folder_of(project.run(), 1)
+    raw = (folder / "adapters.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8 : 8 + length])
+    first, second = [name for name in sorted(entries) if name.endswith("q_proj.lora_a")][:2]
+    entries[first]["data_offsets"] = entries[second]["data_offsets"]
+    header = json.dumps(entries).encode()
+    (folder / "adapters.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+    seal(folder)
+    project.refused(4, "adapters.safetensors: the range of tensor", "resume", "runs/a")
+    project.refused(3, "adapters.safetensors: the range of tensor", "sample", "runs/a", "--prompt", "it")
+
+
+def seal(folder):
+    """Write a manifest that fits what is there."""
+    files = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != "manifest.json"}
+    (folder / "manifest.json").write_text(
+        json.dumps({**files, "manifest.json": checkpoint._digest(files)}, indent=2) + "\n"
+    )
 
 
 def test_a_clock_that_jumps_changes_nothing(project, monkeypatch):
