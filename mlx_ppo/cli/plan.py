@@ -20,6 +20,7 @@ from mlx_ppo.memory.plan import GIB, RESERVE, RUNTIME, Plan, longest_response, m
 from mlx_ppo.memory.stand_ins import as_on_metal
 from mlx_ppo.memory.starting import budget_of, shapes_of
 from mlx_ppo.networks.device import on_cpu
+from mlx_ppo.networks.folder import check_place
 from mlx_ppo.networks.model_files import json_object
 
 _BAR = 18
@@ -47,6 +48,8 @@ def show(
     """
     config = read_config(TrainConfig, path, overrides)
     given = json_object(model_config) if model_config is not None else None
+    if given is None:
+        check_place(config.model.path)
     budget = int(memory_gb * GIB) if memory_gb is not None else budget_of(config)
     metal = device == "gpu" if device is not None else not on_cpu()
     with as_on_metal() if metal and on_cpu() else nullcontext():

@@ -53,7 +53,7 @@ def check_model_folder(path: Path, *, weights: bool = True) -> ModelFolder:
         ModelError: the first thing found wrong, in one line.
     """
     try:
-        _check_place(path)
+        check_place(path)
         _check_links(path)
         config = json_object(path / "config.json")
         _check_model_type(path, config)
@@ -73,8 +73,8 @@ def _nearest(name: str, names: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
 
 
-def _check_place(path: Path) -> None:
-    """There is a folder, and a config.json in it."""
+def check_place(path: Path) -> None:
+    """ModelError unless there is a folder, and a config.json in it."""
     if path.exists() and not path.is_dir():
         mend = "a model is a folder with config.json, safetensors and a tokenizer; give the folder"
         if path.suffix.lower() == ".gguf":

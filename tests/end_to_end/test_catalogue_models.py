@@ -196,8 +196,7 @@ def missing(folder):
 EVERY = set(READERS)
 WEIGHTS = EVERY - {"plan"}  # a plan reads config.json alone
 CASES: dict[str, tuple[Spoil, str, set[str]]] = {
-    "missing folder": (missing, "own: no such f", EVERY - {"plan"}),
-    "missing folder, planned": (missing, "own/config.json: can't be read: No such file", {"plan"}),
+    "missing folder": (missing, "own: no such f", EVERY),
     "truncated safetensors": (cut, "model.safetensors: truncated", WEIGHTS),
     "header that lies about a length": (
         text("model.safetensors", struct.pack("<Q", 2**63) + b"{}"),
@@ -260,10 +259,10 @@ CASES: dict[str, tuple[Spoil, str, set[str]]] = {
     "pipe for a config": (fifo("config.json"), "config.json: can't be read: not a regular file", EVERY),
     "pipe for weights": (fifo("model.safetensors"), "model.safetensors: can't be read: not a regular file", WEIGHTS),
     "pickle for weights": (pickles, "'pytorch_model.bin' is a pickle, which can run code", WEIGHTS),
-    "pickle for a folder": (instead(b"\x80\x04."), "own: a pickle, which can run code", WEIGHTS),
-    "zip": (instead(archive("zip")), "own: an archive, which is never unpacked here", WEIGHTS),
-    "tar": (instead(archive("tar")), "own: an archive, which is never unpacked here", WEIGHTS),
-    "tar.gz": (instead(archive("gz")), "own: an archive, which is never unpacked here", WEIGHTS),
+    "pickle for a folder": (instead(b"\x80\x04."), "own: a pickle, which can run code", EVERY),
+    "zip": (instead(archive("zip")), "own: an archive, which is never unpacked here", EVERY),
+    "tar": (instead(archive("tar")), "own: an archive, which is never unpacked here", EVERY),
+    "tar.gz": (instead(archive("gz")), "own: an archive, which is never unpacked here", EVERY),
 }
 
 
@@ -294,6 +293,7 @@ def test_a_good_model_serves_every_reader(home):
 def test_names_of_the_hub_are_explained(home, name):
     for job in ("train", "sft", "reward"):
         home.refused(3, "nothing is ever downloaded", job, home.config(job, model={"path": name}))
+    home.refused(3, "nothing is ever downloaded", "plan", home.config(model={"path": name}))
     home.refused(3, "nothing is ever downloaded", "sample", name, "--prompt", "it")
     home.refused(3, "nothing is ever downloaded", "compare", name, "own", "--prompts", "prompts.jsonl")
     home.refused(3, "no such file or folder", "import", name, "out")
@@ -301,7 +301,7 @@ def test_names_of_the_hub_are_explained(home, name):
 
 def test_a_missing_model_names_its_neighbour(home):
     missing(home.folder / "own")
-    for reader in ("train", "sft", "reward", "sample", "compare", "export"):
+    for reader in ("train", "sft", "reward", "sample", "compare", "export", "plan"):
         assert "Did you mean '" in home.refused(3, "owns'?", *arguments(reader))
     home.refused(3, "no such file or folder (did you mean 'owns'?)", *arguments("import"))
 
