@@ -1,6 +1,7 @@
 """The tokenizer of a model folder behind the project's own small interface."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.chat_template import ChatTemplate, chosen_template
 from mlx_ppo.networks.model_files import wrong
 from mlx_ppo.networks.piece_tokenizer import PieceTokenizer
+
+_LONGEST_ERROR = 300  # characters
 
 
 class FolderTokenizer:
@@ -29,7 +32,8 @@ class FolderTokenizer:
         own = self.hf.eos_token_id
         self.eos_id: int = int(own) if own is not None else min(self.eos_ids)
         self.vocab_size: int = len(self.hf)
-        self._after = _specials_after(self.hf, self.eos_ids)
+        with _failures_told(path):
+            self._after = _specials_after(self.hf, self.eos_ids)
         self.template: ChatTemplate | None = None
         source = chosen_template(path, self.hf.chat_template)
         self._by_library = wrapper._chat_template is not None or _overrides_rendering(self.hf)
@@ -54,12 +58,14 @@ class FolderTokenizer:
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         """Token ids; with `bos` the special tokens that this tokenizer puts before a text, never those after it."""
-        tokens = [int(token) for token in self.hf.encode(text, add_special_tokens=bos)]
+        with _failures_told(self._path):
+            tokens = [int(token) for token in self.hf.encode(text, add_special_tokens=bos)]
         return tokens[: len(tokens) - self._after] if bos else tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out, spaces as they are."""
-        text: str = self.hf.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        with _failures_told(self._path):
+            text: str = self.hf.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def chat_text(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
@@ -117,12 +123,21 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> Tokenizer:
     if not (path / "tokenizer.json").exists():
         given = eos if isinstance(eos, list) else [eos]
         return PieceTokenizer(path, frozenset(token for token in given if isinstance(token, int)))
-    try:
+    with _failures_told(path, "cannot be loaded"):
         wrapper = load(path, {"trust_remote_code": False, "local_files_only": True}, eos_token_ids=eos)
-    except Exception as error:
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {first})") from None
     return FolderTokenizer(wrapper, path)
+
+
+@contextmanager
+def _failures_told(path: Path, what: str = "fails") -> Iterator[None]:
+    """Whatever a tokenizer's library raises as a ModelError; its Rust code panics with a BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        first = str(error).strip().split("\n")[0][:_LONGEST_ERROR]
+        raise wrong(path, f"the tokenizer {what} ({type(error).__name__}: {first})") from None
 
 
 def completion_text(tokenizer: Tokenizer, prompt: Sequence[int], response: Sequence[int]) -> str:

@@ -223,3 +223,19 @@ def test_only_mlx_lms_own_chat_code_can_be_named(copy: Callable[..., Path], kind
         assert kind == "deepseek_v32" and tokenizer.render_chat(messages, add_generation_prompt=True)
     new = {name for name in set(sys.modules) - before if "chat_templates" in name or "evil" in name}
     assert new <= {"mlx_lm.chat_templates", "mlx_lm.chat_templates.deepseek_v32", "mlx_lm.chat_templates.muse_spark"}
+
+
+BACKTRACKS = {"type": "Split", "pattern": {"Regex": r"(a|a|aa|a?)+$"}, "behavior": "Isolated", "invert": False}
+NO_UNKNOWN = {"type": "Unigram", "vocab": [["<s>", 0.0], ["b", -1.0], ["</s>", 0.0]], "unk_id": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"pre_tokenizer": BACKTRACKS}, "retry-limit"), ({"model": NO_UNKNOWN}, "unk_id")]
+)
+def test_a_tokenizer_that_fails_at_a_text(copy: Callable[..., Path], change: dict[str, Any], words: str) -> None:
+    """Found by fuzzing: it loads; then its library raises a plain Exception, or panics with a BaseException."""
+    folder = copy()
+    document = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(document | change))
+    with pytest.raises(ModelError, match=f"the tokenizer fails .*{words}"):
+        load_trunk(folder).tokenizer.encode("a" * 40 + "!", bos=True)
