@@ -88,7 +88,7 @@ def load_trunk(
     _settle(model, target, path)
     use_fast_gates(model)
     tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
-    _check_vocabulary(folder, model, tokenizer.vocab_size)
+    _check_vocabulary(folder, model, tokenizer.vocab_size, tokenizer.eos_id)
     try:
         trunk = Trunk(model, tokenizer, str(path))
     except ModelError:
@@ -177,12 +177,15 @@ def _settle(model: nn.Module, dtype: mx.Dtype | None, path: Path) -> None:
     mx.eval(parameters_of(model))
 
 
-def _check_vocabulary(folder: ModelFolder, model: nn.Module, tokens: int) -> None:
+def _check_vocabulary(folder: ModelFolder, model: nn.Module, tokens: int, end: int) -> None:
+    """Nothing below checks a token's number: mlx would read beside the embeddings."""
     rows = int(model_vocabulary(model, folder))
     if tokens > rows:
         raise ModelError(
             f"{folder.path}: the tokenizer has {tokens} tokens, the model only {rows}; they don't belong together"
         )
+    if not 0 <= end < rows:
+        raise ModelError(f"{folder.path}: the end-of-sequence token {end} is none of the model's {rows} tokens")
 
 
 def model_vocabulary(model: nn.Module, folder: ModelFolder) -> int:

@@ -31,9 +31,12 @@ class FolderTokenizer:
             raise ModelError(f"{path}: no end-of-sequence token; set eos_token in tokenizer_config.json")
         own = self.hf.eos_token_id
         self.eos_id: int = int(own) if own is not None else min(self.eos_ids)
-        self.vocab_size: int = len(self.hf)
+        self.vocab_size: int = 1 + max(self.hf.get_vocab().values(), default=-1)
         with _failures_told(path):
             self._after = _specials_after(self.hf, self.eos_ids)
+            around = max(self.hf.encode("a", add_special_tokens=True), default=0)
+        if around >= self.vocab_size:
+            raise wrong(path, f"the tokenizer puts the token {around} around a text, beyond its vocabulary")
         self.template: ChatTemplate | None = None
         source = chosen_template(path, self.hf.chat_template)
         self._by_library = wrapper._chat_template is not None or _overrides_rendering(self.hf)

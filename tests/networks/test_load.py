@@ -225,6 +225,38 @@ def test_only_mlx_lms_own_chat_code_can_be_named(copy: Callable[..., Path], kind
     assert new <= {"mlx_lm.chat_templates", "mlx_lm.chat_templates.deepseek_v32", "mlx_lm.chat_templates.muse_spark"}
 
 
+def outside(document: dict[str, Any]) -> None:
+    document["post_processor"]["special_tokens"]["<s>"]["ids"] = [10**9]
+
+
+def sparse(document: dict[str, Any]) -> None:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 10**6}
+    document["model"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(outside, "puts the token 1000000000 around a text"), (sparse, "1000001 tokens, the model only 304")],
+)
+def test_tokens_beside_the_embeddings_are_refused(
+    copy: Callable[..., Path], change: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    folder = copy()
+    document = json.loads((folder / "tokenizer.json").read_text())
+    change(document)
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(ModelError, match=words):
+        load_trunk(folder)
+
+
+@pytest.mark.parametrize("end", [304, 10**9, -1])
+def test_an_end_beside_the_embeddings_is_refused(copy: Callable[..., Path], end: int) -> None:
+    folder = copy(eos_token_id=end)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ModelError, match=f"the end-of-sequence token {end} is none of the model's 304 tokens"):
+        load_trunk(folder)
+
+
 BACKTRACKS = {"type": "Split", "pattern": {"Regex": r"(a|a|aa|a?)+$"}, "behavior": "Isolated", "invert": False}
 NO_UNKNOWN = {"type": "Unigram", "vocab": [["<s>", 0.0], ["b", -1.0], ["</s>", 0.0]], "unk_id": None}
 
