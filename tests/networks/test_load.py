@@ -231,7 +231,7 @@ def outside(document: dict[str, Any]) -> None:
 
 def sparse(document: dict[str, Any]) -> None:
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 10**6}
-    document["model"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
+    document["model"], document["decoder"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}, None
 
 
 @pytest.mark.parametrize(
