@@ -59,6 +59,14 @@ def test_a_piece_that_is_not_utf_8(tmp_path):
         load_tokenizer(tmp_path, {})
 
 
+def test_a_model_of_pieces_without_an_unknown_one(tmp_path):
+    source = bundle_root() / "models/reviews/tokenizer.model"
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "pad_token": "<none>"}')
+    (tmp_path / "tokenizer.model").write_bytes(source.read_bytes().replace(b"\x18\x02", b"\x18\x01", 1))
+    tokenizer = load_tokenizer(tmp_path, {})
+    assert tokenizer.eos_id == 2 and tokenizer.decode(tokenizer.encode("a film", bos=True)) == "a film"
+
+
 def test_a_name_as_long_as_the_file(tmp_path):
     file = tmp_path / "a.toml"
     for text in (f"[ppo]\n{'x' * 5000} = 1\n", f"[{'x' * 5000}]\n", f"[ppo]\n{'x' * 5000} = 1\n{'x' * 5000} = 1\n"):
