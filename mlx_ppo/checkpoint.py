@@ -11,7 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_ppo.errors import RunError
+from mlx_ppo.errors import ModelError, RunError
+from mlx_ppo.networks.model_files import read_arrays
 from mlx_ppo.runs import sha256
 
 FORMAT = 1
@@ -167,8 +168,10 @@ def load(run: Path, step: int) -> Checkpoint:
     for name in _read_manifest(folder) or ():  # not the folder's own listing: other files in it are not verified
         file = folder / name
         if file.suffix == ".safetensors":
-            loaded = mx.load(str(file))
-            assert isinstance(loaded, dict)
+            try:
+                loaded = read_arrays(file)  # a run folder may be somebody else's: mlx reads no file unchecked
+            except ModelError as error:
+                raise RunError(str(error)) from None
             mx.eval(loaded)
             arrays[file.stem] = loaded
         elif name != STATE:

@@ -11,8 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _named(value: object) -> object:
-    """An empty text would be the working folder."""
-    if value == "":
+    """An empty text would be the working folder; no system has a null character in a path."""
+    if value == "" or (isinstance(value, str) and "\0" in value):
         raise ValueError("must name a file or folder")
     return value
 

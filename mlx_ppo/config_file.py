@@ -14,10 +14,12 @@ from pydantic_core import ErrorDetails
 from mlx_ppo.config import Job
 from mlx_ppo.config_checks import contradictions
 from mlx_ppo.errors import ConfigError
+from mlx_ppo.files import read_regular
 
 J = TypeVar("J", bound=Job)
 Key = tuple[str | int, ...]
 
+_LARGEST = 1 << 20  # bytes of a configuration file
 # What may hide brackets, '=' and line ends: multi-line strings, strings, comments.
 _OPAQUE = re.compile(
     r'("""(?:\\.|[^\\])*?"{3,5}|' r"'''.*?'{3,5})" r'|("(?:\\.|[^"\\\n])*"|' r"'[^'\n]*')|#[^\n]*", re.DOTALL
@@ -43,7 +45,7 @@ def read_config(job: type[J], path: Path, overrides: Sequence[str] = ()) -> J:
     lines = _key_lines(text)
     origins: dict[Key, str] = {}
     problems = [problem for override in overrides if (problem := _apply_override(table, override, origins))]
-    folder = path.resolve().parent
+    folder = Path(os.path.realpath(path)).parent
     _resolve_paths(job, table, folder, origins)
     try:
         config = job.model_validate(table)
@@ -63,10 +65,10 @@ def _place(key: Key, path: Path, lines: Mapping[Key, int], origins: Mapping[Key,
     """Where a key was given: by `--set`, or on a line of the file; else where its section was."""
     for length in range(len(key), 0, -1):
         if key[:length] in origins:
-            return f"--set {origins[key[:length]]}"
+            return f"--set {_cut(origins[key[:length]])}"
         if key[:length] in lines:
             return f"{path}:{lines[key[:length]]}"
-    return next((f"--set {override}" for full, override in origins.items() if full[: len(key)] == key), str(path))
+    return next((f"--set {_cut(override)}" for full, override in origins.items() if full[: len(key)] == key), str(path))
 
 
 def _key(parts: Iterable[str]) -> Key:
@@ -77,7 +79,7 @@ def _read_text(path: Path) -> str:
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; name a TOML file in it")
     try:
-        data = path.read_bytes()
+        data = read_regular(path, _LARGEST)
     except FileNotFoundError:
         near = nearest(path.name, (item.name for item in path.parent.glob("*.toml")) if path.parent.is_dir() else ())
         raise ConfigError(f"{path}: no such configuration file." + _did_you_mean(near)) from None
@@ -106,7 +108,7 @@ def _syntax_error(path: Path, text: str, message: str) -> str:
     match = re.search(r" \(at line (\d+), column \d+\)", message)
     line = int(match[1]) if match else text.rstrip().count("\n") + 1
     if re.match(r"Cannot (overwrite a value|declare .* twice)", message):
-        name = text.split("\n")[line - 1].partition("=")[0].strip()
+        name = _cut(text.split("\n")[line - 1].partition("=")[0].strip())
         what = name if name.startswith("[") else f"'{name}'"
         return f"{path}:{line}: {what} is there twice; keep one"
     return f"{path}:{line}: not valid TOML: {message.replace(match[0], '') if match else message}"
@@ -148,7 +150,7 @@ def _apply_override(table: dict[str, Any], override: str, origins: dict[Key, str
     path, equals, value = override.partition("=")
     parts = path.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        return f"--set {override}: write it as section.key=value, for example --set ppo.epochs=4"
+        return f"--set {_cut(override)}: write it as section.key=value, for example --set ppo.epochs=4"
     key = _key(parts)
     *sections, last = key
     target: Any = table
@@ -158,10 +160,10 @@ def _apply_override(table: dict[str, Any], override: str, origins: dict[Key, str
         elif isinstance(target, dict) and isinstance(part, str):
             target = target.get(part, {})
         else:
-            return f"--set {override}: there is no {_display(key[:-1])} in the configuration"
+            return f"--set {_cut(override)}: there is no {_display(key[:-1])} in the configuration"
     if not isinstance(target, dict) or not isinstance(last, str):
         example = "lists take an index, for example reward.0.weight=2"
-        return f"--set {override}: {_display(key[:-1])} is not a section; {example}"
+        return f"--set {_cut(override)}: {_display(key[:-1])} is not a section; {example}"
     target = table
     for part in sections:
         target = target[part] if isinstance(part, int) else target.setdefault(part, {})
@@ -202,7 +204,7 @@ def _resolve_section(
         value = row.get(key, field.default if kind == "output" else None)
         if isinstance(value, Path):
             value = str(value)
-        if not isinstance(value, str) or not (kind or key == "function"):
+        if not isinstance(value, str) or "\0" in value or not (kind or key == "function"):
             continue
         start = Path.cwd() if (*prefix, key) in origins else base
         row[key] = os.path.normpath(start / _expand(value)) if value else value
@@ -270,8 +272,8 @@ def _unknown(job: type[Job], loc: Key) -> str:
     near = nearest(name, fields)
     if len(loc) == 1:
         hint = f" Did you mean {_header(job, near)}?" if near else _elsewhere(job, name)
-        return f"unknown section [{name}]." + hint
-    return f"unknown key '{name}' in {_header(job, loc[0])}." + (_did_you_mean(near) or _elsewhere(job, name))
+        return f"unknown section [{_cut(name)}]." + hint
+    return f"unknown key '{_cut(name)}' in {_header(job, loc[0])}." + (_did_you_mean(near) or _elsewhere(job, name))
 
 
 def _elsewhere(job: type[Job], name: str) -> str:
@@ -304,7 +306,12 @@ def _header(job: type[Job], section: str | int) -> str:
 
 
 def _display(key: Key) -> str:
-    return ".".join(str(part) for part in key)
+    return _cut(".".join(str(part) for part in key))
+
+
+def _cut(text: str) -> str:
+    """What somebody wrote, cut: it may be as long as the file."""
+    return text if len(text) <= 100 else text[:100] + "…"
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

@@ -6,10 +6,23 @@ Every message is one line that says where, what is wrong, and the mend. The comm
 from collections.abc import Sequence
 
 
+def printable(text: str) -> str:
+    """The text on one line, with escapes for whatever a terminal would act on or can't show."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
     """Base of every error that is shown as one clear line; never raised itself."""
 
     exit_code = 4
+
+
+class _OneLine(UserError):
+    """An error of one line, whatever the names and the content in it hold."""
+
+    def __init__(self, message: str) -> None:
+        """Keep the message, made printable."""
+        super().__init__(printable(message))
 
 
 class ConfigError(UserError):
@@ -19,17 +32,18 @@ class ConfigError(UserError):
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         """Keep the problems; a single string counts as one."""
-        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        given = (problems,) if isinstance(problems, str) else problems
+        self.problems: tuple[str, ...] = tuple(printable(problem) for problem in given)
         super().__init__("\n".join(self.problems))
 
 
-class DataError(UserError):
+class DataError(_OneLine):
     """A data file is wrong; the message starts with `file:line:`."""
 
     exit_code = 3
 
 
-class ModelError(UserError):
+class ModelError(_OneLine):
     """A model folder, tokenizer, adapter or weight file is wrong."""
 
     exit_code = 3

@@ -18,7 +18,7 @@ from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ConfigError, DataError
 from mlx_ppo.networks.adapters import HEAD, Weights
 from mlx_ppo.networks.export import fill_with_adapters, fill_with_model, write_folder
-from mlx_ppo.networks.heads import HEAD_FILE, RewardFacts, apply_head, new_head, pooled
+from mlx_ppo.networks.heads import HEAD_FILE, RewardFacts, apply_head, new_head, pooled, trunk_fingerprint
 from mlx_ppo.networks.roles import initial_weights
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.optimization import Optimizer
@@ -255,6 +255,7 @@ def _facts(trunk: Trunk, weights: Weights, train: Feedback, held_out: Feedback, 
         deviation=max(float(reference.std()), math.sqrt(np.finfo(np.float32).eps)),
         slope=slope,
         intercept=intercept,
+        trunk=trunk_fingerprint(trunk) if config.model.train == "lora" else None,
     )
 
 

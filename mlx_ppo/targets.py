@@ -1,5 +1,6 @@
 """What a person may name where a model is wanted: a model folder, a run, or one checkpoint of a run."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def load_target(path: Path) -> Target:
     Raises:
         ModelError: there is nothing to write with.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     if (path / RECORD).is_file():
         return _of_run(path, None)
     if path.parent.name == "checkpoints" and (path.parent.parent / RECORD).is_file():

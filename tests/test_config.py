@@ -174,7 +174,8 @@ def test_all_problems_come_at_once(folder):
 )
 def test_bad_overrides_are_named(folder, override, message):
     found = problems(TRAIN, override)
-    assert len(found) == 1 and found[0].startswith(f"--set {override}: {message}")
+    shown = override if len(override) <= 100 else override[:100] + "…"
+    assert len(found) == 1 and found[0].startswith(f"--set {shown}: {message}")
 
 
 def test_an_override_of_a_list_that_is_missing_adds_no_second_problem(folder):

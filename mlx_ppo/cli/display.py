@@ -4,12 +4,14 @@ import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
+from unicodedata import category
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from mlx_ppo.errors import printable
 from mlx_ppo.evaluate import Evaluation
 from mlx_ppo.metrics import BY_KEY, show
 
@@ -20,6 +22,16 @@ _LIVE_KEYS = (
 )
 _LINE_KEYS = ("score", "kl", "entropy", "clip_high", "explained_variance", "finished", "tokens_per_second")
 _SHOWN_ANSWERS = 6
+_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def harmless(text: str) -> str:
+    """A text from a model or a file as a terminal may have it: nothing that moves, colours, reorders or hides."""
+    return "".join(repr(c)[1:-1] if _acts(c) else c for c in text)
+
+
+def _acts(character: str) -> bool:
+    return character not in "\n\t" and (category(character) in ("Cc", "Cs") or character in _REORDERING)
 
 
 class Display:
@@ -56,7 +68,7 @@ class Display:
 
     def message(self, text: str) -> None:
         """One line of information or warning."""
-        self.console.print(Text(text))
+        self.console.print(Text(printable(text)))
 
     def phase(self, name: str, iteration: int, iterations: int) -> None:
         """A phase begins."""
@@ -112,8 +124,8 @@ class Display:
         if self._sample is not None:
             prompt, completion, score = self._sample
             text = Text(f"{score:+.2f}  ", style="dim")
-            text.append(prompt, style="dim")
-            text.append(completion, style="cyan")
+            text.append(harmless(prompt), style="dim")
+            text.append(harmless(completion), style="cyan")
             parts.append(text)
         return Group(*parts)
 
@@ -127,10 +139,12 @@ class Display:
             name = (
                 f"rating points ({key.removeprefix('points_')})" if key.startswith("points_") else names.get(key, key)
             )
-            table.add_row(name, f"{first[key]:.3f}", f"{last[key]:.3f}", f"{last[key] - first[key]:+.3f}")
+            table.add_row(
+                Text(printable(name)), f"{first[key]:.3f}", f"{last[key]:.3f}", f"{last[key] - first[key]:+.3f}"
+            )
         self.console.print(table)
         for old, new in list(zip(before.completions, after.completions, strict=True))[:_SHOWN_ANSWERS]:
-            self.console.print(Text(f"\n{old.prompt}", style="bold"))
-            self.console.print(Text(f"  before {old.score:+.2f}  {old.text.strip()}"))
-            self.console.print(Text(f"  after  {new.score:+.2f}  {new.text.strip()}", style="cyan"))
+            self.console.print(Text(f"\n{harmless(old.prompt)}", style="bold"))
+            self.console.print(Text(f"  before {old.score:+.2f}  {harmless(old.text.strip())}"))
+            self.console.print(Text(f"  after  {new.score:+.2f}  {harmless(new.text.strip())}", style="cyan"))
         self.console.print()

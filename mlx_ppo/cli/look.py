@@ -1,17 +1,19 @@
 """`sample` and `compare`: what models write, and which of two writes better."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import numpy as np
 
+from mlx_ppo.cli.display import harmless
 from mlx_ppo.config import TrainConfig
 from mlx_ppo.data.prompts import Prompt, load_prompts
 from mlx_ppo.data.tokenizer import Tokenizer
-from mlx_ppo.errors import ConfigError
-from mlx_ppo.networks.heads import RewardModel, load_reward_model
+from mlx_ppo.errors import ConfigError, printable
+from mlx_ppo.networks.heads import REWARD_FILE, RewardModel, lies_on, load_reward_model, read_reward_facts
 from mlx_ppo.networks.tokenizer import completion_text
 from mlx_ppo.records import Rollout
 from mlx_ppo.reward_figures import Floats
@@ -39,7 +41,7 @@ def sample(
     for row, text in enumerate(_texts(target.trunk.tokenizer, rollout)):
         if row % samples == 0 and row:
             click.echo()
-        click.echo(click.style(prompts[row // samples].text, bold=True) + text.rstrip())
+        click.echo(click.style(harmless(prompts[row // samples].text), bold=True) + harmless(text.rstrip()))
 
 
 def compare(
@@ -67,8 +69,8 @@ def compare(
     shown = "rating points" if judge.facts.slope is not None else "normalised score"
     click.echo(f"{len(prompts)} prompts, judged by {judge.facts.placement} reward model ({shown})")
     for path, values in zip((first, second), scores, strict=True):
-        click.echo(f"  {path}: mean {values.mean():+.3f}, deviation {values.std():.3f}")
-    click.echo(f"{second} wins {wins:.1%} (95 % interval {low:.1%} to {high:.1%}; ties count half)")
+        click.echo(f"  {printable(str(path))}: mean {values.mean():+.3f}, deviation {values.std():.3f}")
+    click.echo(f"{printable(str(second))} wins {wins:.1%} (95 % interval {low:.1%} to {high:.1%}; ties count half)")
 
 
 def win_rate(first: Floats, second: Floats) -> tuple[float, float, float]:
@@ -88,7 +90,11 @@ def _judge(targets: Sequence[Target], reward: Path | None, config: TrainConfig |
         reward = next((source.path for source in config.reward if source.path is not None), None)
     if reward is None:
         raise ConfigError("--reward: name a reward model's folder; neither model is a run that used one")
-    return load_reward_model(reward.resolve(), targets[1].trunk)
+    folder = Path(os.path.realpath(reward))
+    trunk = targets[1].trunk
+    if (folder / REWARD_FILE).is_file() and read_reward_facts(folder).placement == "adapters":
+        trunk = next((target.trunk for target in reversed(targets) if lies_on(folder, target.trunk)), trunk)
+    return load_reward_model(folder, trunk)
 
 
 def _prompts(target: Target, texts: Sequence[str], file: Path | None, count: int) -> list[Prompt]:
@@ -97,6 +103,9 @@ def _prompts(target: Target, texts: Sequence[str], file: Path | None, count: int
         empty = [text for text in texts if not text.strip()]
         if empty:
             raise ConfigError("--prompt: is empty; write some text")
+        broken = next((text for text in texts if any("\ud800" <= c <= "\udfff" for c in text)), None)
+        if broken is not None:
+            raise ConfigError(f"--prompt: {broken!r} isn't UTF-8; write it in UTF-8, or give a file with --prompts")
         return [Prompt(tuple(tokenizer.encode(text, bos=True)), text, {"prompt": text}, "--prompt") for text in texts]
     if file is None and isinstance(target.config, TrainConfig):
         file = target.config.data.eval_prompts or target.config.data.prompts

@@ -1,5 +1,6 @@
 """The commands: parse, call one function, print."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import click
 
 import mlx_ppo
-from mlx_ppo.errors import ConfigError, UserError
+from mlx_ppo.errors import ConfigError, UserError, printable
 
 _SET = click.option(
     "overrides",
@@ -31,14 +32,18 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             each = isinstance(error, ConfigError)  # as many problems as lines; elsewhere one, and what belongs to it
-            for number, line in enumerate(str(error).splitlines()):
-                click.echo(f"error: {line}" if each or number == 0 else line, err=True)
+            for number, line in enumerate(str(error).split("\n")):
+                click.echo(printable(f"error: {line}" if each or number == 0 else line), err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:  # outside the jobs, which save first
             ctx.exit(130)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
+        except OSError as error:  # what the system refuses where nobody expected it, such as a name that is too long
+            place = "" if error.filename is None else f"{error.filename}: "
+            click.echo(printable(f"error: {place}{error.strerror or error}"), err=True)
+            ctx.exit(UserError.exit_code)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -51,6 +56,9 @@ def main() -> None:
     mlx-ppo init my-project  copy it, to start from
     """
     os.umask(0o077)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that can't show a character is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
 
 
 @main.command()

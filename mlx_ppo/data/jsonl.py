@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,9 +11,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mlx_ppo.errors import DataError
+from mlx_ppo.files import open_regular
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _BOM = b"\xef\xbb\xbf"
+_LONGEST_LINE = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,16 @@ def read_records(path: Path) -> list[Record]:
         DataError: the file is missing, a folder, unreadable or without records; a line isn't UTF-8, isn't one JSON
             object, or holds NaN, Infinity, a key twice, or half of a surrogate pair.
     """
-    data = _read(path)
-    start = len(_BOM) if data.startswith(_BOM) else 0
-    records = []
-    # only \n ends a line: JSON strings may hold U+2028 and the like, at which str.splitlines would cut
-    for line, raw in enumerate(data[start:].split(b"\n"), start=1):
-        if raw.strip():
-            records.append(Record(path, line, _parse(raw, f"{path}:{line}", start)))
-        start += len(raw) + 1
+    records, start, empty = [], 0, True
+    for line, raw in enumerate(_lines(path), start=1):
+        bom = len(_BOM) if line == 1 and raw.startswith(_BOM) else 0
+        empty = empty and len(raw) == bom
+        content = raw[bom:].removesuffix(b"\n")
+        if content.strip():
+            records.append(Record(path, line, _parse(content, f"{path}:{line}", start + bom)))
+        start += len(raw)
     if not records:
-        what = "has only blank lines" if data.removeprefix(_BOM) else "is empty"
+        what = "is empty" if empty else "has only blank lines"
         raise DataError(f"{path}: the file {what}; give it one JSON object per line")
     return records
 
@@ -107,9 +109,18 @@ def _quoted(names: Iterable[str], separator: str) -> str:
     return separator.join(repr(name if len(name) <= 40 else name[:39] + "…") for name in names)
 
 
-def _read(path: Path) -> bytes:
+def _lines(path: Path) -> Iterator[bytes]:
+    """Each line with its end, which only \\n is: JSON strings may hold U+2028 and the like."""
     try:
-        return path.read_bytes()
+        with open_regular(path) as stream:
+            number = 0
+            while raw := stream.readline(_LONGEST_LINE + 1):
+                number += 1
+                if len(raw) > _LONGEST_LINE:
+                    raise DataError(
+                        f"{path}:{number}: a line of more than {_LONGEST_LINE >> 20} MiB; give each object a line"
+                    )
+                yield raw
     except FileNotFoundError:
         nearest = difflib.get_close_matches(path.name, _names(path.parent), n=3)
         mend = f"did you mean {_quoted(nearest, ' or ')}?" if nearest else "check the path"
@@ -119,8 +130,8 @@ def _read(path: Path) -> bytes:
         inside = [name for name in _names(path) if name.endswith(".jsonl")]
         mend = f"name a file in it, like {_quoted(inside[:1], '')}" if inside else "name a JSONL file"
         raise DataError(f"{path}: this is a folder; {mend}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise DataError(f"{path}: can't be read ({reason}); check the path and its permissions") from error
 
 

@@ -1,6 +1,7 @@
 """`mlx-ppo import`: a GGUF file or a Hugging Face folder into a model folder, checked before it appears."""
 
 import contextlib
+import difflib
 import json
 import shutil
 from collections import Counter
@@ -19,6 +20,7 @@ from mlx_ppo.importing.gguf_tokenizer import write_tokenizer
 from mlx_ppo.importing.gguf_weights import GROUP, floating_type, kept_bits, read_tensor
 from mlx_ppo.importing.shards import ShardWriter
 from mlx_ppo.networks.export import write_folder
+from mlx_ppo.networks.foreign import foreign
 from mlx_ppo.networks.load import load_trunk
 from mlx_ppo.networks.model_files import wrong
 
@@ -59,7 +61,8 @@ def import_model(source: Path, target: Path, *, dtype: str = "auto") -> Summary:
     if target.exists() or target.is_symlink():
         raise wrong(target, "exists already; give a new folder")
     if not source.exists():
-        raise wrong(source, "no such file or folder; give a GGUF file or a model folder on this machine")
+        raise wrong(source, f"no such file or folder{_nearest(source)}; give a GGUF file or a model folder")
+    _check_kind(source)
     made: list[Summary] = []
     convert = copy_folder if source.is_dir() else _convert_gguf
 
@@ -69,6 +72,23 @@ def import_model(source: Path, target: Path, *, dtype: str = "auto") -> Summary:
 
     write_folder(target, _removed_on_error(fill))
     return made[0]
+
+
+def _nearest(source: Path) -> str:
+    others = source.parent.iterdir() if source.parent.is_dir() else ()
+    names = [entry.name for entry in others if entry.name != source.name]
+    near = difflib.get_close_matches(source.name, names, n=1)
+    return f" (did you mean '{source.with_name(near[0])}'?)" if near else ""
+
+
+def _check_kind(source: Path) -> None:
+    """ModelError for files that are no GGUF at first sight: pickles, archives."""
+    try:
+        what = None if source.is_dir() else foreign(source)
+    except OSError as error:
+        raise wrong(source, f"can't be read: {error.strerror or error}") from None
+    if what is not None:
+        raise wrong(source, what)
 
 
 def _removed_on_error(fill: Callable[[Path], None]) -> Callable[[Path], None]:

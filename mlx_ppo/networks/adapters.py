@@ -6,7 +6,6 @@ otherwise. Parameter names stay those of the plain model.
 Source: Hu et al. 2021, arXiv:2106.09685, eq. 3 (with mlx-lm's `scale` in place of alpha / rank).
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.compact import CompactLinear
-from mlx_ppo.networks.model_files import read_arrays
+from mlx_ppo.networks.model_files import json_object, read_arrays
 
 HEAD = "head."
 
@@ -195,10 +194,11 @@ def load_adapters(folder: Path, adapted: Mapping[str, nn.Module]) -> Weights:
         ModelError: the folder isn't one, or its adapters don't fit the trunk.
     """
     try:
-        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        scale = float(config["lora_parameters"]["scale"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        scale = float(json_object(folder / "adapter_config.json")["lora_parameters"]["scale"])
+    except (ModelError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: not a folder of LoRA adapters in mlx-lm's format ({error})") from None
+    if not math.isfinite(scale):
+        raise ModelError(f"{folder}: its lora_parameters have the scale {scale}, which can't be")
     arrays = read_arrays(folder / "adapters.safetensors")
     for name, array in arrays.items():
         layer, _, side = name.rpartition(".")

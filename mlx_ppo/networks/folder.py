@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_ppo.errors import ModelError
+from mlx_ppo.networks.foreign import PICKLES, foreign
 from mlx_ppo.networks.model_files import Tensors, check_regular, check_safetensors, json_object, quoted, wrong
 
 _WEIGHTS = "model*.safetensors"  # mlx-lm reads all of these and nothing else
 _INDEX = "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".zst", ".7z")
+_CODE = ("model_file", "auto_map", "trust_remote_code")
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_DEEPEST = 10_000
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def check_model_folder(path: Path, *, weights: bool = True) -> ModelFolder:
         ModelError: the first thing found wrong, in one line.
     """
     try:
-        _check_place(path)
+        check_place(path)
         _check_links(path)
         config = json_object(path / "config.json")
         _check_model_type(path, config)
@@ -60,7 +62,9 @@ def check_model_folder(path: Path, *, weights: bool = True) -> ModelFolder:
         files = tuple(sorted(path.glob(_WEIGHTS)))
         if not files and weights:
             raise _no_weights(path)
-        return ModelFolder(path, config, files, _check_weights(path, files) if files else {})
+        tensors = _check_weights(path, files) if files else {}
+        check_depth(path / "config.json", config, len(tensors) or _DEEPEST)
+        return ModelFolder(path, config, files, tensors)
     except OSError as error:
         raise wrong(Path(error.filename or path), f"can't be read: {error.strerror or error}") from None
 
@@ -69,16 +73,13 @@ def _nearest(name: str, names: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
 
 
-def _check_place(path: Path) -> None:
-    """There is a folder, and a config.json in it."""
-    if path.is_file():
-        suffix = path.suffix.lower()
+def check_place(path: Path) -> None:
+    """ModelError unless there is a folder, and a config.json in it."""
+    if path.exists() and not path.is_dir():
         mend = "a model is a folder with config.json, safetensors and a tokenizer; give the folder"
-        if suffix == ".gguf":
+        if path.suffix.lower() == ".gguf":
             mend = "a GGUF file has to be imported into a model folder first"
-        elif suffix in _ARCHIVES:
-            mend = "an archive has to be unpacked into a folder first"
-        raise wrong(path, f"a file, not a model folder: {mend}")
+        raise wrong(path, foreign(path) or f"a file, not a model folder: {mend}")
     if not path.is_dir():
         raise wrong(path, _missing_folder(path))
     if not os.path.lexists(path / "config.json"):
@@ -150,14 +151,26 @@ def _check_model_type(path: Path, config: dict[str, Any]) -> None:
         raise wrong(file, f"the installed mlx-lm has no model type {quoted(kind)}. {mend}")
 
 
+def check_depth(file: Path, config: dict[str, Any], most: int = _DEEPEST) -> None:
+    """ModelError where a config.json asks for too many blocks: each of them is made, and has a tensor at least."""
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, dict) else {}):
+        for key in _DEPTHS:
+            count = section.get(key)
+            if isinstance(count, int | float) and count > most:
+                raise wrong(
+                    file, f"'{key}' is {quoted(count)}, more than there can be ({most}); it is damaged or forged"
+                )
+
+
 def _check_code(path: Path, config: dict[str, Any]) -> None:
     tokenizer = path / "tokenizer_config.json"
     configs = [(path / "config.json", config)]
     if os.path.lexists(tokenizer):
         configs.append((tokenizer, json_object(tokenizer)))
     for file, content in configs:
-        for key in ("model_file", "auto_map"):
-            if content.get(key) not in (None, {}):
+        for key in _CODE:
+            if content.get(key) not in (None, {}, False):
                 mend = "If the model also works without it, delete the key"
                 raise wrong(file, f"'{key}' asks to run code that comes with the model, which is never done. {mend}")
 
@@ -175,7 +188,7 @@ def _check_tokenizer(path: Path) -> None:
 def _no_weights(path: Path) -> ModelError:
     names = sorted(entry.name for entry in path.iterdir())
     for suffixes, why in (
-        (_PICKLES, "a pickle, which can run code; only safetensors are read. Convert it where you trust it"),
+        (PICKLES, "a pickle, which can run code; only safetensors are read. Convert it where you trust it"),
         ((".gguf",), "a GGUF file, which has to be imported into a model folder first"),
         ((".safetensors",), f"not named {_WEIGHTS}, which is all that mlx-lm reads. Rename it if it's the model"),
     ):

@@ -1,6 +1,8 @@
 """Scalar heads on final hidden states, and reward models on disk."""
 
+import difflib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +14,14 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import HEAD, Weights, load_adapters
 from mlx_ppo.networks.folder import check_model_folder
 from mlx_ppo.networks.load import load_trunk
-from mlx_ppo.networks.model_files import read_arrays
+from mlx_ppo.networks.model_files import fingerprint, json_object, read_arrays
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.records import Sequences
 
 REWARD_FILE = "reward.json"
 HEAD_FILE = "head.safetensors"
 _SCORE = "score.weight"
+_LARGEST_NUMBER = 1e30
 
 
 def new_head(width: int) -> dict[str, mx.array]:
@@ -62,6 +65,7 @@ class RewardFacts:
     deviation: float
     slope: float | None = None
     intercept: float | None = None
+    trunk: str | None = None  # fingerprint of the weights that adapters were trained on
     format: int = 1
 
     def write(self, folder: Path) -> None:
@@ -76,16 +80,45 @@ def read_reward_facts(folder: Path) -> RewardFacts:
         ModelError: the folder isn't a reward model.
     """
     file = folder / REWARD_FILE
-    if not file.is_file():
-        raise ModelError(f"{folder}: not a reward model (no {REWARD_FILE}); `mlx-ppo reward` writes one")
+    if not os.path.lexists(file):
+        raise ModelError(f"{folder}: not a reward model ({_why_none(folder)}")
+    content = json_object(file)
     try:
-        facts = RewardFacts(**json.loads(file.read_text("utf-8")))
-        valid = facts.format == 1 and facts.deviation > 0 and facts.placement in ("adapters", "folder")
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{file}: cannot be read ({error})") from None
-    if not valid or facts.pooling not in ("last", "mean", "sqrt"):
+        facts = RewardFacts(**content)
+    except TypeError:
+        raise ModelError(f"{file}: not a description this version understands") from None
+    rating = (facts.slope, facts.intercept)
+    numbers = (facts.mean, facts.deviation, *(value for value in rating if value is not None))
+    finite = all(type(value) in (int, float) and abs(value) < _LARGEST_NUMBER for value in numbers)
+    known = facts.placement in ("adapters", "folder") and facts.pooling in ("last", "mean", "sqrt")
+    if not (finite and known and facts.deviation > 0 and facts.format == 1):
         raise ModelError(f"{file}: not a description this version understands")
     return facts
+
+
+def _why_none(folder: Path) -> str:
+    """What is in the place of a reward model, and what could have been meant."""
+    if folder.is_file():
+        return f"a file); give the folder that holds {REWARD_FILE}"
+    if not folder.is_dir():
+        names = [item.name for item in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = difflib.get_close_matches(folder.name, names, n=1)
+        mend = f"Did you mean '{folder.with_name(near[0])}'?" if near else "`mlx-ppo reward` writes one"
+        return f"no such folder). {mend}"
+    inner = sorted([*folder.glob(f"*/{REWARD_FILE}"), *folder.glob(f"*/reward/{REWARD_FILE}")])
+    mend = f". Did you mean '{inner[0].parent}'?" if inner else "; `mlx-ppo reward` writes one"
+    return f"no {REWARD_FILE}){mend}"
+
+
+def lies_on(folder: Path, trunk: Trunk) -> bool:
+    """Whether adapters were trained on the weights of this trunk; those of earlier versions don't tell."""
+    known = read_reward_facts(folder).trunk
+    return known is None or known == trunk_fingerprint(trunk)
+
+
+def trunk_fingerprint(trunk: Trunk) -> str:
+    """The fingerprint of the weights in a trunk's folder."""
+    return fingerprint(check_model_folder(Path(trunk.name)).weight_files)
 
 
 class RewardModel:
@@ -139,6 +172,12 @@ def load_reward_model(folder: Path, shared: Trunk | None, *, dtype: str = "auto"
     if facts.placement == "adapters":
         if shared is None:
             raise ModelError(f"{folder}: these are adapters for a trunk; give the trunk's folder as the model")
+        if not lies_on(folder, shared):
+            raise ModelError(
+                f"{folder}: these adapters were trained on other weights than those in {shared.name}; "
+                "train the reward model on these (if they are the same in another type, delete 'trunk' in "
+                f"{REWARD_FILE})"
+            )
         trunk, weights = shared, load_adapters(folder, shared.adapted)
     else:
         trunk, weights = load_trunk(folder, dtype=dtype), Weights({})

@@ -15,12 +15,13 @@ from mlx_ppo.networks.activations import use_fast_gates
 from mlx_ppo.networks.adapters import parameters_of
 from mlx_ppo.networks.compact import keep_compact
 from mlx_ppo.networks.device import on_cpu
-from mlx_ppo.networks.folder import ModelFolder, check_model_folder
+from mlx_ppo.networks.folder import ModelFolder, check_depth, check_model_folder
 from mlx_ppo.networks.model_files import read_arrays
 from mlx_ppo.networks.tokenizer import load_tokenizer
 from mlx_ppo.networks.trunk import BRANCH_ENDS, Trunk
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_LONGEST_ERROR = 300  # characters
 _INITIAL_DEVIATION = 0.02
 _EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
 
@@ -75,8 +76,13 @@ def load_trunk(
     _settle(model, _target(dtype), path)
     use_fast_gates(model)
     tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
-    _check_vocabulary(folder, model, tokenizer.vocab_size)
-    trunk = Trunk(model, tokenizer, str(path))
+    _check_vocabulary(folder, model, tokenizer.vocab_size, tokenizer.eos_id)
+    try:
+        trunk = Trunk(model, tokenizer, str(path))
+    except ModelError:
+        raise
+    except Exception as error:  # numbers in config.json that fit the weights' shapes and nothing else
+        raise ModelError(f"{path}: mlx-lm cannot compute with this model ({_said(error)})") from None
     trunk.remark = remark
     if random_seed is None:
         trunk.reload = _reload(folder, dtype, classifier=classifier, compact=compact)
@@ -100,8 +106,7 @@ def _read(
             path, lazy=True, strict=strict and not classifier, model_config=given, trust_remote_code=False
         )
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(f"{path}: mlx-lm cannot load this model ({type(error).__name__}: {first})") from None
+        raise ModelError(f"{path}: mlx-lm cannot load this model ({_said(error)})") from None
     missing = sorted(set(parameters_of(model)) - set(folder.tensors)) if classifier else []
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]!r} is missing")
@@ -143,12 +148,19 @@ def _stamps(folder: ModelFolder) -> list[tuple[int, int]]:
     return [(fact.st_size, fact.st_mtime_ns) for fact in facts]
 
 
+def _said(error: Exception) -> str:
+    """What a library said, on one line and cut; the names of missing tensors come on lines of their own."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words if len(words) <= _LONGEST_ERROR else words[:_LONGEST_ERROR] + '…'}"
+
+
 def empty_model(config: dict[str, Any], name: str) -> nn.Module:
     """The modules of a config.json; nothing is computed for their weights, which are random, until somebody asks.
 
     Raises:
         ModelError: mlx-lm doesn't know the architecture, or something is missing.
     """
+    check_depth(Path(name), config)
     with _open_files_limit_kept():
         from mlx_lm.utils import _get_classes
     try:
@@ -166,8 +178,7 @@ def empty_model(config: dict[str, Any], name: str) -> nn.Module:
                 model, group_size=group, bits=bits, mode=quantisation.get("mode", "affine"), class_predicate=chosen
             )
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(f"{name}: mlx-lm cannot make this model ({type(error).__name__}: {first})") from None
+        raise ModelError(f"{name}: mlx-lm cannot make this model ({_said(error)})") from None
     return model
 
 
@@ -222,12 +233,15 @@ def _settle(model: nn.Module, dtype: mx.Dtype | None, path: Path) -> None:
     mx.eval(parameters_of(model))
 
 
-def _check_vocabulary(folder: ModelFolder, model: nn.Module, tokens: int) -> None:
+def _check_vocabulary(folder: ModelFolder, model: nn.Module, tokens: int, end: int) -> None:
+    """Nothing below checks a token's number: mlx would read beside the embeddings."""
     rows = int(model_vocabulary(model, folder))
     if tokens > rows:
         raise ModelError(
             f"{folder.path}: the tokenizer has {tokens} tokens, the model only {rows}; they don't belong together"
         )
+    if not 0 <= end < rows:
+        raise ModelError(f"{folder.path}: the end-of-sequence token {end} is none of the model's {rows} tokens")
 
 
 def model_vocabulary(model: nn.Module, folder: ModelFolder) -> int:

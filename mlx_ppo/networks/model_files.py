@@ -1,12 +1,15 @@
 """One safetensors or JSON file of a model folder, checked to the byte before any library reads it."""
 
+import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_ppo.errors import ModelError
+from mlx_ppo.files import open_regular, read_regular
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -21,12 +24,14 @@ _ITEM_BYTES = {
 }  # the types that mlx reads
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 _LARGEST_RANK = 32
+_LARGEST_JSON = 1 << 27  # bytes; the largest tokenizers in use have 35 MB
+_SAMPLE, _SAMPLES = 1 << 12, 16  # bytes of a place in a tensor, and places
 _POINTER = b"version https://git-lfs"
 
 
 def wrong(where: Path, what: str) -> ModelError:
-    """One line, whatever the names in it hold."""
-    return ModelError("".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{where}: {what}"))
+    """An error about a file or folder."""
+    return ModelError(f"{where}: {what}")
 
 
 def quoted(name: object) -> str:
@@ -59,15 +64,19 @@ def _parsed(file: Path, content: bytes, *, header: bool = False) -> dict[str, An
 def json_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; ModelError when there is none."""
     check_regular(file)
-    return _parsed(file, file.read_bytes())
+    try:
+        return _parsed(file, read_regular(file, _LARGEST_JSON))
+    except OSError as error:
+        raise wrong(file, f"can't be read: {error.strerror or error}") from None
 
 
 def check_regular(file: Path) -> None:
     """ModelError unless this is a file with content of its own."""
-    if not file.is_file():  # a pipe would block whoever opens it
-        raise wrong(file, "not a regular file")
-    with file.open("rb") as stream:
-        start = stream.read(len(_POINTER))
+    try:
+        with open_regular(file) as stream:
+            start = stream.read(len(_POINTER))
+    except OSError as error:
+        raise wrong(file, f"can't be read: {error.strerror or error}") from None
     if not start:
         raise wrong(file, "an empty file; copy it again")
     if start == _POINTER:
@@ -76,9 +85,37 @@ def check_regular(file: Path) -> None:
 
 def check_safetensors(file: Path) -> Tensors:
     """The tensors of one file whose header tells the truth about every byte."""
+    header, _ = _header(file)
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Tells weights from others: SHA-256 of each tensor's name, type, shape and up to 64 KiB of its bytes.
+
+    It doesn't depend on how they are spread over files.
+
+    Raises:
+        ModelError: a file is missing or damaged.
+    """
+    parts: dict[str, str] = {}
+    for file in files:
+        header, start = _header(file)
+        with open_regular(file) as stream:
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                digest = hashlib.sha256(f"{entry['dtype']} {entry['shape']}".encode())
+                for place in range(begin, end, max(_SAMPLE, -(-(end - begin) // _SAMPLES))):
+                    stream.seek(start + place)
+                    digest.update(stream.read(min(_SAMPLE, end - place)))
+                parts[name] = digest.hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """A checked file's entries, and where its data begin."""
     check_regular(file)
     size = file.stat().st_size
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise wrong(file, f"truncated, or not safetensors: its header should have {length} bytes; copy it again")
@@ -98,7 +135,7 @@ def check_safetensors(file: Path) -> Tensors:
     ranges = sorted((*_range(file, name, entry), name) for name, entry in header.items())
     _check_ranges(file, ranges, size - 8 - length)
     _check_with_library(file, set(header))
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    return header, 8 + length
 
 
 def _range(file: Path, name: str, entry: Any) -> tuple[int, int]:

@@ -58,7 +58,7 @@ def _piece(content: bytes) -> tuple[str, float, int]:
     text, score = fields.get(_TEXT, b""), fields.get(_SCORE, b"\0\0\0\0")
     if not isinstance(text, bytes) or not isinstance(score, bytes) or len(score) != 4:
         raise ValueError("a malformed piece")
-    return text.decode("utf-8", "replace"), struct.unpack("<f", score)[0], int(fields.get(_KIND, 1))
+    return text.decode("utf-8"), struct.unpack("<f", score)[0], int(fields.get(_KIND, 1))
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:

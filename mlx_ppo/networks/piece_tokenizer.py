@@ -139,7 +139,8 @@ class PieceTokenizer:
         if text in self._by_text:
             return self._by_text[text].index
         index = int(self._pieces.piece_to_id(text))
-        return index if self._pieces.id_to_piece(index) == text else -1
+        known = 0 <= index < self._pieces.vocab_size()  # the unknown piece's, which there may be none of, for others
+        return index if known and self._pieces.id_to_piece(index) == text else -1
 
 
 def _named(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The tokenizer of a model folder behind the project's own small interface."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.chat_template import ChatTemplate, chosen_template
 from mlx_ppo.networks.model_files import wrong
 from mlx_ppo.networks.piece_tokenizer import PieceTokenizer
+
+_LONGEST_ERROR = 300  # characters
 
 
 class FolderTokenizer:
@@ -28,7 +31,12 @@ class FolderTokenizer:
             raise ModelError(f"{path}: no end-of-sequence token; set eos_token in tokenizer_config.json")
         own = self.hf.eos_token_id
         self.eos_id: int = int(own) if own is not None else min(self.eos_ids)
-        self.vocab_size: int = len(self.hf)
+        self.vocab_size: int = 1 + max(self.hf.get_vocab().values(), default=-1)
+        with _failures_told(path):
+            self._after = _specials_after(self.hf, self.eos_ids)
+            around = max(self.hf.encode("a", add_special_tokens=True), default=0)
+        if around >= self.vocab_size:
+            raise wrong(path, f"the tokenizer puts the token {around} around a text, beyond its vocabulary")
         self.template: ChatTemplate | None = None
         source = chosen_template(path, self.hf.chat_template)
         self._by_library = wrapper._chat_template is not None or _overrides_rendering(self.hf)
@@ -53,14 +61,14 @@ class FolderTokenizer:
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         """Token ids; with `bos` the special tokens that this tokenizer puts before a text, never those after it."""
-        tokens = [int(token) for token in self.hf.encode(text, add_special_tokens=bos)]
-        while bos and tokens and tokens[-1] in self.eos_ids and len(tokens) > 1:
-            tokens.pop()
-        return tokens
+        with _failures_told(self._path):
+            tokens = [int(token) for token in self.hf.encode(text, add_special_tokens=bos)]
+        return tokens[: len(tokens) - self._after] if bos else tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out, spaces as they are."""
-        text: str = self.hf.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        with _failures_told(self._path):
+            text: str = self.hf.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def chat_text(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
@@ -70,18 +78,34 @@ class FolderTokenizer:
         return self.template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def render_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
-        """Token ids of the same; the template writes BOS where it wants it."""
+        """Token ids of the same; the template writes BOS where it wants it.
+
+        A message that spells a control token gives that token, as with transformers.
+        """
         if self.template is None:
             return [int(token) for token in self._library(messages, add_generation_prompt=add_generation_prompt)]
         return self.encode(self.chat_text(messages, add_generation_prompt=add_generation_prompt), bos=False)
 
     def _library(self, messages: list[dict[str, str]], **options: Any) -> Any:
-        """What mlx-lm's or transformers' own code makes of a conversation."""
+        """What mlx-lm's or transformers' own code makes of a conversation, in this process.
+
+        A folder can only name a module that mlx-lm brings; nothing of the folder runs or is rendered there.
+        """
         try:
             return self._wrapper.apply_chat_template(messages, **options)
         except Exception as error:
             first = str(error).strip().split("\n")[0]
             raise wrong(self._path, f"its chat template fails ({type(error).__name__}: {first})") from None
+
+
+def _specials_after(hf: Any, ends: frozenset[int]) -> int:
+    """How many special tokens this tokenizer puts after a text."""
+    bare, whole = hf.encode("a", add_special_tokens=False), hf.encode("a", add_special_tokens=True)
+    extra = len(whole) - len(bare)
+    if not bare:  # not even this letter: only the ends can be told from what comes before
+        return next((index for index, token in enumerate(reversed(whole)) if token not in ends), len(whole))
+    before = next((index for index in range(extra + 1) if whole[index : index + len(bare)] == bare), extra)
+    return int(extra - before)
 
 
 def _overrides_rendering(hf: Any) -> bool:
@@ -102,12 +126,21 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> Tokenizer:
     if not (path / "tokenizer.json").exists():
         given = eos if isinstance(eos, list) else [eos]
         return PieceTokenizer(path, frozenset(token for token in given if isinstance(token, int)))
-    try:
+    with _failures_told(path, "cannot be loaded"):
         wrapper = load(path, {"trust_remote_code": False, "local_files_only": True}, eos_token_ids=eos)
-    except Exception as error:
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {first})") from None
     return FolderTokenizer(wrapper, path)
+
+
+@contextmanager
+def _failures_told(path: Path, what: str = "fails") -> Iterator[None]:
+    """Whatever a tokenizer's library raises as a ModelError; its Rust code panics with a BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        first = str(error).strip().split("\n")[0][:_LONGEST_ERROR]
+        raise wrong(path, f"the tokenizer {what} ({type(error).__name__}: {first})") from None
 
 
 def completion_text(tokenizer: Tokenizer, prompt: Sequence[int], response: Sequence[int]) -> str:

@@ -103,10 +103,10 @@ def test_an_unreadable_file(tmp_path, monkeypatch):
     path.write_bytes(GOOD)
     if os.geteuid() == 0:  # root reads everything
 
-        def denied(self):
+        def denied(path):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(type(path), "read_bytes", denied)
+        monkeypatch.setattr("mlx_ppo.data.jsonl.open_regular", denied)
     else:
         path.chmod(0)
     with pytest.raises(DataError) as caught:
@@ -115,7 +115,7 @@ def test_an_unreadable_file(tmp_path, monkeypatch):
 
 
 def test_a_path_that_no_system_has(tmp_path):
-    with pytest.raises(DataError, match=r"can't be read \(embedded null byte\)"):
+    with pytest.raises(DataError, match=r"can't be read \(the path has a null character\)"):
         read_records(tmp_path / "a\0b")
 
 

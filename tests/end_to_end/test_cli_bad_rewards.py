@@ -123,7 +123,7 @@ def no_deviation(folder):
 
 def torn_facts(folder):
     (folder / "reward.json").write_text('{"placement": "adap')
-    return "judge/reward.json: cannot be read"
+    return "judge/reward.json: malformed JSON"
 
 
 @pytest.mark.parametrize("spoil", [cut_head, no_head, no_deviation, torn_facts])
@@ -139,4 +139,21 @@ def test_reward_adapters_of_another_model(project, reward_folders, make_model):
     other = make_model(hidden_size=40, num_attention_heads=4, head_dim=8)
     reward = [{"kind": "model", "path": str(reward_folders["adapters"])}]
     config = project.config(model={"path": str(other)}, reward=reward)
-    project.refused(3, "which doesn't fit this model", "train", config)
+    project.refused(3, "trained on other weights than those in", "train", config)
+
+
+def test_reward_adapters_know_their_trunk(project, own_reward, make_model):
+    """Of the same shape, but with other weights; what an earlier version wrote doesn't say."""
+    folder, config = own_reward
+    project.done("train", config, "--dry-run")
+    other = make_model(seed=5)
+    config = project.config(model={"path": str(other)}, reward=[{"kind": "model", "path": "judge"}])
+    shown = project.refused(3, "judge: these adapters were trained on other weights than those in", "train", config)
+    assert f"{other};" in shown
+    compared = ("model", other, "--reward", "judge", "--prompts", "prompts.jsonl", "--count", 2, "--max-tokens", 2)
+    assert "judged by adapters reward model" in project.done("compare", *compared)  # on the trunk that fits
+    project.refused(3, "were trained on other weights", "compare", other, *compared[1:])
+    facts = json.loads((folder / "reward.json").read_text())
+    assert len(facts.pop("trunk")) == 64
+    (folder / "reward.json").write_text(json.dumps(facts))
+    project.done("train", config, "--dry-run")

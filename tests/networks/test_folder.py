@@ -139,12 +139,12 @@ def test_a_hub_id_is_explained(build: Build, tmp_path: Path, monkeypatch: pytest
     ("name", "words"),
     [
         ("model.gguf", "a GGUF file has to be imported"),
-        ("model.tar.gz", "an archive has to be unpacked"),
+        ("model.tar.gz", "an archive, which is never unpacked here"),
         ("model.safetensors", "give the folder"),
     ],
 )
 def test_a_file_is_not_a_folder(tmp_path: Path, name: str, words: str) -> None:
-    (tmp_path / name).write_bytes(b"GGUF")
+    (tmp_path / name).write_bytes(b"GGUF" if name.endswith("gguf") else bytes(9))
     assert words in problem(tmp_path / name)
 
 
@@ -178,6 +178,9 @@ def test_a_folder_around_the_model_names_the_model(build: Build) -> None:
         ({"model_type": "..utils"}, "no model type"),
         ({"model_type": "llama", "model_file": "model.py"}, "'model_file' asks to run code"),
         ({"model_type": "llama", "auto_map": {"AutoModel": "m.M"}}, "'auto_map' asks to run code"),
+        ({"model_type": "llama", "trust_remote_code": True}, "'trust_remote_code' asks to run code"),
+        ({"model_type": "llama", "num_hidden_layers": 9}, "'num_hidden_layers' is '9', more than there can be (2)"),
+        ({"model_type": "llama", "text_config": {"n_layer": 1e300}}, "'n_layer' is '1e+300', more than there can be"),
     ],
 )
 def test_bad_configs(build: Build, config: Any, words: str) -> None:
@@ -294,7 +297,7 @@ def test_a_pipe_does_not_block(build: Build, name: str) -> None:
     folder = build()
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    assert f"{name}: not a regular file" in problem(folder)
+    assert f"{name}: can't be read: not a regular file" in problem(folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

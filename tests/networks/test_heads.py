@@ -164,10 +164,13 @@ def reward_folder(trunk: Trunk, make_adapters: Callable[..., Weights], tmp_path:
         (None, "not a reward model"),
         ({"format": 2}, "this version"),
         ({"deviation": 0.0}, "this version"),
-        ({"deviation": None}, "cannot be read"),
+        ({"deviation": None}, "this version"),
+        ({"deviation": float("nan")}, "this version"),
+        ({"mean": float("inf")}, "this version"),
+        ({"slope": "1"}, "this version"),
         ({"placement": "elsewhere"}, "this version"),
         ({"pooling": "first"}, "this version"),
-        ({"unknown": 1}, "cannot be read"),
+        ({"unknown": 1}, "this version"),
     ],
 )
 def test_broken_facts_are_refused(reward_folder: Path, change: dict[str, Any] | None, message: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.networks.model_files import fingerprint
 from mlx_ppo.networks.tokenizer import completion_text
 from mlx_ppo.networks.trunk import Trunk
 
@@ -148,3 +149,125 @@ def test_tokenizer_round_trip_and_continuations(trunk: Trunk) -> None:
     answer = [*tokenizer.encode("the film and it", bos=True)[2:], 2]
     assert completion_text(tokenizer, tokenizer.encode("the", bos=True), answer) == " film and it"
     assert completion_text(tokenizer, prompt, [2]) == ""
+
+
+def ending(folder: Path, single: str) -> Trunk:
+    """The model with a tokenizer that puts special tokens around a text."""
+    document = json.loads((folder / "tokenizer.json").read_text())
+    ids = {"<s>": 1, "</s>": 2}
+    parts = [
+        {"SpecialToken": {"id": p, "type_id": 0}} if p in ids else {"Sequence": {"id": "A", "type_id": 0}}
+        for p in single.split()
+    ]
+    tokens = {name: {"id": name, "ids": [index], "tokens": [name]} for name, index in ids.items()}
+    document["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": parts,
+        "pair": parts,
+        "special_tokens": tokens,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    return load_trunk(folder)
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>", "$A </s>", "$A", "<s> $A </s> </s>"])
+def test_only_what_the_tokenizer_puts_after_a_text_is_left_out(copy: Callable[..., Path], single: str) -> None:
+    """An end that the text itself spells stays."""
+    tokenizer = ending(copy(), single).tokenizer
+    before = [1] if single.startswith("<s>") else []
+    for text in ("the film", "the film</s>", "</s>", "</s></s>", "a"):
+        bare = tokenizer.encode(text, bos=False)
+        assert bare.count(2) == text.count("</s>")
+        assert tokenizer.encode(text, bos=True) == [*before, *bare]
+
+
+def test_fingerprints_tell_weights_apart_and_not_files(copy: Callable[..., Path]) -> None:
+    folder = copy()
+    arrays = dict(mx.load(str(folder / "model.safetensors")))
+    mx.eval(arrays)
+    names = sorted(arrays)
+    before = fingerprint([folder / "model.safetensors"])
+    for number, part in enumerate((names[::2], names[1::2])):
+        mx.save_safetensors(str(folder / f"part{number}.safetensors"), {name: arrays[name] for name in part})
+    parts = [folder / "part1.safetensors", folder / "part0.safetensors"]
+    assert fingerprint(parts) == before != fingerprint(parts[:1])
+    large = mx.arange(200_000, dtype=mx.float32).reshape(400, 500)
+    found = set()
+    for changed in (
+        large,
+        mx.transpose(large).reshape(500, 400),
+        large + 1,
+        large.astype(mx.float16),
+        large.reshape(500, 400),
+    ):
+        mx.save_safetensors(str(folder / "large.safetensors"), {"a": changed})
+        found.add(fingerprint([folder / "large.safetensors"]))
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "muse_spark", "..utils", "../evil", "os", 3, ["x"]])
+def test_only_mlx_lms_own_chat_code_can_be_named(copy: Callable[..., Path], kind: Any) -> None:
+    """What a folder names is looked for among mlx-lm's own modules; nothing of the folder is imported."""
+    folder = copy()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    for name in ("evil.py", "chat_template.py", "os.py"):
+        (folder / name).write_text("raise SystemExit('ran')")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template_type": kind}))
+    before = set(sys.modules)
+    try:
+        tokenizer = load_trunk(folder).tokenizer
+    except ModelError as error:
+        assert kind != "deepseek_v32" and "the tokenizer cannot be loaded" in str(error)
+    else:
+        messages = [{"role": "user", "content": "it"}]
+        assert kind == "deepseek_v32" and tokenizer.render_chat(messages, add_generation_prompt=True)
+    new = {name for name in set(sys.modules) - before if "chat_templates" in name or "evil" in name}
+    assert new <= {"mlx_lm.chat_templates", "mlx_lm.chat_templates.deepseek_v32", "mlx_lm.chat_templates.muse_spark"}
+
+
+def outside(document: dict[str, Any]) -> None:
+    document["post_processor"]["special_tokens"]["<s>"]["ids"] = [10**9]
+
+
+def sparse(document: dict[str, Any]) -> None:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 10**6}
+    document["model"], document["decoder"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}, None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(outside, "puts the token 1000000000 around a text"), (sparse, "1000001 tokens, the model only 304")],
+)
+def test_tokens_beside_the_embeddings_are_refused(
+    copy: Callable[..., Path], change: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    folder = copy()
+    document = json.loads((folder / "tokenizer.json").read_text())
+    change(document)
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(ModelError, match=words):
+        load_trunk(folder)
+
+
+@pytest.mark.parametrize("end", [304, 10**9, -1])
+def test_an_end_beside_the_embeddings_is_refused(copy: Callable[..., Path], end: int) -> None:
+    folder = copy(eos_token_id=end)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ModelError, match=f"the end-of-sequence token {end} is none of the model's 304 tokens"):
+        load_trunk(folder)
+
+
+BACKTRACKS = {"type": "Split", "pattern": {"Regex": r"(a|a|aa|a?)+$"}, "behavior": "Isolated", "invert": False}
+NO_UNKNOWN = {"type": "Unigram", "vocab": [["<s>", 0.0], ["b", -1.0], ["</s>", 0.0]], "unk_id": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"pre_tokenizer": BACKTRACKS}, "retry-limit"), ({"model": NO_UNKNOWN}, "unk_id")]
+)
+def test_a_tokenizer_that_fails_at_a_text(copy: Callable[..., Path], change: dict[str, Any], words: str) -> None:
+    """Found by fuzzing: it loads; then its library raises a plain Exception, or panics with a BaseException."""
+    folder = copy()
+    document = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(document | change))
+    with pytest.raises(ModelError, match=f"the tokenizer fails .*{words}"):
+        load_trunk(folder).tokenizer.encode("a" * 40 + "!", bos=True)
