@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -20,14 +21,18 @@ J = TypeVar("J", bound=Job)
 
 CONFIG, RECORD, METRICS, SAMPLES, LOCK = "config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "lock"
 MEMORY = "memory.jsonl"
+_ENDING_SECONDS = 60.0
 
 
 class Run:
     """An open run folder, locked for this process. Use it as a context manager."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, supervisor: int | None = None) -> None:
         """Lock the folder.
 
+        Args:
+            folder: the run's.
+            supervisor: the process that a user knows, where this one works for another.
         Raises:
             RunError: another process works in it (named), or it cannot be written.
         """
@@ -36,16 +41,28 @@ class Run:
             self._lock = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  held until __exit__
         except OSError as error:
             raise RunError(f"{folder}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
+        holder = self._taken()
+        if holder is not None:
             self._lock.close()
-            raise RunError(f"{folder}: another process (pid {holder}) is working in this run") from None
+            raise RunError(f"{folder}: another process (pid {holder}) is working in this run")
         self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()}\n")
+        self._lock.write("".join(f"{pid}\n" for pid in (supervisor, os.getpid()) if pid is not None))
         self._lock.flush()
+
+    def _taken(self) -> str | None:
+        """Take the lock, or say who has it; a process whose supervisor was killed gets time to save and end."""
+        deadline = time.monotonic() + _ENDING_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return None
+            except OSError:
+                self._lock.seek(0)
+                holders = self._lock.read().split()
+            alive = [pid for pid in holders if pid.isdecimal() and _works(int(pid))]
+            if len(holders) < 2 or holders[0] in alive or time.monotonic() > deadline:
+                return next(iter(alive or holders), "unknown")
+            time.sleep(0.1)
 
     def __enter__(self) -> "Run":
         """The run itself."""
@@ -87,6 +104,15 @@ class Run:
             # Bytes, and "\n" only: a kill may cut a character, and a completion may hold U+2028 or another line end.
             *lines, _ = path.read_bytes().split(b"\n")
             replace_file(path, "".join(f"{line.decode()}\n" for line in lines if _logged_step(line) <= step))
+
+
+def _works(pid: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _logged_step(line: bytes) -> float:
@@ -131,6 +157,11 @@ def create_run(config: Job, base: Path, name: str) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
         raise RunError(f"{base}: a run folder cannot be written here ({error})") from None
     return folder
+
+
+def worth_keeping(folder: Path) -> bool:
+    """Whether a run folder holds anything that was computed."""
+    return (folder / METRICS).exists() or any((folder / "checkpoints").glob("[0-9]*"))
 
 
 def open_config(folder: Path) -> Job:

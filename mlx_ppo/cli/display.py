@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mlx_ppo.evaluate import Evaluation
+from mlx_ppo.cli.work import Answers
 from mlx_ppo.metrics import BY_KEY, show
 
 _LIVE_KEYS = (
@@ -117,11 +117,11 @@ class Display:
             parts.append(text)
         return Group(*parts)
 
-    def before_and_after(self, before: Evaluation, after: Evaluation) -> None:
+    def before_and_after(self, before: Answers, after: Answers) -> None:
         """The table at the end of a run, on the same prompts with the same random draws."""
         self.close()
         table = Table("held-out prompts", "before", "after", "change", title=f"{len(before.completions)} prompts")
-        first, last = before.figures(), after.figures()
+        first, last = before.figures, after.figures
         names = {"score": "score (normalised)", "kl": "KL, nats a sequence", "distinct_2": "distinct 2-grams"}
         for key in first:
             name = (
@@ -129,8 +129,9 @@ class Display:
             )
             table.add_row(name, f"{first[key]:.3f}", f"{last[key]:.3f}", f"{last[key] - first[key]:+.3f}")
         self.console.print(table)
-        for old, new in list(zip(before.completions, after.completions, strict=True))[:_SHOWN_ANSWERS]:
-            self.console.print(Text(f"\n{old.prompt}", style="bold"))
-            self.console.print(Text(f"  before {old.score:+.2f}  {old.text.strip()}"))
-            self.console.print(Text(f"  after  {new.score:+.2f}  {new.text.strip()}", style="cyan"))
+        pairs = zip(before.completions, after.completions, strict=True)
+        for (prompt, old, low), (_, new, high) in list(pairs)[:_SHOWN_ANSWERS]:
+            self.console.print(Text(f"\n{prompt}", style="bold"))
+            self.console.print(Text(f"  before {low:+.2f}  {old.strip()}"))
+            self.console.print(Text(f"  after  {high:+.2f}  {new.strip()}", style="cyan"))
         self.console.print()

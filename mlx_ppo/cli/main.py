@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 import mlx_ppo
-from mlx_ppo.errors import ConfigError, UserError
+from mlx_ppo.errors import ConfigError, RunError, UserError
+from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
 
 _SET = click.option(
     "overrides",
@@ -20,11 +21,17 @@ _SET = click.option(
 _DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Check the configuration, read the data, print token statistics, train nothing."
 )
+PROGRAM = "program"  # the context's object where the process is the command's own, which a library's call isn't
 _FILE = click.Path(path_type=Path)
 
 
 class _Commands(click.Group):
     """Turns the errors that a user can cause into lines and exit codes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Called as a program, which has this process to itself; `main.main` serves a caller that goes on living."""
+        refuse_connections()
+        return self.main(*args, obj=PROGRAM, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -34,6 +41,9 @@ class _Commands(click.Group):
             for number, line in enumerate(str(error).splitlines()):
                 click.echo(f"error: {line}" if each or number == 0 else line, err=True)
             ctx.exit(error.exit_code)
+        except NetworkRefused as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(RunError.exit_code)
         except KeyboardInterrupt:  # outside the jobs, which save first
             ctx.exit(130)
         except BrokenPipeError:

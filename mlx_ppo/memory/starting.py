@@ -12,6 +12,7 @@ from mlx_ppo.memory.phases import Accountant, Choices, Shapes
 from mlx_ppo.memory.plan import GIB, Plan, make_plan, needed, require_fit
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.roles import Roles
+from mlx_ppo.runs import replace_file
 
 PLAN = "plan.json"
 
@@ -77,3 +78,25 @@ def said(plan: Plan) -> str:
     )
     text += f"together decoded {choices.rollout_batch}, scored {choices.score_batch}, updated {choices.micro_batch}"
     return text + (", blocks computed again for the gradient" if choices.checkpointing else "")
+
+
+def smaller(folder: Path) -> str | None:
+    """Make the plan of a run folder one step smaller; a line that says how, or None where nothing can be smaller.
+
+    Raises:
+        RunError: `plan.json` can't be read.
+    """
+    file = folder / PLAN
+    if not file.exists():
+        return None
+    try:
+        document = json.loads(file.read_text("utf-8"))
+        choices = Choices(**document["choices"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(f"{file}: not a plan; remove it to have another one made") from None
+    sizes = {name: getattr(choices, name) for name in ("rollout_batch", "score_batch", "micro_batch")}
+    if all(size == 1 for size in sizes.values()):
+        return None
+    halved = {name: (size + 1) // 2 for name, size in sizes.items()}
+    replace_file(file, json.dumps({**document, "choices": {**document["choices"], **halved}}, indent=2) + "\n")
+    return "smaller plan: " + ", ".join(f"{name} {size}" for name, size in halved.items())
