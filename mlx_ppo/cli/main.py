@@ -264,3 +264,23 @@ def import_(file: Path, directory: Path, dtype: str) -> None:
     from mlx_ppo.importing.convert import import_model
 
     click.echo(import_model(file, directory, dtype=dtype))
+
+
+@main.command()
+@click.option(
+    "--offline-proof",
+    is_flag=True,
+    help="Train the bundled example a little where the system gives no network (unshare, sandbox-exec).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(offline_proof: bool, as_json: bool) -> None:
+    """What this machine is, and whether mlx-ppo works well on it and keeps to itself.
+
+    \b
+    Examples:
+      mlx-ppo doctor
+      mlx-ppo doctor --offline-proof
+    """
+    from mlx_ppo.cli.doctor import examine
+
+    examine(offline_proof=offline_proof, as_json=as_json)

@@ -18,7 +18,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 def default_budget() -> int:
     """Bytes that a run may use where its configuration says nothing."""
     free = psutil.virtual_memory().available
-    limit = _cgroup_room()
+    limit = cgroup_room()
     if limit is not None:
         free = min(free, limit)
     budget = int(_SHARE * free)
@@ -26,7 +26,7 @@ def default_budget() -> int:
     return budget if working_set is None else min(budget, int(_WORKING_SET * working_set))
 
 
-def _cgroup_room() -> int | None:
+def cgroup_room() -> int | None:
     """What a control group (a container, a systemd slice) leaves of its limit."""
     try:
         limit = (_CGROUP / "memory.max").read_text("ascii").strip()

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ppo.config import PPOSection, TrainConfig
 from mlx_ppo.memory.model import width_of
@@ -126,6 +125,8 @@ class Accountant:
 
     def _rollout(self, batch: int) -> _Cost:
         """The larger of reading the prompts, and of a token at full length on top of the cache."""
+        from mlx_lm.models.cache import make_prompt_cache  # here, since mlx-lm lowers the limit of open files
+
         shapes, trunk = self.shapes, self.roles.trunk
         rows = min(batch, shapes.responses)
 

@@ -44,6 +44,11 @@ def refuse_connections() -> None:
         sys.addaudithook(_hook)
 
 
+def refusing() -> bool:
+    """Whether this process refuses connections."""
+    return _Guard.on
+
+
 class _Guard:
     on = False
     names_checked = False
