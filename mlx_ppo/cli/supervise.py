@@ -50,7 +50,7 @@ class Journal:
         if name == "phase":
             phase, iteration, _ = values
             self.where = f"in the phase {phase!r} " + (
-                f"of iteration {iteration}" if iteration else "before the first one"
+                f"of iteration {iteration}" if iteration else "before the first iteration"
             )
             self.note(phase=phase, iteration=iteration)
         elif name == "iteration":

@@ -195,7 +195,8 @@ def _run(request: dict[str, Any], sender: Sender, interrupts: Interrupts) -> lis
 
             change = smaller(folder)
             if change is None:
-                raise RunError(f"{short(folder)}: the plan can't be made smaller")
+                mend = f"Close other programs and go on with: mlx-ppo resume {short(folder)}"
+                raise RunError(f"{short(folder)}: the plan can't be made smaller. {mend}")
             sender.message(change)
         return work(config, run, sender, interrupts)
 
