@@ -1,5 +1,6 @@
 """A run in a child process: this one shows and journals what it reports, and says why it ended."""
 
+import ctypes
 import json
 import os
 import resource
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 JOURNAL = "journal.jsonl"
 _LAST = ("finished", "stopped", "failed", "crashed")
 _GIB = 1 << 30
+_PR_SET_CHILD_SUBREAPER = 36
+_END_SECONDS = 5.0
 
 
 class Journal:
@@ -97,7 +100,7 @@ def _relaying() -> Iterator[Relay]:
             signal.signal(number, old)
 
 
-class Child:
+class Trainer:
     """The process that trains. It ends with this one: its standard input then does."""
 
     def __init__(self, folder: Path, relay: Relay, *, smaller: bool) -> None:
@@ -157,15 +160,18 @@ def supervise(folder: Path, *, retries: int) -> list[str]:
         SystemExit: it was stopped by a signal, or its code is broken; what is to say has been said.
     """
     journal = Journal(folder)
+    _adopt_orphans()
     with _relaying() as relay:
         for attempt in range(retries + 1):
             kills = _memory_kills()
             last, status = _attend(folder, relay, journal, smaller=attempt > 0)
             if relay.second is not None:
+                _end_what_is_left()
                 journal.note(event="ended", by=signal.Signals(relay.second).name)
                 raise SystemExit(128 + relay.second)
             if last is not None:
                 return _outcome(last, folder, journal)
+            _end_what_is_left()
             starved = kills is not None and _memory_kills() != kills
             said = _death(status, journal.where, folder, starved=starved)
             journal.note(event="died", status=status, why=said)
@@ -177,7 +183,7 @@ def supervise(folder: Path, *, retries: int) -> list[str]:
 
 def _attend(folder: Path, relay: Relay, journal: Journal, *, smaller: bool) -> tuple[tuple[str, Any] | None, int]:
     """Show a child's events until it ends; its last word, if it had one, and its exit status."""
-    child = Child(folder, relay, smaller=smaller)
+    child = Trainer(folder, relay, smaller=smaller)
     last = None
     try:
         from mlx_ppo.cli.display import Display  # here, while the child starts
@@ -244,6 +250,23 @@ def _mend(folder: Path) -> str:
     if not worth_keeping(folder):
         return "Nothing had been saved yet; start again, with a smaller memory.budget_gb if memory was short"
     return f"Go on with: mlx-ppo resume {short(folder)}"
+
+
+def _adopt_orphans() -> None:
+    """On Linux, let what a killed child had started become this process's, so that it can be found."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _end_what_is_left() -> None:
+    """End what a killed child had started; where orphans aren't adopted, its workers notice by themselves."""
+    import psutil
+
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=_END_SECONDS)
 
 
 def _memory_kills() -> int | None:

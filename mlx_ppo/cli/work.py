@@ -170,6 +170,8 @@ def main(arguments: list[str]) -> None:
     os.set_inheritable(descriptor, False)
     sender = Sender(descriptor)
     with catching_interrupts(supervised=True) as interrupts:
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a terminal is closed; under nohup nothing happens
+            signal.signal(signal.SIGHUP, interrupts.ask)
         try:
             with open(0, "rb", buffering=0, closefd=False) as requests:
                 request = json.loads(requests.readline())

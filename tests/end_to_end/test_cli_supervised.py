@@ -51,6 +51,15 @@ def journal(project, name="a"):
     return [json.loads(line) for line in (project.run(name) / "journal.jsonl").read_text().splitlines()]
 
 
+def since_start(project):
+    """The last iteration that this process has begun; 0 where it hasn't."""
+    if not (project.run() / "journal.jsonl").exists():
+        return 0
+    rows = journal(project)
+    last = max(at for at, row in enumerate(rows) if row.get("event") == "started")
+    return max((row["iteration"] for row in rows[last:] if "iteration" in row), default=0)
+
+
 def family(process):
     """The training process, and all processes below the command."""
     below = psutil.Process(process.pid).children(recursive=True)
@@ -79,8 +88,8 @@ def test_a_killed_trainer_is_told_in_a_line_and_the_run_goes_on(slow):
     process = project.start("train", project.config(run={**RUN, "save_every": 2}))
     saved = 0
     for _ in range(3):
-        rows = saved + draw.choice((1, 2))
-        until(has(project, "metrics.jsonl", f'"step": {rows}'), process)
+        reached = saved + draw.choice((2, 3))
+        until(lambda reached=reached: since_start(project) >= reached, process)
         time.sleep(draw.uniform(0, 0.3))
         trainer, below = family(process)
         assert len(below) == 2  # with the reward function's
@@ -107,6 +116,7 @@ def test_a_killed_trainer_is_told_in_a_line_and_the_run_goes_on(slow):
 
 def test_a_killed_command_takes_the_rest_with_it_once_that_is_saved(slow):
     project = slow
+    (project.folder / "rule.py").write_text(RULE.replace("0.1", "1"))
     process = project.start("train", project.config(run={**RUN, "save_every": 100}))
     until(in_phase(project, "score", 3), process)
     trainer, below = family(process)
@@ -140,11 +150,17 @@ def test_a_trainer_killed_before_anything_was_saved(slow):
     assert not (slow.folder / "runs").exists()
 
 
-def test_a_trainer_that_crashes(slow):
+def test_a_trainer_that_crashes_leaves_nothing_of_what_reward_functions_start(slow):
+    started = "import subprocess\nsubprocess.Popen(['sleep', '1000'])\n"
+    (slow.folder / "rule.py").write_text(started + RULE)
     process = slow.start("train", slow.config(run=RUN))
     until(in_phase(slow, "rollout", 2), process)
-    family(process)[0].send_signal(signal.SIGSEGV)
+    trainer, below = family(process)
+    assert len(below) == 3
+    trainer.send_signal(signal.SIGSEGV)
     _, err = ends(process, 4)
+    if sys.platform.startswith("linux"):
+        assert working(below) == []
     assert "by SIGSEGV: a fault in a library, or a signal from outside. Go on with: mlx-ppo resume runs/a" in err
 
 
@@ -193,6 +209,17 @@ def test_a_signal_to_the_trainer_itself_saves_too(slow):
     _, err = ends(process, 143)
     assert err == "stopped by SIGTERM; saved. Go on with: mlx-ppo resume runs/a\n"
     assert journal(slow)[-1]["event"] == "stopped"
+
+
+def test_a_closed_terminal_saves(slow):
+    process = slow.start("train", slow.config(run={**RUN, "save_every": 100}))
+    until(in_phase(slow, "score", 2), process)
+    trainer, below = family(process)
+    for one in (trainer, process):
+        one.send_signal(signal.SIGHUP)
+    ends(process, -signal.SIGHUP)
+    until(lambda: working(below) == [])
+    assert slow.steps() == [1]
 
 
 class Terminal:
