@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
+import click
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -57,6 +58,10 @@ class Display:
     def message(self, text: str) -> None:
         """One line of information or warning."""
         self.console.print(Text(text))
+
+    def warn(self, text: str) -> None:
+        """One line on standard error, beside a panel that is shown."""
+        click.echo(text, err=True)
 
     def phase(self, name: str, iteration: int, iterations: int) -> None:
         """A phase begins."""

@@ -8,12 +8,11 @@ from pathlib import Path
 import click
 
 from mlx_ppo.cli.main import PROGRAM
-from mlx_ppo.cli.work import short, stopped, work
+from mlx_ppo.cli.work import Order, stopped, work
 from mlx_ppo.config import Job, TrainConfig
 from mlx_ppo.config_file import read_config
 from mlx_ppo.config_supervised import RewardConfig, SFTConfig
-from mlx_ppo.errors import RunError
-from mlx_ppo.runs import CONFIG, Run, changed_inputs, config_edited, create_run, open_config, worth_keeping
+from mlx_ppo.runs import create_run, open_config, worth_keeping
 from mlx_ppo.runtime.signals import Interrupted, catching_interrupts
 
 
@@ -25,7 +24,7 @@ def start(job: type[Job], path: Path, overrides: Sequence[str], *, dry_run: bool
         return
     assert isinstance(config, TrainConfig | SFTConfig | RewardConfig)
     with _new_run(config) as folder:
-        _work(config, folder)
+        _work(config, Order(str(folder)))
 
 
 @contextmanager
@@ -49,44 +48,30 @@ def _new_run(config: TrainConfig | SFTConfig | RewardConfig) -> Iterator[Path]:
 
 def resume(folder: Path, *, allow_config_change: bool) -> None:
     """Go on with a run; refused when its data or models have changed since, or, unless allowed, its configuration."""
-    config = open_config(folder)
-    with Run(folder) as run:
-        changed = changed_inputs(config, run.record())
-        edited = [name for name in changed if name.endswith(".py")]
-        if config_edited(folder, run.record()):
-            edited.insert(0, str(folder / CONFIG))
-        for name in edited:
-            if not allow_config_change:
-                raise RunError(f"{name}: changed since the run was started; restore it, or give --allow-config-change")
-            click.echo(f"warning: {name} has changed since the run was started", err=True)
-        for name in changed:
-            if name not in edited:
-                raise RunError(f"{name}: changed since the run was started; restore it, or start a new run")
-    _work(config, folder)
+    _work(open_config(folder), Order(str(folder), resumed=True, allow_config_change=allow_config_change))
 
 
-def _work(config: Job, folder: Path) -> None:
+def _work(config: Job, order: Order) -> None:
     """Do a run's work and print what is to be said at its end: in a child process where this one is the command's."""
-    click.echo(f"run folder: {short(folder)}")
     if click.get_current_context().obj is PROGRAM:
         from mlx_ppo.cli.supervise import supervise
 
-        finish = supervise(folder, retries=config.memory.retries if isinstance(config, TrainConfig) else 0)
+        finish = supervise(order, retries=config.memory.retries if isinstance(config, TrainConfig) else 0)
     else:
-        finish = _here(config, folder)
+        finish = _here(order)
     for line in finish:
         click.echo(line)
 
 
-def _here(config: Job, folder: Path) -> list[str]:
+def _here(order: Order) -> list[str]:
     from mlx_ppo.cli.display import Display
 
-    with Run(folder) as run, catching_interrupts() as interrupts, Display() as display:
+    with catching_interrupts() as interrupts, Display() as display:
         try:
-            return work(config, run, display, interrupts)
+            return work(order, display, interrupts)
         except Interrupted as stop:
             display.close()
-            raise stopped(stop.number, folder) from None
+            raise stopped(stop.number, Path(order.folder)) from None
 
 
 def dry(config: Job) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_ppo import errors
-from mlx_ppo.cli.work import Answers, short, stopped
+from mlx_ppo.cli.work import Answers, Order, short, stopped
 from mlx_ppo.errors import RunError
 from mlx_ppo.runs import worth_keeping
 from mlx_ppo.runtime.signals import STOPPING, holding_back_interrupts
@@ -37,19 +37,24 @@ class Journal:
     """What happened and when, in the run's `journal.jsonl`; and where the run is now, in words."""
 
     def __init__(self, folder: Path) -> None:
-        """Nothing is written yet."""
+        """Nothing is written yet: another process may be working in the run."""
         self._file = folder / JOURNAL
+        self._begun = False
         self.where = "while it started"
-        self.note(event="started", supervisor=os.getpid())
 
     def note(self, **values: Any) -> None:
-        """A line; a full disk is left to the run, which has more to write."""
+        """A line, once the run has begun; a full disk is left to the run, which has more to write."""
+        if not self._begun:
+            return
         row = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), **values}
         with suppress(OSError), open(self._file, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def follow(self, name: str, values: list[Any]) -> None:
-        """Keep up with an event."""
+        """Keep up with an event, the first of which says that the child holds the run's lock."""
+        if not self._begun:
+            self._begun = True
+            self.note(event="started", supervisor=os.getpid())
         if name == "phase":
             phase, iteration, _ = values
             self.where = f"in the phase {phase!r} " + (
@@ -103,14 +108,8 @@ def _relaying() -> Iterator[Relay]:
 class Trainer:
     """The process that trains. It ends with this one: its standard input then does."""
 
-    def __init__(self, folder: Path, relay: Relay, *, smaller: bool) -> None:
-        """Start it in a run folder.
-
-        Args:
-            folder: the run's.
-            relay: gets to know the child.
-            smaller: make the run's plan one step smaller first.
-        """
+    def __init__(self, order: Order, relay: Relay) -> None:
+        """Start it; the relay gets to know it."""
         reading, writing = os.pipe()
         # this process's own temporary folder: the child makes itself a private one for mlx
         environment = {**os.environ, "TMPDIR": tempfile.gettempdir()}
@@ -126,10 +125,9 @@ class Trainer:
                 os.close(writing)
             self._events = open(reading, "rb")  # noqa: SIM115  closed by `end`
             relay.attach(self._process)
-        request = {"folder": str(folder), "supervisor": os.getpid(), "smaller": smaller}
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it is dead already: `end` will tell
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.write(json.dumps(order._asdict()).encode() + b"\n")
             self._process.stdin.flush()
 
     def events(self) -> Iterator[tuple[str, list[Any]]]:
@@ -148,23 +146,25 @@ class Trainer:
         return self._process.wait()
 
 
-def supervise(folder: Path, *, retries: int) -> list[str]:
-    """Do a run's work in a child process, from its start or its last checkpoint; the lines to print at its end.
+def supervise(order: Order, *, retries: int) -> list[str]:
+    """Do a run's work in a child process; the lines to print at its end.
 
     Args:
-        folder: the run's.
+        order: what is to be done.
         retries: how many times a run that is killed goes on by itself, each time with a smaller plan.
     Raises:
         UserError: as the job's.
         RunError: the child was killed.
         SystemExit: it was stopped by a signal, or its code is broken; what is to say has been said.
     """
+    folder = Path(order.folder)
     journal = Journal(folder)
     _adopt_orphans()
     with _relaying() as relay:
         for attempt in range(retries + 1):
             kills = _memory_kills()
-            last, status = _attend(folder, relay, journal, smaller=attempt > 0)
+            now = Order(str(folder), smaller=True) if attempt else order
+            last, status = _attend(now._replace(supervisor=os.getpid()), relay, journal)
             if relay.second is not None:
                 _end_what_is_left()
                 journal.note(event="ended", by=signal.Signals(relay.second).name)
@@ -181,9 +181,9 @@ def supervise(folder: Path, *, retries: int) -> list[str]:
     raise RunError(f"{said}. {_mend(folder)}")
 
 
-def _attend(folder: Path, relay: Relay, journal: Journal, *, smaller: bool) -> tuple[tuple[str, Any] | None, int]:
+def _attend(order: Order, relay: Relay, journal: Journal) -> tuple[tuple[str, Any] | None, int]:
     """Show a child's events until it ends; its last word, if it had one, and its exit status."""
-    child = Trainer(folder, relay, smaller=smaller)
+    child = Trainer(order, relay)
     last = None
     try:
         from mlx_ppo.cli.display import Display  # here, while the child starts

@@ -21,7 +21,7 @@ import mlx_ppo
 from mlx_ppo.config import Job, TrainConfig
 from mlx_ppo.config_supervised import RewardConfig, SFTConfig
 from mlx_ppo.errors import RunError, UserError
-from mlx_ppo.runs import Run, open_config
+from mlx_ppo.runs import CONFIG, Run, changed_inputs, config_edited, open_config
 from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
 from mlx_ppo.runtime.signals import STOPPING, Interrupted, Interrupts, catching_interrupts
 
@@ -56,20 +56,67 @@ class JobReporter(Protocol):
     def before_and_after(self, before: Answers, after: Answers) -> None:
         """The same prompts before and after the run."""
 
+    def warn(self, text: str) -> None:
+        """One line on standard error."""
 
-def work(config: Job, run: Run, reporter: JobReporter, interrupts: Interrupts) -> list[str]:
+
+class Order(NamedTuple):
+    """What is to be done in a run's folder."""
+
+    folder: str
+    resumed: bool = False  # the run was begun by an earlier command
+    allow_config_change: bool = False  # then: although its configuration or reward code was edited
+    smaller: bool = False  # it was killed just now: make its plan one step smaller first
+    supervisor: int | None = None  # the process that a user knows, where it isn't the one that works
+
+
+def work(order: Order, reporter: JobReporter, interrupts: Interrupts) -> list[str]:
     """Do a job from the start or from its last checkpoint; the lines to print at its end.
 
     Raises:
-        UserError: as the job's function.
+        UserError: as the job's function; or the run can't go on, because its inputs have changed.
         Interrupted: a signal came; the state is saved.
     """
-    from mlx_ppo.runtime.allocator import keeping_buffers
+    folder = Path(order.folder)
+    config = open_config(folder)
+    with Run(folder, supervisor=order.supervisor) as run:
+        if order.resumed:
+            _require_unchanged(config, run, reporter, allow=order.allow_config_change)
+        if order.smaller:
+            _make_smaller(folder, reporter)
+        else:
+            reporter.message(f"run folder: {short(folder)}")
+        if mlx_ppo.BLAS.problem:
+            reporter.message(f"warning: {mlx_ppo.BLAS.problem}")
+        from mlx_ppo.runtime.allocator import keeping_buffers
 
-    if mlx_ppo.BLAS.problem:
-        reporter.message(f"warning: {mlx_ppo.BLAS.problem}")
-    with keeping_buffers():
-        return _do(config, run, reporter, interrupts)
+        with keeping_buffers():
+            return _do(config, run, reporter, interrupts)
+
+
+def _require_unchanged(config: Job, run: Run, reporter: JobReporter, *, allow: bool) -> None:
+    """Refuse a run whose data or models have changed since its start, or, unless allowed, its configuration."""
+    changed = changed_inputs(config, run.record())
+    edited = [name for name in changed if name.endswith(".py")]
+    if config_edited(run.folder, run.record()):
+        edited.insert(0, str(run.folder / CONFIG))
+    for name in edited:
+        if not allow:
+            raise RunError(f"{name}: changed since the run was started; restore it, or give --allow-config-change")
+        reporter.warn(f"warning: {name} has changed since the run was started")
+    for name in changed:
+        if name not in edited:
+            raise RunError(f"{name}: changed since the run was started; restore it, or start a new run")
+
+
+def _make_smaller(folder: Path, reporter: JobReporter) -> None:
+    from mlx_ppo.memory.starting import smaller
+
+    change = smaller(folder)
+    if change is None:
+        mend = f"Close other programs and go on with: mlx-ppo resume {short(folder)}"
+        raise RunError(f"{short(folder)}: the plan can't be made smaller. {mend}")
+    reporter.message(change)
 
 
 def _do(config: Job, run: Run, reporter: JobReporter, interrupts: Interrupts) -> list[str]:
@@ -158,6 +205,10 @@ class Sender:
         """The same prompts before and after the run."""
         self.send("before_and_after", before, after)
 
+    def warn(self, text: str) -> None:
+        """One line on standard error."""
+        self.send("warn", text)
+
 
 def main(arguments: list[str]) -> None:
     """The child process: given are the descriptor for events and, as a line on standard input, what to do.
@@ -174,9 +225,9 @@ def main(arguments: list[str]) -> None:
             signal.signal(signal.SIGHUP, interrupts.ask)
         try:
             with open(0, "rb", buffering=0, closefd=False) as requests:
-                request = json.loads(requests.readline())
+                order = Order(**json.loads(requests.readline()))
                 threading.Thread(target=_stop_with_parent, args=(requests, interrupts), daemon=True).start()
-                sender.send("finished", _run(request, sender, interrupts))
+                sender.send("finished", work(order, sender, interrupts))
         except Interrupted as stop:
             sender.send("stopped", stop.number)
         except UserError as error:
@@ -186,21 +237,6 @@ def main(arguments: list[str]) -> None:
             sender.send("failed", RunError.__name__, str(error))
         except BaseException:
             sender.send("crashed", traceback.format_exc())
-
-
-def _run(request: dict[str, Any], sender: Sender, interrupts: Interrupts) -> list[str]:
-    folder = Path(request["folder"])
-    config = open_config(folder)
-    with Run(folder, supervisor=request["supervisor"]) as run:
-        if request["smaller"]:
-            from mlx_ppo.memory.starting import smaller
-
-            change = smaller(folder)
-            if change is None:
-                mend = f"Close other programs and go on with: mlx-ppo resume {short(folder)}"
-                raise RunError(f"{short(folder)}: the plan can't be made smaller. {mend}")
-            sender.message(change)
-        return work(config, run, sender, interrupts)
 
 
 def _stop_with_parent(requests: FileIO, interrupts: Interrupts) -> None:
