@@ -59,7 +59,7 @@ class Run:
             except OSError:
                 self._lock.seek(0)
                 holders = self._lock.read().split()
-            alive = [pid for pid in holders if pid.isdecimal() and _works(int(pid))]
+            alive = [pid for pid in holders if _alive(pid)]
             if len(holders) < 2 or holders[0] in alive or time.monotonic() > deadline:
                 return next(iter(alive or holders), "unknown")
             time.sleep(0.1)
@@ -104,15 +104,6 @@ class Run:
             # Bytes, and "\n" only: a kill may cut a character, and a completion may hold U+2028 or another line end.
             *lines, _ = path.read_bytes().split(b"\n")
             replace_file(path, "".join(f"{line.decode()}\n" for line in lines if _logged_step(line) <= step))
-
-
-def _works(pid: int) -> bool:
-    import psutil
-
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _logged_step(line: bytes) -> float:
@@ -262,6 +253,17 @@ def replace_file(path: Path, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RunError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def _alive(pid: str) -> bool:
+    """Whether there is such a process, or may be."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        pass
+    return True
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ TABLE = {
         "pydantic", "pydantic_core", "tomli", "mlx_ppo.config", "mlx_ppo.config_checks", "mlx_ppo.errors",
     },
     "mlx_ppo.records": {"mlx", "numpy", "mlx_ppo.data"},
-    "mlx_ppo.runs": {"psutil", "mlx_ppo.config", "mlx_ppo.config_file", "mlx_ppo.config_supervised", "mlx_ppo.errors"},
+    "mlx_ppo.runs": {"mlx_ppo.config", "mlx_ppo.config_file", "mlx_ppo.config_supervised", "mlx_ppo.errors"},
     "mlx_ppo.checkpoint": {"mlx", "mlx_ppo.errors", "mlx_ppo.runs"},
     "mlx_ppo.metrics": set(),
     "mlx_ppo.algo": {"mlx", "mlx_ppo.algo"},
