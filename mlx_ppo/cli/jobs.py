@@ -13,10 +13,11 @@ from mlx_ppo.cli.display import Display
 from mlx_ppo.config import Job, TrainConfig
 from mlx_ppo.config_file import read_config
 from mlx_ppo.config_supervised import RewardConfig, SFTConfig
-from mlx_ppo.errors import RunError
-from mlx_ppo.runs import CONFIG, METRICS, Run, changed_inputs, config_edited, create_run, open_config
+from mlx_ppo.errors import DamageError
+from mlx_ppo.runs import METRICS, Run, create_run, open_config
 from mlx_ppo.runtime.allocator import keeping_buffers
 from mlx_ppo.runtime.signals import Interrupted, Interrupts, catching_interrupts
+from mlx_ppo.verification import require_as_recorded, verify_run
 
 
 def start(job: type[Job], path: Path, overrides: Sequence[str], *, dry_run: bool) -> None:
@@ -53,18 +54,19 @@ def resume(folder: Path, *, allow_config_change: bool) -> None:
     """Go on with a run; refused when its data or models have changed since, or, unless allowed, its configuration."""
     config = open_config(folder)
     with Run(folder) as run:
-        changed = changed_inputs(config, run.record())
-        edited = [name for name in changed if name.endswith(".py")]
-        if config_edited(folder, run.record()):
-            edited.insert(0, str(folder / CONFIG))
-        for name in edited:
-            if not allow_config_change:
-                raise RunError(f"{name}: changed since the run was started; restore it, or give --allow-config-change")
-            click.echo(f"warning: {name} has changed since the run was started", err=True)
-        for name in changed:
-            if name not in edited:
-                raise RunError(f"{name}: changed since the run was started; restore it, or start a new run")
+        for line in require_as_recorded(config, run, allow_config_change=allow_config_change):
+            click.echo(line, err=True)
         _work(config, run)
+
+
+def verify(folder: Path) -> None:
+    """Compare everything in a run folder, and everything it was made from, with what was recorded."""
+    found = verify_run(folder)
+    for note in found.notes:
+        click.echo(f"note: {note}")
+    if found.problems:
+        raise DamageError(found.problems)
+    click.echo(f"everything is as recorded ({found.files} files)")
 
 
 def _work(config: Job, run: Run) -> None:

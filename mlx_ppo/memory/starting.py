@@ -12,6 +12,7 @@ from mlx_ppo.memory.phases import Accountant, Choices, Shapes
 from mlx_ppo.memory.plan import GIB, Plan, make_plan, needed, require_fit
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.roles import Roles
+from mlx_ppo.runs import replace_file
 
 PLAN = "plan.json"
 
@@ -47,7 +48,7 @@ def plan_run(
         folder: the run's.
     Raises:
         ConfigError: it doesn't fit the budget.
-        RunError: `plan.json` can't be read.
+        RunError: `plan.json` can't be read or written.
     """
     accountant = Accountant(config, *loaded, shapes_of(config, max(prompts)))
     budget, file = budget_of(config), folder / PLAN
@@ -64,7 +65,7 @@ def plan_run(
         "budget_bytes": plan.budget,
         "phases": {phase.name: {"mlx_bytes": phase.peak, "numpy_bytes": phase.outside} for phase in plan.phases},
     }
-    file.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    replace_file(file, json.dumps(document, indent=2) + "\n")
     return plan
 
 
