@@ -101,7 +101,9 @@ class Run:
 
     def note(self, **facts: Any) -> None:
         """Put something into the record; RunError where it cannot be written."""
-        replace_file(self.folder / RECORD, _record_text({**self.record(), **facts}))
+        before = self.record()
+        if before != {**before, **facts}:
+            replace_file(self.folder / RECORD, _record_text({**before, **facts}))
 
     def note_files(self, *paths: Path) -> None:
         """Record the SHA-256 of files of the run itself, or of those in a finished folder; earlier ones go."""
