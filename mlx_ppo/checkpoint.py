@@ -160,9 +160,9 @@ def damage(folder: Path) -> Iterator[str]:
 
 
 def strangers(folder: Path) -> list[Path]:
-    """What lies in a checkpoint's folder and isn't part of it; nothing reads it."""
-    known = {MANIFEST, *(_read_manifest(folder) or ())}
-    return sorted(item for item in folder.iterdir() if item.name not in known)
+    """What lies in a checkpoint's folder and isn't part of it; nothing reads it. Only the manifest knows."""
+    known = _read_manifest(folder)
+    return [] if known is None else sorted(item for item in folder.iterdir() if item.name not in {MANIFEST, *known})
 
 
 def _read_manifest(folder: Path) -> dict[str, str] | None:

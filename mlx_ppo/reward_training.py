@@ -272,7 +272,7 @@ def _rounded(weights: Weights, dtype: str) -> Weights:
 
 
 def _write(target: Path, trunk: Trunk, weights: Weights, facts: RewardFacts, config: RewardConfig) -> Path:
-    head = {name: array for name, array in weights.arrays.items() if name.startswith(HEAD)}
+    head = {name: array for name, array in sorted(weights.arrays.items()) if name.startswith(HEAD)}
 
     def fill(folder: Path) -> None:
         if facts.placement == "folder":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,15 +126,19 @@ class _Inquiry:
         self.files += 2
         if self.record.get("record") != own_digest(self.record):
             yield f"{self.folder / RECORD}: damaged (its SHA-256 is not the recorded one)"
-        try:
+        with suppress(ConfigError, RunError):
             self.config = open_config(self.folder)
-            text = (self.folder / CONFIG).read_text("utf-8")
-            if hashlib.sha256(text.encode()).hexdigest() == self.record.get("config"):
-                return
-            keys = [line.split()[1] for line in config_changes(self.record, text)]
-            yield f"{self.folder / CONFIG}: changed ({', '.join(dict.fromkeys(keys)) or 'not in its keys'})"
-        except (ConfigError, RunError, OSError) as error:
-            yield f"{self.folder / CONFIG}: changed ({str(error).splitlines()[0]})"
+        path = self.folder / CONFIG
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            yield f"{path}: cannot be read ({error.strerror})"
+            return
+        if hashlib.sha256(content).hexdigest() != self.record.get("config"):
+            keys = (
+                {line.split()[1]: None for line in config_changes(self.record, content.decode())} if self.config else {}
+            )
+            yield f"{path}: changed" + (f" ({', '.join(keys)})" if keys else "")
 
     def inputs(self) -> Iterator[str]:
         """Models, data and reward code."""
