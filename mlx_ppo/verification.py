@@ -135,10 +135,7 @@ class _Inquiry:
             yield f"{path}: cannot be read ({error.strerror})"
             return
         if hashlib.sha256(content).hexdigest() != self.record.get("config"):
-            keys = (
-                {line.split()[1]: None for line in config_changes(self.record, content.decode())} if self.config else {}
-            )
-            yield f"{path}: changed" + (f" ({', '.join(keys)})" if keys else "")
+            yield f"{path}: changed{_keys(self.record, content)}"
 
     def inputs(self) -> Iterator[str]:
         """Models, data and reward code."""
@@ -209,6 +206,15 @@ class _Inquiry:
             before = row["step"] if row is not None else before
         if isinstance(self.config, TrainConfig) and name == METRICS and before < newest:
             yield f"{path}: ends at step {before:g}, but the last checkpoint is of step {newest}"
+
+
+def _keys(record: Record, content: bytes) -> str:
+    """The keys that a changed configuration changes, in brackets, where both can be read."""
+    try:
+        keys = dict.fromkeys(line.split()[1] for line in config_changes(record, content.decode()))
+    except (RunError, UnicodeDecodeError):
+        return ""
+    return f" ({', '.join(keys)})" if keys else ""
 
 
 def _one_checkpoint(run: Path, folder: Path) -> Iterator[str]:
