@@ -9,7 +9,7 @@ from mlx_ppo.config import TrainConfig
 from mlx_ppo.errors import RunError
 from mlx_ppo.memory.budget import default_budget
 from mlx_ppo.memory.phases import Accountant, Choices, Shapes
-from mlx_ppo.memory.plan import GIB, Plan, make_plan, needed, require_fit
+from mlx_ppo.memory.plan import GIB, Plan, make_plan, needed, plan_of, require_fit
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.roles import Roles
 from mlx_ppo.runs import replace_file
@@ -57,7 +57,7 @@ def plan_run(
             choices = Choices(**json.loads(file.read_text("utf-8"))["choices"])
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(f"{file}: not a plan; remove it to have another one made") from None
-        return make_plan(accountant, config, budget, start=choices)
+        return plan_of(accountant, choices, budget)
     plan = make_plan(accountant, config, budget)
     require_fit(plan, accountant, config)
     document = {
@@ -77,4 +77,5 @@ def said(plan: Plan) -> str:
         f"memory: up to {plan.process / GIB:.2f} GiB{budget} expected ({largest.name}: {needed(largest) / GIB:.2f}); "
     )
     text += f"together decoded {choices.rollout_batch}, scored {choices.score_batch}, updated {choices.micro_batch}"
-    return text + (", blocks computed again for the gradient" if choices.checkpointing else "")
+    text += ", blocks computed again for the gradient" if choices.checkpointing else ""
+    return text + ("" if plan.fits else "; that is more than the budget, as planned when there was more")

@@ -117,7 +117,6 @@ def test_kills_at_random_moments(tmp_path):
             shutil.rmtree(tmp_path / "runs")
             finished += 1
     places = ", ".join(f"{landed.count(step)} after {step}" for step in range(ITERATIONS + 1))
-    print(
-        f"\n{kills} kills in {finished} runs: {landed.count(-1)} before there was a run folder, {places} of {ITERATIONS} saved"
-    )
+    print(f"\n{kills} kills; {finished} runs of {ITERATIONS} iterations finished, each like the uninterrupted one")
+    print(f"killed {landed.count(-1)} before there was a run folder, {places} saved iterations")
     assert kills == KILLS and finished > 0
