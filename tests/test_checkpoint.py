@@ -222,6 +222,22 @@ def test_rotation_keeps_the_last_and_the_best(tmp_path, keep_last, best, kept):
     assert all(verify(folder_of(tmp_path, step)) == "" for step in kept)
 
 
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(tmp_path, monkeypatch):
+    def killed(path, **_):
+        if (path / MANIFEST).exists():
+            (path / MANIFEST).unlink()
+            raise KeyboardInterrupt
+
+    put(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            put(tmp_path, 2, keep_last=1)
+    assert steps(tmp_path) == [2] and len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert_equal(newest(tmp_path), content(2))
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
 def test_steps_are_sorted_as_numbers(tmp_path):
     assert steps(tmp_path) == []
     for step in (1_000_000, 999_999, 2):

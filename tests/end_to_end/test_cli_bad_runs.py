@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -223,6 +225,40 @@ def test_places_that_cannot_be_written(project):
     project.done("train", project.config(run={"iterations": 1}))
     project.refused(3, "nowhere: no such folder", "train", project.config(model={"path": "nowhere"}))
     assert [path.name for path in (project.folder / "runs").iterdir()] == ["a"]
+
+
+def test_unwritable_places_are_found_before_a_model_is_loaded(trained, monkeypatch):
+    def loads(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("mlx_ppo.networks.roles.load_trunk", loads)
+    monkeypatch.setattr("mlx_ppo.networks.load.load_trunk", loads)
+    (trained.folder / "file").write_text("")
+    words = "file: a run folder cannot be written here"
+    trained.refused(4, words, "train", trained.config(run={"folder": "file"}, model={"path": "nowhere"}))
+    (trained.run() / "lock").unlink()
+    (trained.run() / "lock").mkdir()
+    trained.refused(4, "runs/a: cannot be written (Is a directory)", "resume", "runs/a")
+
+
+def test_a_read_only_file_system(trained):
+    """In a user namespace, since a superuser may write wherever the file system lets him."""
+    code = "import sys; from mlx_ppo.cli.main import main; sys.exit(main())"
+    script = 'mount --bind runs runs && mount -o remount,bind,ro runs && exec "$0" -c "$@"'
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    before = trained.everything()
+    for command, status, words in (
+        (("train", "train.toml"), 4, "error: runs: a run folder cannot be written here ([Errno 30] Read-only"),
+        (("resume", "runs/a"), 4, "error: runs/a: cannot be written (Read-only file system)"),
+        (("verify", "runs/a"), 0, "everything is as recorded ("),
+    ):
+        arguments = ["unshare", "-rm", "sh", "-c", script, sys.executable, code, *command]
+        shown = subprocess.run(arguments, cwd=trained.folder, capture_output=True, text=True, timeout=240)
+        assert shown.returncode == status, shown
+        assert (shown.stderr if status else shown.stdout).replace(f"{trained.folder}/", "").startswith(words), shown
+        assert "Traceback" not in shown.stderr
+    assert trained.everything() == before
 
 
 def test_logs_that_cannot_be_written(project, monkeypatch):
