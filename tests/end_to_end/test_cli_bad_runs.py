@@ -227,7 +227,7 @@ def test_places_that_cannot_be_written(project):
     assert [path.name for path in (project.folder / "runs").iterdir()] == ["a"]
 
 
-def test_unwritable_places_are_found_before_a_model_is_loaded(trained, monkeypatch):
+def test_damage_and_unwritable_places_are_found_before_a_model_is_loaded(trained, monkeypatch):
     def loads(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
@@ -236,6 +236,11 @@ def test_unwritable_places_are_found_before_a_model_is_loaded(trained, monkeypat
     (trained.folder / "file").write_text("")
     words = "file: a run folder cannot be written here"
     trained.refused(4, words, "train", trained.config(run={"folder": "file"}, model={"path": "nowhere"}))
+    state = trained.run() / "checkpoints/000002/state.json"
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-1])
+    trained.refused(4, "000002/state.json: damaged", "resume", "runs/a")
+    state.write_bytes(whole)
     (trained.run() / "lock").unlink()
     (trained.run() / "lock").mkdir()
     trained.refused(4, "runs/a: cannot be written (Is a directory)", "resume", "runs/a")
