@@ -20,6 +20,7 @@ from mlx_ppo.errors import RunError
 from mlx_ppo.verification import verify_run
 
 KILLS = int(os.environ.get("MLX_PPO_KILLS", "20"))
+KILLS_EACH = 5  # of one run, before it may finish
 ITERATIONS = 5
 WAIT = 240  # seconds; a busy machine
 TIMES = ("seconds", "tokens_per_second", "memory")
@@ -93,17 +94,17 @@ def test_kills_at_random_moments(tmp_path):
     expected = result(tmp_path / "uninterrupted/reviews")
     assert list(expected[2]) and len(expected[0]) == ITERATIONS
     run, generator = tmp_path / "runs/reviews", random.Random()
-    kills, landed, finished = 0, [], 0
+    kills, landed, finished, here = 0, [], 0, 0
     while kills < KILLS or run.exists():  # the last one is brought to its end
         before = checked(run) if run.exists() else 0
         process = start(tmp_path, RESUME if run.exists() else TRAIN)
-        if kills < KILLS:
+        if kills < KILLS and here < KILLS_EACH:
             time.sleep(generator.uniform(0, whole))
             killed = kill(process)
         else:
             killed = process.wait(WAIT) == -signal.SIGKILL
         if killed:
-            kills += 1
+            kills, here = kills + 1, here + 1
             after = checked(run) if run.exists() else 0
             assert after >= before
             landed.append(after if run.exists() else -1)
@@ -115,7 +116,7 @@ def test_kills_at_random_moments(tmp_path):
             )
             assert [path.name for path in (tmp_path / "runs").iterdir()] == ["reviews"]
             shutil.rmtree(tmp_path / "runs")
-            finished += 1
+            finished, here = finished + 1, 0
     places = ", ".join(f"{landed.count(step)} after {step}" for step in range(ITERATIONS + 1))
     print(f"\n{kills} kills; {finished} runs of {ITERATIONS} iterations finished, each like the uninterrupted one")
     print(f"killed {landed.count(-1)} before there was a run folder, {places} saved iterations")
