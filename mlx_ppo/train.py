@@ -24,7 +24,7 @@ from mlx_ppo.measurements import iteration_metrics
 from mlx_ppo.memory.budget import keeping_to
 from mlx_ppo.memory.meter import metering, phase
 from mlx_ppo.memory.plan import GIB, applied
-from mlx_ppo.memory.starting import plan_run, said
+from mlx_ppo.memory.starting import PLAN, plan_run, said
 from mlx_ppo.networks.adapters import Weights, adapter_config
 from mlx_ppo.networks.roles import Roles, load_roles
 from mlx_ppo.networks.tokenizer import completion_text
@@ -89,12 +89,13 @@ class State:
             if learner is None:
                 continue
             arrays = saved.arrays.get(file, {})
-            if set(arrays) != set(learner.weights.arrays):
+            if not checkpoint.alike(arrays, learner.weights.arrays):
                 raise RunError(f"the checkpoint's {role} has other weights than this configuration; nothing was loaded")
             learner.weights = learner.weights.holding({name: arrays[name] for name in learner.weights.arrays})
             moments = saved.arrays.get(f"optimizer_{role}", {})
             learner.optimizer.load(dict(moments), saved.state["optimizer_steps"][role])
-        self.kl.load(saved.state["kl"])
+        if isinstance(self.kl, AdaptiveKL):  # a fixed coefficient is the configuration's
+            self.kl.load(saved.state["kl"])
         self.iteration, self.cursor = saved.step, saved.state["cursor"]
         best = saved.state["best"]
         self.best = (best[0], best[1]) if best else None
@@ -124,6 +125,7 @@ def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interru
         plan = plan_run(
             config, (roles, policy, critic), [len(p.tokens) for p in (*data.prompts, *held_out)], run.folder
         )
+        run.note_files(run.folder / PLAN)
         reporter.message(said(plan))
         config = applied(config, plan)
         with keeping_to(plan), metering() as meter:
@@ -200,9 +202,9 @@ def _start(
     """Resume from the last checkpoint if there is one; the evaluation before training is the same either way."""
     reporter.phase("evaluate", state.iteration, config.run.iterations)
     before = evaluate(roles, state.policy.weights, held_out, config)
-    saved = checkpoint.steps(run.folder)
-    if saved:
-        state.restore(checkpoint.load(run.folder, saved[-1]))
+    saved = checkpoint.newest(run.folder)
+    if saved is not None:
+        state.restore(saved)
         run.cut_logs(state.iteration)
         reporter.message(f"resuming after iteration {state.iteration} of {config.run.iterations}")
     else:
@@ -306,6 +308,7 @@ def _evaluate_and_save(config: TrainConfig, run: Run, roles: Roles, state: State
 def _save(config: TrainConfig, run: Run, roles: Roles, state: State) -> None:
     best = state.best[0] if state.best is not None else None
     with phase("checkpoint"):
+        run.secure()
         checkpoint.save(run.folder, state.as_checkpoint(roles.trunk.blocks), keep_last=config.run.keep_last, best=best)
 
 

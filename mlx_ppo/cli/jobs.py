@@ -12,6 +12,7 @@ from mlx_ppo.cli.work import Order, stopped, work
 from mlx_ppo.config import Job, TrainConfig
 from mlx_ppo.config_file import read_config
 from mlx_ppo.config_supervised import RewardConfig, SFTConfig
+from mlx_ppo.errors import DamageError
 from mlx_ppo.runs import create_run, open_config, worth_keeping
 from mlx_ppo.runtime.signals import Interrupted, catching_interrupts
 
@@ -49,6 +50,18 @@ def _new_run(config: TrainConfig | SFTConfig | RewardConfig) -> Iterator[Path]:
 def resume(folder: Path, *, allow_config_change: bool) -> None:
     """Go on with a run; refused when its data or models have changed since, or, unless allowed, its configuration."""
     _work(open_config(folder), Order(str(folder), resumed=True, allow_config_change=allow_config_change))
+
+
+def verify(folder: Path) -> None:
+    """Compare everything in a run folder, and everything it was made from, with what was recorded."""
+    from mlx_ppo.verification import verify_run
+
+    found = verify_run(folder)
+    for note in found.notes:
+        click.echo(f"note: {note}")
+    if found.problems:
+        raise DamageError(found.problems)
+    click.echo(f"everything is as recorded ({found.files} files)")
 
 
 def _work(config: Job, order: Order) -> None:

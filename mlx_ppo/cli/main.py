@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import mlx_ppo
-from mlx_ppo.errors import ConfigError, RunError, UserError
+from mlx_ppo.errors import ConfigError, DamageError, RunError, UserError
 from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
 
 _SET = click.option(
@@ -37,7 +37,8 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            each = isinstance(error, ConfigError)  # as many problems as lines; elsewhere one, and what belongs to it
+            # as many problems as lines; elsewhere one, and what belongs to it
+            each = isinstance(error, ConfigError | DamageError)
             for number, line in enumerate(str(error).splitlines()):
                 click.echo(f"error: {line}" if each or number == 0 else line, err=True)
             ctx.exit(error.exit_code)
@@ -167,6 +168,22 @@ def resume(run: Path, allow_config_change: bool) -> None:
     from mlx_ppo.cli import jobs
 
     jobs.resume(run, allow_config_change=allow_config_change)
+
+
+@main.command()
+@click.argument("run", type=_FILE)
+def verify(run: Path) -> None:
+    """Check every file of a run, and every file it was made from, against what was recorded.
+
+    Reads checkpoints, finished folders, logs, config.toml, and the models, data and reward code that the run started
+    with. Names every file that differs, is missing, or doesn't belong, and ends with exit code 4 if there is one.
+
+    \b
+    Example: mlx-ppo verify runs/reviews
+    """
+    from mlx_ppo.cli import jobs
+
+    jobs.verify(run)
 
 
 @main.command()

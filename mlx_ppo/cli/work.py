@@ -21,7 +21,8 @@ import mlx_ppo
 from mlx_ppo.config import Job, TrainConfig
 from mlx_ppo.config_supervised import RewardConfig, SFTConfig
 from mlx_ppo.errors import RunError, UserError
-from mlx_ppo.runs import CONFIG, Run, changed_inputs, config_edited, open_config
+from mlx_ppo.provenance import device
+from mlx_ppo.runs import Run, open_config
 from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
 from mlx_ppo.runtime.signals import STOPPING, Interrupted, Interrupts, catching_interrupts
 
@@ -81,41 +82,32 @@ def work(order: Order, reporter: JobReporter, interrupts: Interrupts) -> list[st
     config = open_config(folder)
     with Run(folder, supervisor=order.supervisor) as run:
         if order.resumed:
-            _require_unchanged(config, run, reporter, allow=order.allow_config_change)
+            from mlx_ppo.verification import require_as_recorded
+
+            for line in require_as_recorded(config, run, allow_config_change=order.allow_config_change):
+                reporter.warn(line)
         if order.smaller:
-            _make_smaller(folder, reporter)
+            _make_smaller(run, reporter)
         else:
             reporter.message(f"run folder: {short(folder)}")
         if mlx_ppo.BLAS.problem:
             reporter.message(f"warning: {mlx_ppo.BLAS.problem}")
+        if "device" not in run.record():
+            run.note(device=device())
         from mlx_ppo.runtime.allocator import keeping_buffers
 
         with keeping_buffers():
             return _do(config, run, reporter, interrupts)
 
 
-def _require_unchanged(config: Job, run: Run, reporter: JobReporter, *, allow: bool) -> None:
-    """Refuse a run whose data or models have changed since its start, or, unless allowed, its configuration."""
-    changed = changed_inputs(config, run.record())
-    edited = [name for name in changed if name.endswith(".py")]
-    if config_edited(run.folder, run.record()):
-        edited.insert(0, str(run.folder / CONFIG))
-    for name in edited:
-        if not allow:
-            raise RunError(f"{name}: changed since the run was started; restore it, or give --allow-config-change")
-        reporter.warn(f"warning: {name} has changed since the run was started")
-    for name in changed:
-        if name not in edited:
-            raise RunError(f"{name}: changed since the run was started; restore it, or start a new run")
+def _make_smaller(run: Run, reporter: JobReporter) -> None:
+    from mlx_ppo.memory.starting import PLAN, smaller
 
-
-def _make_smaller(folder: Path, reporter: JobReporter) -> None:
-    from mlx_ppo.memory.starting import smaller
-
-    change = smaller(folder)
+    change = smaller(run.folder)
     if change is None:
-        mend = f"Close other programs and go on with: mlx-ppo resume {short(folder)}"
-        raise RunError(f"{short(folder)}: the plan can't be made smaller. {mend}")
+        mend = f"Close other programs and go on with: mlx-ppo resume {short(run.folder)}"
+        raise RunError(f"{short(run.folder)}: the plan can't be made smaller. {mend}")
+    run.note_files(run.folder / PLAN)
     reporter.message(change)
 
 

@@ -47,17 +47,16 @@ def needed(phase: Phase) -> int:
     return phase.peak + phase.outside
 
 
-def make_plan(accountant: Accountant, config: TrainConfig, budget: int | None, *, start: Choices | None = None) -> Plan:
+def make_plan(accountant: Accountant, config: TrainConfig, budget: int | None) -> Plan:
     """Choose what the configuration leaves open.
 
     Args:
         accountant: predicts the phases.
         config: keys that are 0 or "auto" are open; the others are pinned.
         budget: bytes of the process, None for no bound.
-        start: choices to begin with, such as those of an interrupted run.
     """
     shapes = accountant.shapes
-    choices = start or Choices(
+    choices = Choices(
         rollout_batch=config.rollout.batch_size or min(_ROLLOUT, shapes.responses),
         score_batch=config.score.batch_size or min(_SCORE, shapes.responses),
         micro_batch=min(config.ppo.micro_batch or shapes.minibatch, shapes.minibatch),
@@ -71,6 +70,11 @@ def make_plan(accountant: Accountant, config: TrainConfig, budget: int | None, *
             return _with_cache(plan)
         choices, said = smaller
         concessions.append(said)
+
+
+def plan_of(accountant: Accountant, choices: Choices, budget: int | None) -> Plan:
+    """The plan that consists of these choices, such as an interrupted run's: others would change its last digits."""
+    return _with_cache(Plan(choices, tuple(accountant.phases(choices)), budget, 0, ()))
 
 
 def require_fit(plan: Plan, accountant: Accountant, config: TrainConfig) -> None:

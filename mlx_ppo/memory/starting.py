@@ -9,7 +9,7 @@ from mlx_ppo.config import TrainConfig
 from mlx_ppo.errors import RunError
 from mlx_ppo.memory.budget import default_budget
 from mlx_ppo.memory.phases import Accountant, Choices, Shapes
-from mlx_ppo.memory.plan import GIB, Plan, make_plan, needed, require_fit
+from mlx_ppo.memory.plan import GIB, Plan, make_plan, needed, plan_of, require_fit
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.roles import Roles
 from mlx_ppo.runs import replace_file
@@ -48,7 +48,7 @@ def plan_run(
         folder: the run's.
     Raises:
         ConfigError: it doesn't fit the budget.
-        RunError: `plan.json` can't be read.
+        RunError: `plan.json` can't be read or written.
     """
     accountant = Accountant(config, *loaded, shapes_of(config, max(prompts)))
     budget, file = budget_of(config), folder / PLAN
@@ -57,7 +57,7 @@ def plan_run(
             choices = Choices(**json.loads(file.read_text("utf-8"))["choices"])
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(f"{file}: not a plan; remove it to have another one made") from None
-        return make_plan(accountant, config, budget, start=choices)
+        return plan_of(accountant, choices, budget)
     plan = make_plan(accountant, config, budget)
     require_fit(plan, accountant, config)
     document = {
@@ -65,7 +65,7 @@ def plan_run(
         "budget_bytes": plan.budget,
         "phases": {phase.name: {"mlx_bytes": phase.peak, "numpy_bytes": phase.outside} for phase in plan.phases},
     }
-    file.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    replace_file(file, json.dumps(document, indent=2) + "\n")
     return plan
 
 
@@ -77,7 +77,8 @@ def said(plan: Plan) -> str:
         f"memory: up to {plan.process / GIB:.2f} GiB{budget} expected ({largest.name}: {needed(largest) / GIB:.2f}); "
     )
     text += f"together decoded {choices.rollout_batch}, scored {choices.score_batch}, updated {choices.micro_batch}"
-    return text + (", blocks computed again for the gradient" if choices.checkpointing else "")
+    text += ", blocks computed again for the gradient" if choices.checkpointing else ""
+    return text + ("" if plan.fits else "; that is more than the budget, as planned when there was more")
 
 
 def smaller(folder: Path) -> str | None:

@@ -295,11 +295,9 @@ class Trunk:
 
 
 def _lowest_block(weights: Weights) -> int | None:
-    """The lowest block that some weights change; 0 where they change what lies before the blocks; None for none."""
+    """The lowest block that some weights change; 0 where they change what lies outside the blocks; None for none."""
     names = [name for name in weights.arrays if not name.startswith(HEAD)]
-    if not names:
-        return None
-    return min(layer_of(name)[0] if name.endswith((".lora_a", ".lora_b")) else 0 for name in names)
+    return min((layer_of(name)[0] if any(map(str.isdigit, name.split("."))) else 0 for name in names), default=None)
 
 
 def _make_noisy(inner: nn.Module, adapted: Mapping[str, nn.Module]) -> list[nn.Module]:

@@ -320,6 +320,7 @@ finally:
     arguments = [sys.executable, "-c", code, "train", str(slow.config(run={"iterations": 1}))]
     done = subprocess.run(arguments, cwd=slow.folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert json.loads((slow.run() / "run.json").read_text())["device"].startswith(("CPU: ", "GPU: "))
     assert "policy: runs/a/checkpoints/000001" in done.stdout and "held-out prompts" in done.stdout
 
 
