@@ -40,7 +40,7 @@ class Journal:
         """Nothing is written yet: another process may be working in the run."""
         self._file = folder / JOURNAL
         self._begun = False
-        self.where = "while it started"
+        self.where = ""
 
     def note(self, **values: Any) -> None:
         """A line, once the run has begun; a full disk is left to the run, which has more to write."""
@@ -163,6 +163,7 @@ def supervise(order: Order, *, retries: int) -> list[str]:
     with _relaying() as relay:
         for attempt in range(retries + 1):
             kills = _memory_kills()
+            journal.where = "while it started"
             now = Order(str(folder), smaller=True) if attempt else order
             last, status = _attend(now._replace(supervisor=os.getpid()), relay, journal)
             if relay.second is not None:
