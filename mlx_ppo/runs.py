@@ -150,11 +150,6 @@ def create_run(config: Job, base: Path, name: str) -> Path:
     return folder
 
 
-def worth_keeping(folder: Path) -> bool:
-    """Whether a run folder holds anything that was computed."""
-    return (folder / METRICS).exists() or any((folder / "checkpoints").glob("[0-9]*"))
-
-
 def open_config(folder: Path) -> Job:
     """The configuration that a run was started with.
 
