@@ -238,11 +238,6 @@ def _put_beside_others(temporary: Path, base: Path, name: str) -> Path:
         return folder
 
 
-def worth_keeping(folder: Path) -> bool:
-    """Whether a run folder holds anything that was computed."""
-    return (folder / METRICS).exists() or any((folder / "checkpoints").glob("[0-9]*"))
-
-
 def open_config(folder: Path) -> Job:
     """The configuration that a run was started with.
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import click
 
 from mlx_ppo.cli.main import PROGRAM
-from mlx_ppo.cli.work import Order, stopped, work
+from mlx_ppo.cli.work import Order, stopped, work, worth_keeping
 from mlx_ppo.config import Job, TrainConfig
 from mlx_ppo.config_file import read_config
 from mlx_ppo.config_supervised import RewardConfig, SFTConfig
 from mlx_ppo.errors import DamageError
-from mlx_ppo.runs import create_run, open_config, worth_keeping
+from mlx_ppo.runs import create_run, open_config
 from mlx_ppo.runtime.signals import Interrupted, catching_interrupts
 
 

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_ppo import errors
-from mlx_ppo.cli.work import Answers, Order, short, stopped
+from mlx_ppo.cli.work import Answers, Order, short, stopped, worth_keeping
 from mlx_ppo.errors import RunError
-from mlx_ppo.runs import worth_keeping
 from mlx_ppo.runtime.signals import STOPPING, holding_back_interrupts
 
 if TYPE_CHECKING:

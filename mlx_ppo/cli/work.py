@@ -22,7 +22,7 @@ from mlx_ppo.config import Job, TrainConfig
 from mlx_ppo.config_supervised import RewardConfig, SFTConfig
 from mlx_ppo.errors import RunError, UserError
 from mlx_ppo.provenance import device
-from mlx_ppo.runs import Run, open_config
+from mlx_ppo.runs import METRICS, Run, open_config
 from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
 from mlx_ppo.runtime.signals import STOPPING, Interrupted, Interrupts, catching_interrupts
 
@@ -142,6 +142,11 @@ def _do(config: Job, run: Run, reporter: JobReporter, interrupts: Interrupts) ->
 def short(path: Path) -> Path:
     """A path as seen from the working folder, where that is shorter."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def worth_keeping(folder: Path) -> bool:
+    """Whether a run folder holds anything that was computed."""
+    return (folder / METRICS).exists() or any((folder / "checkpoints").glob("[0-9]*"))
 
 
 def stopped(number: int, folder: Path) -> SystemExit:
