@@ -117,7 +117,7 @@ def test_a_killed_trainer_is_told_in_a_line_and_the_run_goes_on(slow):
 def test_a_killed_command_takes_the_rest_with_it_once_that_is_saved(slow):
     project = slow
     (project.folder / "rule.py").write_text(RULE.replace("0.1", "1"))
-    process = project.start("train", project.config(run={**RUN, "save_every": 100}))
+    process = project.start("train", project.config(run={"iterations": 4, "save_every": 100}))
     until(in_phase(project, "score", 3), process)
     trainer, below = family(process)
     process.kill()
@@ -128,7 +128,7 @@ def test_a_killed_command_takes_the_rest_with_it_once_that_is_saved(slow):
     ends(process, -signal.SIGKILL)
     until(lambda: working(below) == [])
     out, _ = ends(project.start("resume", "runs/a"), 0)
-    assert "resuming after iteration 2 of 8" in out
+    assert "resuming after iteration 2 of 4" in out
 
 
 def test_a_killed_command_while_nothing_was_computed_leaves_nobody(slow):
