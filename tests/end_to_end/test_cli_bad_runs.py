@@ -231,8 +231,7 @@ def test_damage_and_unwritable_places_are_found_before_a_model_is_loaded(trained
     def loads(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("mlx_ppo.networks.roles.load_trunk", loads)
-    monkeypatch.setattr("mlx_ppo.networks.load.load_trunk", loads)
+    monkeypatch.setattr("mlx_ppo.train.load_roles", loads)
     (trained.folder / "file").write_text("")
     words = "file: a run folder cannot be written here"
     trained.refused(4, words, "train", trained.config(run={"folder": "file"}, model={"path": "nowhere"}))
