@@ -77,7 +77,7 @@ def _work(config: Job, run: Run) -> None:
         except Interrupted as stop:
             display.close()
             click.echo(f"stopped by {stop}; saved. Go on with: mlx-ppo resume {_short(run.folder)}", err=True)
-            raise SystemExit(128 + stop.number) from None
+            raise SystemExit(stop.exit_code) from None
     for line in finish:
         click.echo(line)
 
