@@ -125,6 +125,15 @@ def test_a_run_folder_that_is_removed_while_its_process_lives(project, monkeypat
         project.refused(4, "runs/a: was removed or replaced while this process", job, project.config(job), left=True)
         assert not project.run().exists()
 
+    def replaced(run, name, rows):
+        run.folder.rename(project.folder / "moved")
+        run.folder.mkdir()
+        (run.folder / "theirs").write_text("another run's")
+
+    monkeypatch.setattr(runs.Run, "log", replaced)
+    project.refused(4, "runs/a: was removed or replaced while", "sft", project.config("sft"), left=True)
+    assert [path.name for path in project.run().iterdir()] == ["theirs"]
+
 
 def test_other_software_than_at_the_start_is_told(trained):
     with Run(trained.run()) as run:
