@@ -122,6 +122,12 @@ class RolloutSection(Section):
     batch_size: CountOrZero = Field(
         0, description="sequences decoded together; 0: up to 64, as the memory budget allows. Changes speed and memory"
     )
+    kv_cache: Literal["auto", "full", "8-bit"] = Field(
+        "auto",
+        description="how keys and values are kept while sampling; 8-bit: a quarter of the memory of float32, sampling "
+        "from a slightly different distribution, which the recomputed log-probabilities account for; auto: full "
+        "unless the memory budget asks for it",
+    )
 
 
 class RewardSource(Section):
@@ -235,6 +241,22 @@ class MemorySection(Section):
     )
     retries: CountOrZero = Field(
         0, description="how many times a run that the system kills goes on by itself, each time with a smaller plan"
+    )
+    residency: Literal["auto", "resident", "evict"] = Field(
+        "auto",
+        description="weights that only some phases read (reward models with a trunk of their own; the reference under "
+        "full fine-tuning): kept in memory, or read anew from disk in every iteration; auto: where the budget asks "
+        "for it",
+    )
+    compact: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="on a CPU, keep a quantised model quantised in memory and dequantise each matrix at its use, "
+        "which is slower; auto: where the budget asks for it",
+    )
+    positions: CountOrZero = Field(
+        0,
+        description="response positions whose logits are computed together; 0: as many as make 64 MB of logits, fewer "
+        "where the budget asks for it",
     )
 
 

@@ -12,8 +12,8 @@ from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.roles import Roles
 from mlx_ppo.networks.tokenizer import completion_text
 from mlx_ppo.records import Rollout, number
-from mlx_ppo.rollout import generate
-from mlx_ppo.scoring import combined_scores, policy_logprobs, raw_scores
+from mlx_ppo.rollout import generate, sampling
+from mlx_ppo.scoring import combined_scores, policy_logprobs, raw_scores, reference_logprobs
 
 
 class Completion(NamedTuple):
@@ -50,12 +50,10 @@ def evaluate(roles: Roles, policy: Weights, prompts: Sequence[Prompt], config: T
         policy,
         [prompt.tokens for prompt in prompts],
         samples_per_prompt=1,
-        max_tokens=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
-        batch_size=config.rollout.batch_size,
         seed_parts=(config.run.seed, "evaluate"),
         positions=range(len(prompts)),
         records=[prompt.record for prompt in prompts],
+        **sampling(config.rollout),
     )
     raw = raw_scores(roles, rollout, batch_size=config.score.batch_size)
     scores = combined_scores(raw, roles, rollout, config.score, config.rollout.max_tokens)
@@ -83,7 +81,8 @@ def sequence_kl(roles: Roles, policy: Weights, rollout: Rollout, config: TrainCo
     """Mean over sequences of the summed log pi - log pi_ref, in nats: an unbiased estimate of the KL divergence."""
     temperature, size = config.rollout.temperature, config.score.batch_size
     now = policy_logprobs(roles, policy, rollout, temperature=temperature, batch_size=size)
-    reference = policy_logprobs(roles, roles.reference, rollout, temperature=temperature, batch_size=size)
+    reference = reference_logprobs(roles, rollout, temperature=temperature, batch_size=size)
+    roles.evict()
     return number(masked_sum(now - reference, rollout.mask)) / len(rollout.prompts)
 
 

@@ -1,11 +1,12 @@
 """Prompts into responses of the current policy, with the probability of every token as it was sampled."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_ppo.config import RolloutSection
 from mlx_ppo.data.batches import pad_right
 from mlx_ppo.data.random import philox
 from mlx_ppo.errors import RunError
@@ -46,6 +47,7 @@ def generate(
     seed_parts: tuple[int | str, ...],
     positions: Sequence[int],
     records: Sequence[dict[str, Any]],
+    cache_form: str = "full",
     on_tokens: Callable[[int], None] = lambda _: None,
 ) -> Rollout:
     """Sample responses.
@@ -61,6 +63,9 @@ def generate(
         seed_parts: what the random draws derive from, with the prompt's position and the sample's number.
         positions: each prompt's number in the stream of prompts.
         records: each prompt's JSONL record, carried along.
+        cache_form: of keys and values, see `networks.kv_cache`. With "8-bit" the sampling distribution is a slightly
+            different one, in which a batch's last digits may turn a rounding; and no states are kept for later passes,
+            whose numbers shall be exact.
         on_tokens: called with the number of tokens sampled at each step.
     Returns:
         B = len(prompts) * samples_per_prompt responses, those of one prompt together.
@@ -76,12 +81,31 @@ def generate(
     kept = _Kept()
     with trunk.using(weights):
         for rows in _chunks(requests, batch_size or len(requests)):
-            decoder = _Decoder(trunk, [requests[row] for row in rows], max_tokens, temperature)
+            decoder = _Decoder(trunk, [requests[row] for row in rows], max_tokens, temperature, cache_form)
             with phase("rollout"):
                 for row, response in zip(rows, decoder.run(on_tokens), strict=True):
                     responses[row] = response
             kept.join(decoder.kept, rows)
     return _joined(requests, responses, kept, samples_per_prompt, records)
+
+
+class Sampling(TypedDict):
+    """What every rollout of a run has in common, as arguments of `generate`."""
+
+    max_tokens: int
+    temperature: float
+    batch_size: int
+    cache_form: str
+
+
+def sampling(section: RolloutSection) -> Sampling:
+    """The `[rollout]` section as arguments of `generate`."""
+    return {
+        "max_tokens": section.max_tokens,
+        "temperature": section.temperature,
+        "batch_size": section.batch_size,
+        "cache_form": "8-bit" if section.kv_cache == "8-bit" else "full",
+    }
 
 
 def _joined(
@@ -150,11 +174,15 @@ class _Kept:
 class _Decoder:
     """Decodes one chunk: shared prefill, then a token a step for the rows that are not finished."""
 
-    def __init__(self, trunk: Trunk, requests: Sequence[Request], max_tokens: int, temperature: float) -> None:
+    def __init__(
+        self, trunk: Trunk, requests: Sequence[Request], max_tokens: int, temperature: float, cache_form: str
+    ) -> None:
         self.trunk = trunk
         self.requests = requests
         self.max_tokens = max_tokens
         self.temperature = temperature
+        self.cache_form = cache_form
+        self.keeping = bool(trunk.split) and cache_form == "full"
         self.stops = np.array(sorted(trunk.tokenizer.eos_ids))
         self.kept = _Kept()
 
@@ -177,7 +205,7 @@ class _Decoder:
             going = ~np.isin(picked, self.stops)
             finished[live[~going]] = True
             over = step + 1 == self.max_tokens or not going.any()
-            if self.trunk.split:  # nothing is predicted from a last token, but a reward model reads its state
+            if self.keeping:  # nothing is predicted from a last token, but a reward model reads its state
                 states = self._advance(picked, cache, live, prompts[live] + step)
             if over:
                 break
@@ -186,7 +214,7 @@ class _Decoder:
                 for layer in cache:
                     layer.filter(keep)
                 live, picked, states = live[going], picked[going], states[keep]
-            if not self.trunk.split:
+            if not self.keeping:
                 states = self._advance(picked, cache, live, prompts[live] + step)
         return [
             Response(tuple(tokens[row, :n].tolist()), tuple(logprobs[row, :n].tolist()), bool(finished[row]))
@@ -195,26 +223,31 @@ class _Decoder:
 
     def _advance(self, tokens: Ints, cache: list[Any], rows: Ints, columns: Ints) -> mx.array:
         """Read one more token of each row; returns the states [rows, D] after it."""
-        states, entering = self.trunk.hidden_and_entering(mx.array(tokens[:, None]), cache)
+        states, entering = self._read(mx.array(tokens[:, None]), cache)
         if entering is not None:
             mx.eval(entering)
             self.kept.add(rows, columns, entering[:, -1])
         return states[:, -1]
 
+    def _read(self, tokens: mx.array, cache: list[Any]) -> tuple[mx.array, mx.array | None]:
+        """States [rows, S, D] of tokens [rows, S], and what is to be kept of them."""
+        if self.keeping:
+            return self.trunk.hidden_and_entering(tokens, cache)
+        return self.trunk.hidden(tokens, cache), None
+
     def _prefill(self) -> tuple[list[Any], mx.array]:
         """Read each distinct prompt once; returns the cache of all rows and the states [rows, D] after the prompts."""
-        from mlx_lm.models.cache import make_prompt_cache
+        from mlx_ppo.networks.kv_cache import new_caches
 
         distinct = list(dict.fromkeys(request.prompt for request in self.requests))
         rows, lengths = pad_right(distinct)
-        empty = [make_prompt_cache(self.trunk.model) for _ in distinct]
-        cache = [layers[0].merge(list(layers)) for layers in zip(*empty, strict=True)]
+        cache = new_caches(self.trunk.model, self.cache_form, len(distinct))
         padding = (rows.shape[1] - lengths).tolist()
         size_caches(cache, rows.shape[1] + self.max_tokens)
         for layer in cache:
             if any(padding):
                 layer.prepare(lengths=lengths.tolist(), right_padding=padding)
-        states, entering = self.trunk.hidden_and_entering(mx.array(rows), cache)
+        states, entering = self._read(mx.array(rows), cache)
         last = states[mx.arange(len(distinct)), mx.array(lengths) - 1]
         index = {prompt: row for row, prompt in enumerate(distinct)}
         owners = np.array([index[request.prompt] for request in self.requests])

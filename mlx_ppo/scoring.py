@@ -26,18 +26,19 @@ class RawScores(NamedTuple):
 
 
 def raw_scores(roles: Roles, rollout: Rollout, *, batch_size: int) -> RawScores:
-    """Ask every source.
+    """Ask every source; those on the shared trunk last, so that what reads it afterwards finds it in memory.
 
     Raises:
         RunError: a score is not finite, or a reward function failed.
     """
     normalised: dict[str, mx.array] = {}
     points: dict[str, mx.array] = {}
-    for source in roles.sources:
+    for source in sorted(roles.sources, key=lambda source: _on_shared_trunk(source, roles)):
         if isinstance(source.scorer, RewardModel):
             model = source.scorer
             read = _read_anew(model, roles, rollout) if source.own_tokens else rollout
             with phase("score reward"):
+                roles.bring(model.trunk)
                 raw = _by_rows(read, batch_size, raw_of(model))[0]
             values = model.normalised(raw)
             in_points = model.points(raw)
@@ -47,7 +48,11 @@ def raw_scores(roles: Roles, rollout: Rollout, *, batch_size: int) -> RawScores:
             values = mx.array(_ask_function(roles, source, rollout), mx.float32)
         _require_finite(values, f"a score of the reward {source.name!r}", rollout, roles)
         normalised[source.name] = values
-    return RawScores(normalised, points)
+    return RawScores({source.name: normalised[source.name] for source in roles.sources}, points)
+
+
+def _on_shared_trunk(source: Source, roles: Roles) -> bool:
+    return isinstance(source.scorer, RewardModel) and source.scorer.trunk is roles.trunk
 
 
 def raw_of(model: RewardModel) -> Callable[[Sequences], list[mx.array]]:
@@ -122,18 +127,19 @@ def score(
         RunError: a score, log-probability or value is not finite.
     """
     size = section.batch_size
-    raw = raw_scores(roles, rollout, batch_size=size)
-    scores = combined_scores(raw, roles, rollout, section, max_tokens)
     head = critic if roles.critic is not None and roles.critic.kind == "head" else None
 
     with phase("score policy"):
         old, entropy, *rest = _by_rows(rollout, size, policy_columns(roles, policy, head, temperature))
-    with phase("score reference"):
-        reference = policy_logprobs(roles, roles.reference, rollout, temperature=temperature, batch_size=size)
     values = rest[0] if rest else None
     if roles.critic is not None and critic is not None and head is None:
         with phase("score critic"):
             values = _by_rows(rollout, size, critic_values(roles.critic, critic))[0]
+    raw = raw_scores(roles, rollout, batch_size=size)
+    scores = combined_scores(raw, roles, rollout, section, max_tokens)
+    with phase("score reference"):
+        reference = reference_logprobs(roles, rollout, temperature=temperature, batch_size=size)
+    roles.evict()
     _require_finite(old, "a log-probability of the policy", rollout, roles)
     _require_finite(reference, "a log-probability of the reference", rollout, roles)
     if values is not None:
@@ -173,6 +179,12 @@ def policy_logprobs(
             return [token_statistics(roles.trunk, states, sequences, temperature=temperature)[0]]
 
     return _by_rows(rollout, batch_size, under_weights)[0]
+
+
+def reference_logprobs(roles: Roles, rollout: Rollout, *, temperature: float, batch_size: int) -> mx.array:
+    """Log-probabilities [B, T] of the responses under the reference."""
+    roles.bring(roles.trunk)
+    return policy_logprobs(roles, roles.reference, rollout, temperature=temperature, batch_size=batch_size)
 
 
 def _by_rows(rollout: Rollout, batch_size: int, function: Callable[[Sequences], list[mx.array]]) -> list[mx.array]:

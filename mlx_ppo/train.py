@@ -6,35 +6,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_ppo import checkpoint
-from mlx_ppo.algo.advantages import gae, group_advantages, length_adaptive_lambda
-from mlx_ppo.algo.kl import AdaptiveKL, FixedKL
-from mlx_ppo.algo.masked import whiten
-from mlx_ppo.algo.rewards import token_rewards
-from mlx_ppo.checkpoint import Checkpoint
 from mlx_ppo.config import TrainConfig
 from mlx_ppo.data.prompts import Prompt, PromptSet, PromptStream, load_prompts, shared_prompts
 from mlx_ppo.data.tokenizer import Tokenizer
-from mlx_ppo.errors import RunError
+from mlx_ppo.estimation import advantages
 from mlx_ppo.evaluate import Evaluation, evaluate
 from mlx_ppo.measurements import iteration_metrics
 from mlx_ppo.memory.budget import keeping_to
+from mlx_ppo.memory.choices import applied
+from mlx_ppo.memory.keeping import Keeper, is_tight, limits_of
 from mlx_ppo.memory.meter import metering, phase
-from mlx_ppo.memory.plan import GIB, applied
-from mlx_ppo.memory.starting import PLAN, plan_run, said
-from mlx_ppo.networks.adapters import Weights, adapter_config
+from mlx_ppo.memory.plan import GIB
+from mlx_ppo.memory.starting import plan_run, said
+from mlx_ppo.memory.watchdog import watching
+from mlx_ppo.networks.folder import check_model_folder
 from mlx_ppo.networks.roles import Roles, load_roles
-from mlx_ppo.networks.tokenizer import completion_text
-from mlx_ppo.optimization import Optimizer
-from mlx_ppo.records import PPOBatch, Rollout, Scored, number
-from mlx_ppo.rollout import generate
+from mlx_ppo.networks.tokenizer import completion_text, load_tokenizer
+from mlx_ppo.records import number
+from mlx_ppo.rollout import generate, sampling
 from mlx_ppo.runs import MEMORY, METRICS, SAMPLES, Run
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
 from mlx_ppo.scoring import score
-from mlx_ppo.update import Learner, update
+from mlx_ppo.training_state import State, initial_state
+from mlx_ppo.update import update
 
 
 class Reporter(Protocol):
@@ -53,54 +50,6 @@ class Reporter(Protocol):
         """An iteration is done; the sample is a prompt, its completion and its score."""
 
 
-@dataclass
-class State:
-    """Everything that training changes; a checkpoint holds exactly this."""
-
-    policy: Learner
-    critic: Learner | None
-    kl: AdaptiveKL | FixedKL
-    iteration: int = 0
-    cursor: int = 0  # prompts taken from the stream
-    best: tuple[int, float] | None = None  # iteration and score of the best evaluation
-
-    def as_checkpoint(self, blocks: int) -> Checkpoint:
-        """The state as files; the policy's adapters in mlx-lm's own format."""
-        arrays: dict[str, Any] = {
-            "adapters": self.policy.weights.arrays,
-            "optimizer_policy": self.policy.optimizer.state(),
-        }
-        steps = {"policy": self.policy.optimizer.steps}
-        if self.critic is not None:
-            arrays["critic"] = self.critic.weights.arrays
-            arrays["optimizer_critic"] = self.critic.optimizer.state()
-            steps["critic"] = self.critic.optimizer.steps
-        return Checkpoint(
-            self.iteration,
-            {name: content for name, content in arrays.items() if content},
-            {"cursor": self.cursor, "kl": self.kl.state(), "optimizer_steps": steps, "best": self.best},
-            {"adapter_config.json": adapter_config(self.policy.weights, blocks)},
-        )
-
-    def restore(self, saved: Checkpoint) -> None:
-        """Go back to a checkpoint of the same configuration."""
-        learners = {"policy": (self.policy, "adapters"), "critic": (self.critic, "critic")}
-        for role, (learner, file) in learners.items():
-            if learner is None:
-                continue
-            arrays = saved.arrays.get(file, {})
-            if not checkpoint.alike(arrays, learner.weights.arrays):
-                raise RunError(f"the checkpoint's {role} has other weights than this configuration; nothing was loaded")
-            learner.weights = learner.weights.holding({name: arrays[name] for name in learner.weights.arrays})
-            moments = saved.arrays.get(f"optimizer_{role}", {})
-            learner.optimizer.load(dict(moments), saved.state["optimizer_steps"][role])
-        if isinstance(self.kl, AdaptiveKL):  # a fixed coefficient is the configuration's
-            self.kl.load(saved.state["kl"])
-        self.iteration, self.cursor = saved.step, saved.state["cursor"]
-        best = saved.state["best"]
-        self.best = (best[0], best[1]) if best else None
-
-
 @dataclass(frozen=True)
 class Result:
     """What a finished run leaves in memory; everything else is in its folder."""
@@ -117,29 +66,38 @@ def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interru
         UserError: whatever is wrong with models or data, or went wrong; the last checkpoint stands.
         Interrupted: a signal came; the state is saved.
     """
-    roles, policy, critic = load_roles(config)
-    try:
-        if roles.trunk.remark:
-            reporter.message(roles.trunk.remark)
-        data, held_out = load_data(config, roles.trunk.tokenizer, reporter)
-        plan = plan_run(
-            config, (roles, policy, critic), [len(p.tokens) for p in (*data.prompts, *held_out)], run.folder
-        )
-        run.note_files(run.folder / PLAN)
-        reporter.message(said(plan))
-        config = applied(config, plan)
-        with keeping_to(plan), metering() as meter:
+    data, held_out = load_data(config, tokenizer_of(config), reporter)
+    planned = plan_run(config, [len(p.tokens) for p in (*data.prompts, *held_out)], run.folder)
+    plan = planned.plan
+    reporter.message(said(plan))
+    with (
+        keeping_to(plan),
+        watching(interrupts.stop),
+        metering(limits_of(plan.phases), clearing=is_tight(plan)) as meter,
+    ):
+        keeper = Keeper(config, planned, run.folder, meter)
+        config = applied(config, planned.record.choices)
+        with phase("load"):
+            roles, policy, critic = load_roles(config)
+        try:
+            if roles.trunk.remark:
+                reporter.message(roles.trunk.remark)
             stream = PromptStream(data.prompts, config.run.seed)
             state = initial_state(config, policy, critic)
             del policy, critic  # the first weights would stay in memory beside the trained ones
             before = _start(config, run, roles, state, held_out, reporter)
+            meter.take()
             while state.iteration < config.run.iterations:
                 started = time.monotonic()
                 try:
-                    rows, sample = _iterate(config, roles, state, stream, reporter, interrupts)
+                    config = keeper.begin(state.iteration + 1, state.moments)
+                    rows, sample, lengths = _iterate(config, roles, state, stream, reporter, interrupts, keeper)
                     metrics = {**rows, "seconds": time.monotonic() - started}
                     metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["seconds"]
                     metrics["memory"] = max(meter.peaks.values()) / GIB
+                    keeper.finish(lengths, state.moments)
+                    for text in keeper.messages():
+                        reporter.message(text)
                     run.log(MEMORY, [{"step": state.iteration, **meter.take()}])
                     run.log(METRICS, [metrics])
                     run.log(SAMPLES, [_sample_row(state.iteration, sample)])
@@ -158,11 +116,27 @@ def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interru
             if not run.has(SAMPLES, step=state.iteration, kind="summary"):  # a finished run that is resumed has it
                 run.log(SAMPLES, _evaluation_rows(state.iteration, after))
             return Result(before, after, checkpoint.folder_of(run.folder, state.iteration))
-    finally:
-        roles.close()
+        finally:
+            roles.close()
 
 
-def load_data(config: TrainConfig, tokenizer: Tokenizer, reporter: Reporter) -> tuple[PromptSet, tuple[Prompt, ...]]:
+def tokenizer_of(config: TrainConfig) -> Tokenizer:
+    """The policy's tokenizer, before its weights are loaded.
+
+    Raises:
+        ModelError: the model folder is damaged.
+    """
+    return load_tokenizer(config.model.path, check_model_folder(config.model.path).config)
+
+
+class Messages(Protocol):
+    """Where one line of information or warning goes."""
+
+    def message(self, text: str) -> None:
+        """One line."""
+
+
+def load_data(config: TrainConfig, tokenizer: Tokenizer, reporter: Messages) -> tuple[PromptSet, tuple[Prompt, ...]]:
     """Training prompts, and the ones for evaluations."""
     section = config.data
     limits: dict[str, Any] = {"max_tokens": section.max_prompt_tokens, "overlong": section.overlong}
@@ -179,21 +153,6 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer, reporter: Reporter) -> 
     if shared:
         reporter.message(f"warning: {shared} of the {len(chosen)} evaluation prompts are also training prompts")
     return data, chosen
-
-
-def initial_state(config: TrainConfig, policy: Weights, critic: Weights | None) -> State:
-    """Learners, KL controller and counters before the first iteration."""
-    steps = config.ppo.epochs * config.ppo.minibatches
-    iterations = {"policy": config.run.iterations - config.critic.warmup_iterations, "critic": config.run.iterations}
-    rates = {"policy": config.optimizer.learning_rate, "critic": config.critic.learning_rate}
-    make = {
-        role: Optimizer(config.optimizer, learning_rate=rate, total_steps=iterations[role] * steps)
-        for role, rate in rates.items()
-    }
-    kl: AdaptiveKL | FixedKL = FixedKL(config.kl.coef)
-    if config.kl.controller == "adaptive":
-        kl = AdaptiveKL(config.kl.coef, config.kl.target, config.kl.horizon)
-    return State(Learner(policy, make["policy"]), Learner(critic, make["critic"]) if critic is not None else None, kl)
 
 
 def _start(
@@ -214,9 +173,15 @@ def _start(
 
 
 def _iterate(
-    config: TrainConfig, roles: Roles, state: State, stream: PromptStream, reporter: Reporter, interrupts: Interrupts
-) -> tuple[dict[str, float], tuple[str, str, float]]:
-    """One iteration; the state moves on only when all of it is done."""
+    config: TrainConfig,
+    roles: Roles,
+    state: State,
+    stream: PromptStream,
+    reporter: Reporter,
+    interrupts: Interrupts,
+    keeper: Keeper,
+) -> tuple[dict[str, float], tuple[str, str, float], list[tuple[int, int]]]:
+    """One iteration; the state moves on only when all of it is done. Metrics, a sample, and tokens of each row."""
     interrupts.check()
     number_ = state.iteration + 1
     seed = config.run.seed
@@ -227,13 +192,11 @@ def _iterate(
         state.policy.weights,
         [prompt.tokens for _, prompt in taken],
         samples_per_prompt=config.rollout.samples_per_prompt,
-        max_tokens=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
-        batch_size=config.rollout.batch_size,
         seed_parts=(seed, "rollout"),
         positions=range(state.cursor, state.cursor + len(taken)),
         records=[prompt.record for _, prompt in taken],
         on_tokens=reporter.tokens,
+        **sampling(config.rollout),
     )
     interrupts.check()
     reporter.phase("score", number_, config.run.iterations)
@@ -261,35 +224,17 @@ def _iterate(
         max_tokens=config.rollout.max_tokens,
         seed_parts=(seed, "update", number_),
         train_policy=state.iteration >= config.critic.warmup_iterations,
+        pass_size=keeper.pass_size,
     )
     metrics = iteration_metrics(number_, state.kl.coef, rollout, scored, batch, stats) | {"learning_rate": rate}
     state.kl.update(metrics["kl"], len(rollout.prompts))
     state.iteration = number_
     state.cursor += len(taken)
     row = int(np.argsort(np.array(scored.scores))[len(rollout.prompts) // 2])
-    tokenizer = roles.trunk.tokenizer
-    text = completion_text(tokenizer, rollout.prompts[row], rollout.responses[row])
+    text = completion_text(roles.trunk.tokenizer, rollout.prompts[row], rollout.responses[row])
     asked = taken[row // config.rollout.samples_per_prompt][1].text
-    return metrics, (asked, text, number(scored.scores[row]))
-
-
-def advantages(config: TrainConfig, rollout: Rollout, scored: Scored, *, kl_coef: float) -> PPOBatch:
-    """Token rewards, then GAE twice (policy and critic have their own lambda), or the group's baseline."""
-    ppo, mask = config.ppo, rollout.mask
-    rewards = token_rewards(scored.scores, scored.old_logprobs, scored.ref_logprobs, mask, kl_coef=kl_coef)
-    if scored.values is None:
-        assert ppo.advantage != "gae"
-        totals = mx.where(mask, rewards, 0.0).sum(axis=1)
-        by_response = group_advantages(totals, rollout.group, kind=ppo.advantage)
-        return PPOBatch(scored.old_logprobs, mx.where(mask, by_response[:, None], 0.0), None, None, None)
-    lambda_policy: float | mx.array = ppo.lambda_policy
-    if ppo.length_adaptive:
-        lambda_policy = length_adaptive_lambda(mask.sum(axis=1), alpha=ppo.length_adaptive)
-    estimates, _ = gae(rewards, scored.values, mask, discount=ppo.discount, gae_lambda=lambda_policy)
-    _, returns = gae(rewards, scored.values, mask, discount=ppo.discount, gae_lambda=ppo.lambda_critic)
-    _, full_returns = gae(rewards, scored.values, mask, discount=ppo.discount, gae_lambda=1.0)
-    whitened = whiten(estimates, mask) if ppo.whiten else estimates
-    return PPOBatch(scored.old_logprobs, whitened, scored.values, returns, full_returns)
+    lengths = [(len(p), len(r)) for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
+    return metrics, (asked, text, number(scored.scores[row])), lengths
 
 
 def _evaluate_and_save(config: TrainConfig, run: Run, roles: Roles, state: State, held_out: Sequence[Prompt]) -> None:

@@ -62,6 +62,7 @@ def update(
     max_tokens: int,
     seed_parts: tuple[int | str, ...],
     train_policy: bool = True,
+    pass_size: Callable[[], int] | None = None,
 ) -> UpdateStats:
     """Several passes over the rollout; `policy` and `critic` are changed in place.
 
@@ -76,12 +77,15 @@ def update(
         max_tokens: T of the "constant" denominator.
         seed_parts: what the order of the minibatches derives from.
         train_policy: False while only the critic is warmed up.
+        pass_size: asked before every optimizer step how many responses a forward and backward pass may have, which
+            changes memory, not the gradient; without it, `section.micro_batch`.
     Raises:
         RunError: a loss or gradient is not finite, or the first minibatch's ratio is not 1. Nothing is applied then.
     """
     stats = UpdateStats()
     generator = philox(*seed_parts)
-    step = _Step(roles, policy, critic, rollout, batch, section, temperature, max_tokens)
+    size = pass_size or (lambda: section.micro_batch)
+    step = _Step(roles, policy, critic, rollout, batch, section, temperature, max_tokens, size)
     for epoch in range(section.epochs):
         order = generator.permutation(len(rollout.prompts))
         for index, rows in enumerate(np.array_split(order, section.minibatches)):
@@ -109,9 +113,10 @@ class _Step:
     section: PPOSection
     temperature: float
     max_tokens: int
+    pass_size: Callable[[], int]
 
     def run(self, rows: Sequence[int], stats: UpdateStats, *, first: bool, train_policy: bool) -> None:
-        size = self.section.micro_batch or len(rows)
+        size = self.pass_size() or len(rows)
         micro = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
         mask = self.rollout.mask[mx.array(list(rows))]
         tokens = number(mask.sum())
@@ -135,11 +140,13 @@ class _Step:
             logprobs.append(now)
             ratios.append(ratio)
             _accumulate(policy_gradients, gradients)
+            del gradients  # they would stay in memory beside the sum
             if self.critic is not None:
                 with phase("update critic"):
                     loss, gradients = self._critic(self.critic, sequences, part, tokens, states)
                 value_loss += loss
                 _accumulate(critic_gradients, gradients)
+                del gradients
         if not np.isfinite(policy_loss) or not np.isfinite(value_loss):
             raise RunError(f"the loss is not finite (policy {policy_loss}, critic {value_loss}); nothing was applied")
         self._watch(rows, micro, mx.concatenate(logprobs), mx.concatenate(ratios), stats, first=first)
@@ -163,11 +170,12 @@ class _Step:
         """Loss, (log-probabilities, ratios, states) and gradients of one micro-batch; no gradients without `train`."""
         index = mx.array(rows)
         targets = PolicyTargets(self.batch.old_logprobs[index], self.batch.advantages[index], denominator)
-        loss_of = policy_loss(self.roles.trunk, self.policy.weights, sequences, targets, self.section, self.temperature)
+        weights, section = self.policy.weights, self.section
+        loss_of = policy_loss(self.roles.trunk, weights, sequences, targets, section, self.temperature, learning=train)
         if train:
-            (loss, now, ratio, states), gradients = mx.value_and_grad(loss_of)(dict(self.policy.weights.arrays))
+            (loss, now, ratio, states), gradients = mx.value_and_grad(loss_of)(dict(weights.arrays))
         else:
-            (loss, now, ratio, states), gradients = loss_of(self.policy.weights.arrays), {}
+            (loss, now, ratio, states), gradients = loss_of(weights.arrays), {}
         mx.eval(loss, now, ratio, states, gradients)
         return number(loss), (now, ratio, states), gradients
 
@@ -201,7 +209,7 @@ class _Step:
         if first:
             error = number(mx.where(mask, mx.abs(ratio - 1), 0.0).max())
             stats.first_ratio_error = error
-            exact = all(array.dtype == mx.float32 for array in self.roles.trunk.base.values())
+            exact = all(array.dtype in (mx.float32, mx.uint32) for array in self.roles.trunk.base.values())
             if not error <= (RATIO_TOLERANCE if exact else _RATIO_TOLERANCE_HALF):
                 raise RunError(
                     f"self-check failed: the first minibatch's ratio to the old policy is off 1 by {error:.2g}; "
@@ -243,13 +251,19 @@ def policy_loss(
     targets: PolicyTargets,
     section: PPOSection,
     temperature: float,
+    *,
+    learning: bool = True,
 ) -> Callable[[Mapping[str, mx.array]], tuple[mx.array, mx.array, mx.array, mx.array]]:
-    """The loss as a function of the policy's arrays: loss [], log-probabilities and ratios [B, T], states [N, D]."""
+    """The loss as a function of the policy's arrays: loss [], log-probabilities and ratios [B, T], states [N, D].
+
+    `learning`: its gradient will be taken; it can be without, but that is slower.
+    """
+    by_logprobs = learning and not section.entropy_coef
 
     def loss_of(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         with trunk.using(weights.holding(arrays)), _saving_memory(trunk, section):
             states = trunk.response_states(sequences)
-            now, entropy = token_statistics(trunk, states, sequences, temperature=temperature)
+            now, entropy = token_statistics(trunk, states, sequences, temperature=temperature, learning=by_logprobs)
         losses, ratio = clipped_policy_loss(
             now,
             targets.old_logprobs,

@@ -11,6 +11,7 @@ from typing import Any
 from mlx_ppo import checkpoint
 from mlx_ppo.config import Job, TrainConfig
 from mlx_ppo.errors import ConfigError, RunError
+from mlx_ppo.memory.choices import read_record as read_plan
 from mlx_ppo.provenance import (
     Change,
     Record,
@@ -165,7 +166,11 @@ class _Inquiry:
                 yield f"{item}: doesn't belong here"
 
     def own_files(self) -> Iterator[str]:
-        """The plan, and the finished folder."""
+        """The plan, which changes while the run goes on; the finished folder."""
+        try:
+            self.files += read_plan(self.folder) is not None
+        except RunError as error:
+            yield str(error)
         recorded = self.record.get("files", {})
         self.files += len(recorded)
         for name, digest in recorded.items():

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model, quantize_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mlx_ppo.config import OptimizerSection, PPOSection, ScoreSection
@@ -98,6 +99,28 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
             _write_tokenizer(folder)
             _write_weights(folder, config, seed, deviation)
             made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a quantised copy of a model's folder, by mlx-lm: `quantised(folder, bits=4)`."""
+    made: dict[tuple[Path, str], Path] = {}
+
+    def make(folder: Path, **options: Any) -> Path:
+        chosen = {"bits": 4, "group_size": 32, **options}
+        key = (folder, json.dumps(chosen))
+        if key not in made:
+            model, config = load_model(folder, trust_remote_code=False)
+            model, config = quantize_model(model, config, **chosen)
+            target = made[key] = tmp_path_factory.mktemp(folder.name)
+            (target / "config.json").write_text(json.dumps(config), "utf-8")
+            arrays = dict(tree_flatten(model.parameters()))
+            mx.save_safetensors(str(target / "model.safetensors"), arrays, metadata={"format": "mlx"})
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                (target / name).write_bytes((folder / name).read_bytes())
         return made[key]
 
     return make

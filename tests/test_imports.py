@@ -32,7 +32,8 @@ TABLE = {
     },
     "mlx_ppo.checkpoint": {"mlx", "mlx_ppo.errors", "mlx_ppo.provenance", "mlx_ppo.runs"},
     "mlx_ppo.verification": {
-        "mlx_ppo.checkpoint", "mlx_ppo.config", "mlx_ppo.errors", "mlx_ppo.provenance", "mlx_ppo.runs",
+        "mlx_ppo.checkpoint", "mlx_ppo.config", "mlx_ppo.errors", "mlx_ppo.memory.choices", "mlx_ppo.provenance",
+        "mlx_ppo.runs",
     },
     "mlx_ppo.metrics": set(),
     "mlx_ppo.algo": {"mlx", "mlx_ppo.algo"},
@@ -52,16 +53,17 @@ TABLE = {
         "mlx_ppo.config", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.memory", "mlx_ppo.networks", "mlx_ppo.records",
         "mlx_ppo.rollout", "mlx_ppo.runs", "mlx_ppo.scoring", "mlx_ppo.update",
     },
+    "mlx_ppo.memory.choices": {"mlx_ppo.config", "mlx_ppo.errors"},
     "mlx_ppo.runtime": {"mlx", "mlx_ppo.runtime"},
     "mlx_ppo.exporting": {
         "gguf", "mlx", "mlx_lm", "numpy",
         "mlx_ppo.config", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.exporting", "mlx_ppo.networks", "mlx_ppo.targets",
     },
 }  # fmt: skip
-FREE = {"bundle", "cli", "evaluate", "optimization", "reward_figures", "reward_training", "rollout", "scoring", "sft"}
-FREE |= {"measurements", "supervised", "targets", "train", "update"}
+FREE = {"bundle", "cli", "dry_run", "estimation", "evaluate", "measurements", "optimization", "reward_figures"}
+FREE |= {"reward_training", "rollout", "scoring", "sft", "supervised", "targets", "train", "training_state", "update"}
 STAGES = {"mlx_ppo.rollout", "mlx_ppo.scoring", "mlx_ppo.update"}
-STORIES = {"mlx_ppo.train", "mlx_ppo.sft", "mlx_ppo.reward_training"}
+STORIES = {"mlx_ppo.dry_run", "mlx_ppo.train", "mlx_ppo.sft", "mlx_ppo.reward_training"}
 HEAVY = {"mlx", "mlx_lm", "numpy", "pydantic", "rich", "safetensors", "sentencepiece", "tomli", "transformers"}
 HEAVY |= {"mlx_ppo.config", "mlx_ppo.config_file", "mlx_ppo.cli", "mlx_ppo.runs", *STAGES, *STORIES}
 

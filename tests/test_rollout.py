@@ -195,3 +195,30 @@ def test_kept_states_are_those_of_a_pass_over_the_whole_text(
         assert not mx.any(rollout.kept[row, len(tokens) :]).item()
     sequences = rollout.sequences([4, 1])
     assert sequences.kept is not None and sequences.kept.shape[:2] == sequences.tokens.shape
+
+
+def test_a_cache_of_eight_bits(
+    make_model: Callable[..., Path], make_adapters: Callable[..., Weights], prompts: Prompts
+) -> None:
+    """Nearly the same distribution, whatever is decoded together; no states are kept: they wouldn't be exact."""
+    trunk = load_trunk(make_model(head_dim=32, num_hidden_layers=3, deviation=0.15, eos_token_id=[2, *range(100, 140)]))
+    weights = make_adapters(trunk, layers=1)
+    trunk.share_below([weights])
+    assert trunk.split
+    options: dict[str, Any] = {"weights": weights, "samples_per_prompt": 3}
+    full = run(trunk, prompts, **options)
+    whole, few, alone = (run(trunk, prompts, cache_form="8-bit", batch_size=size, **options) for size in (64, 4, 1))
+    assert full.kept is not None and whole.kept is None and whole.sequences().kept is None
+    assert len({len(response) for response in whole.responses}) > 3
+    for other in (full, few, alone):  # a batch's last digits may turn a rounding, and that a token
+        same = [a == b for a, b in zip(whole.responses, other.responses, strict=True)]
+        assert sum(same) >= 0.8 * len(same)
+    roles = Roles(trunk, PLAIN, None)
+    errors = {}
+    for name, rollout in (("full", full), ("8-bit", whole)):
+        trained = policy_logprobs(roles, weights, rollout, temperature=1.0, batch_size=4)
+        errors[name] = np.abs(np.array(rollout.logprobs - trained)).max()
+    assert errors["full"] < 1e-4 < errors["8-bit"] < 0.1
+    forms = ("full", "8-bit")
+    greedy = [run(trunk, prompts, cache_form=form, temperature=0, weights=weights).responses for form in forms]
+    assert sum(a == b for a, b in zip(*greedy, strict=True)) >= 4

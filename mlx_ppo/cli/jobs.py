@@ -33,13 +33,14 @@ def _new_run(config: TrainConfig | SFTConfig | RewardConfig) -> Iterator[Path]:
     """A fresh run folder, removed with the folders made for it where the job fails before there is anything to keep."""
     base = config.run.folder
     made = [place for place in (base, *base.parents) if not place.exists()]
-    folder: Path | None = None
+    folder, identity = None, 0
     try:
         folder = create_run(config, base, config.run.name)
+        identity = folder.stat().st_ino
         yield folder
     except BaseException:
         if folder is None or not worth_keeping(folder):
-            if folder is not None:
+            if folder is not None and folder.exists() and folder.stat().st_ino == identity:  # still this run's
                 shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # somebody else's run may be in there by now
                 for place in made:
@@ -84,7 +85,7 @@ def _here(order: Order) -> list[str]:
             return work(order, display, interrupts)
         except Interrupted as stop:
             display.close()
-            raise stopped(stop.number, Path(order.folder)) from None
+            raise stopped(str(stop), stop.exit_code, Path(order.folder)) from None
 
 
 def dry(config: Job) -> None:

@@ -106,6 +106,7 @@ def train(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> Non
 @click.option("--memory-gb", type=click.FloatRange(0, min_open=True), help="Budget in GiB instead of the config's.")
 @click.option("--model-config", type=_FILE, help="Plan for the model of this config.json, which needn't be here.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Plan for this kind of device; default: this one.")
+@click.option("--measure", is_flag=True, help="Load the models and time two iterations: real peaks, tokens a second.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
     """What a training run would need in memory, phase by phase, and what would fit.

@@ -1,6 +1,7 @@
 """`plan`: what a run would need, before anything is loaded."""
 
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,20 +13,24 @@ from rich.table import Table
 
 from mlx_ppo.config import TrainConfig
 from mlx_ppo.config_file import read_config
+from mlx_ppo.dry_run import Measured, dry_run
 from mlx_ppo.errors import ConfigError, ModelError, UserError
-from mlx_ppo.memory.model import weightless_roles
-from mlx_ppo.memory.phases import Accountant, Choices
-from mlx_ppo.memory.plan import GIB, RESERVE, RUNTIME, Plan, longest_response, make_plan, needed
+from mlx_ppo.memory.phases import Accountant, Phase
+from mlx_ppo.memory.plan import GIB, RESERVE, Plan, longest_response, make_plan, needed, plan_of, require_fit, smallest
 from mlx_ppo.memory.stand_ins import as_on_metal
-from mlx_ppo.memory.starting import budget_of, shapes_of
+from mlx_ppo.memory.starting import accountant_of, budget_of
 from mlx_ppo.networks.device import on_cpu
+from mlx_ppo.networks.model_files import json_object
 
 _BAR = 18
+_MB = 1e6
 _VARIANTS: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
     ("no critic (ppo.advantage = 'rloo')", {"ppo": {"advantage": "rloo"}}),
     ("critic.kind = 'head'", {"critic": {"kind": "head"}}),
     ("critic.kind = 'model'", {"critic": {"kind": "model", "path": None}}),
     ("lora.layers = 8", {"lora": {"layers": 8}}),
+    ("ppo.gradient_checkpointing = 'on'", {"ppo": {"gradient_checkpointing": "on"}}),
+    ("ppo.micro_batch = 1", {"ppo": {"micro_batch": 1}}),
 )
 
 
@@ -36,6 +41,7 @@ def show(
     memory_gb: float | None,
     model_config: Path | None,
     device: str | None,
+    measure: bool,
     as_json: bool,
 ) -> None:
     """Print a plan.
@@ -44,79 +50,66 @@ def show(
         ConfigError, ModelError: what is wrong with the files.
     """
     config = read_config(TrainConfig, path, overrides)
-    given = _read(model_config) if model_config is not None else None
+    given = json_object(model_config) if model_config is not None else None
     budget = int(memory_gb * GIB) if memory_gb is not None else budget_of(config)
     metal = device == "gpu" if device is not None else not on_cpu()
+    if measure and (given is not None or metal != (not on_cpu())):
+        raise ConfigError("--measure runs the model of the configuration on this machine; leave out the other options")
     with as_on_metal() if metal and on_cpu() else nullcontext():
-        accountant = _accountant(config, given)
+        longest = config.data.max_prompt_tokens if given is not None else _longest_prompt(config)
+        accountant = accountant_of(config, given, longest)
         plan = make_plan(accountant, config, budget)
         facts = {
             "fits": plan.fits,
             "needs_gib": round(plan.process / GIB, 3),
             "budget_gib": round(budget / GIB, 3),
-            "prompt_tokens": accountant.shapes.prompt,
+            "prompt_tokens": longest,
             "longest_response_that_fits": longest_response(accountant, config, budget),
             "most_responses_in_a_pass": _most(accountant, config, budget),
-            "variants_gib": _variants(config, given, budget),
+            "variants_gib": _variants(config, given, longest, plan),
         }
+    measured = None
+    if measure:
+        require_fit(plan, accountant, config)
+        measured = dry_run(config, plan, accountant.shapes, iterations=2)[-1]
+        facts["measured"] = {"peaks_bytes": measured.peaks, "seconds": measured.seconds}
+        facts["tokens_per_second"] = _speeds(config, measured)
     if as_json:
-        phases = [{**asdict(phase), "resident": dict(phase.resident), "peak": phase.peak} for phase in plan.phases]
+        phases = [{**asdict(phase), "peak": phase.peak} for phase in plan.phases]
         click.echo(json.dumps({**facts, "choices": asdict(plan.choices), "phases": phases}, indent=2))
         return
-    _print(plan, facts, metal)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: not a model's config.json ({error})") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: not a model's config.json (not an object)")
-    return content
-
-
-def _accountant(config: TrainConfig, given: dict[str, Any] | None) -> Accountant:
-    roles, policy, critic = weightless_roles(config, given)
-    longest = config.data.max_prompt_tokens
-    if given is None:
-        longest = _longest_prompt(config)
-    return Accountant(config, roles, policy, critic, shapes_of(config, longest))
+    _print(plan, facts, metal, measured)
 
 
 def _longest_prompt(config: TrainConfig) -> int:
     """Tokens of the longest prompt; the configured bound where the tokenizer or the prompts aren't there."""
-    from mlx_ppo.data.prompts import load_prompts
-    from mlx_ppo.networks.model_files import json_object
-    from mlx_ppo.networks.tokenizer import load_tokenizer
+    from mlx_ppo.train import load_data, tokenizer_of
 
-    section = config.data
     try:
-        tokenizer = load_tokenizer(config.model.path, json_object(config.model.path / "config.json"))
-        files = [file for file in (section.prompts, section.eval_prompts) if file is not None]
-        sets = [
-            load_prompts(file, tokenizer, max_tokens=section.max_prompt_tokens, overlong=section.overlong)
-            for file in files
-        ]
+        data, held_out = load_data(config, tokenizer_of(config), _Silent())
     except UserError:
-        return section.max_prompt_tokens
-    return max(len(prompt.tokens) for found in sets for prompt in found.prompts)
+        return config.data.max_prompt_tokens
+    return max(len(prompt.tokens) for prompt in (*data.prompts, *held_out))
+
+
+class _Silent:
+    def message(self, text: str) -> None:
+        """Nothing is shown."""
 
 
 def _most(accountant: Accountant, config: TrainConfig, budget: int) -> int:
     """About the most responses in one update pass that would fit; memory is a linear function of their number."""
-    checkpointing = config.ppo.gradient_checkpointing != "off"
+    choices = smallest(config, accountant.shapes, accountant.possible)
     sizes = []
     for count in (1, 5):
-        shapes = replace(accountant.shapes, minibatch=count)
-        other = Accountant(config, accountant.roles, accountant.policy, accountant.critic, shapes)
-        phases = other.phases(Choices(1, 1, count, checkpointing))
-        sizes.append(RUNTIME + max(needed(phase) for phase in phases if phase.name.startswith("update")))
+        other = accountant.with_shapes(accountant.shapes._replace(minibatch=count))
+        plan = plan_of(other, replace(choices, micro_batch=count), budget)
+        sizes.append(plan.overhead + max(needed(phase) for phase in plan.phases if phase.name.startswith("update")))
     room, each = budget * (1 - RESERVE) - sizes[0], (sizes[1] - sizes[0]) / 4
     return int(1 + room / each) if room >= 0 else 0
 
 
-def _variants(config: TrainConfig, given: dict[str, Any] | None, budget: int) -> dict[str, float]:
+def _variants(config: TrainConfig, given: dict[str, Any] | None, longest: int, plan: Plan) -> dict[str, float]:
     """GiB that other configurations would need, by what is changed; those that are the same already are left out."""
     found: dict[str, float] = {}
     for name, change in _VARIANTS:
@@ -125,32 +118,33 @@ def _variants(config: TrainConfig, given: dict[str, Any] | None, budget: int) ->
             continue
         other = config.model_copy(update=sections)
         try:
-            found[name] = round(make_plan(_accountant(other, given), other, budget).process / GIB, 3)
+            variant = make_plan(accountant_of(other, given, longest), other, plan.budget)
         except (ConfigError, ModelError):
             continue
+        found[name] = round(variant.process / GIB, 3)
     return found
 
 
-def _print(plan: Plan, facts: dict[str, Any], metal: bool) -> None:
+def _speeds(config: TrainConfig, measured: Measured) -> dict[str, float]:
+    """Tokens a second: sampled, and trained (response tokens times epochs over the time of the updates)."""
+    tokens = config.rollout.prompts * config.rollout.samples_per_prompt * config.rollout.max_tokens
+    times = {"rollout": 1, "score": 1, "update": config.ppo.epochs}
+    seconds = {name: sum(took for phase, took in measured.seconds.items() if phase.startswith(name)) for name in times}
+    speeds = {name: round(tokens * count / seconds[name], 1) for name, count in times.items()}
+    return {**speeds, "iteration": round(tokens / sum(seconds.values()), 1)}
+
+
+def _print(plan: Plan, facts: Mapping[str, Any], metal: bool, measured: Measured | None) -> None:
     console = Console()
-    most = max(needed(phase) for phase in plan.phases) + RUNTIME
-    table = Table(title="memory by phase, GiB" + (" (computed for Metal, not measured)" if metal else ""))
-    for column in ("phase", "stays", "comes and goes", "process"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
-    table.add_column("")
-    for phase in plan.phases:
-        total = RUNTIME + needed(phase)
-        bar = "█" * max(1, round(_BAR * total / most))
-        stays, passing = sum(phase.resident.values()) / GIB, (phase.transient + phase.outside) / GIB
-        table.add_row(phase.name, f"{stays:.2f}", f"{passing:.2f}", f"{total / GIB:.2f}", bar)
-    console.print(table)
-    for what, size in sorted(plan.largest.resident.items(), key=lambda item: -item[1]):
-        console.print(f"  {what}: {size / GIB:.3f} GiB")
+    _print_phases(console, plan, metal, measured)
+    if plan.concessions:
+        console.print(f"made smaller to fit: {', '.join(plan.concessions)}")
     choices = plan.choices
     console.print(
-        f"decoded together {choices.rollout_batch}, scored {choices.score_batch}, updated {choices.micro_batch}, "
-        f"gradient checkpointing {'on' if choices.checkpointing else 'off'}"
-        + (f" (made smaller: {', '.join(plan.concessions)})" if plan.concessions else "")
+        f"decoded together {choices.rollout_batch}, scored {choices.score_batch}, updated {choices.micro_batch}; "
+        f"gradient checkpointing {'on' if choices.checkpointing else 'off'}, keys and values {choices.kv_cache}, "
+        f"separate models {'evicted between phases' if choices.evict else 'resident'}"
+        + (", the model kept quantised" if choices.compact else "")
     )
     console.print(
         f"longest response that would fit: {facts['longest_response_that_fits']} tokens; "
@@ -158,5 +152,38 @@ def _print(plan: Plan, facts: dict[str, Any], metal: bool) -> None:
     )
     for name, size in facts["variants_gib"].items():
         console.print(f"  with {name}: {size:.2f} GiB ({size - plan.process / GIB:+.2f})")
+    for name, speed in facts.get("tokens_per_second", {}).items():
+        console.print(f"  {name}: {speed:.0f} tokens a second")
     verdict = "fits" if plan.fits else "does NOT fit"
     console.print(f"[bold]{plan.process / GIB:.2f} GiB of {facts['budget_gib']:.2f}: {verdict}[/bold]")
+
+
+def _print_phases(console: Console, plan: Plan, metal: bool, measured: Measured | None) -> None:
+    """A row and a bar a phase, and under the table what the largest consists of."""
+    most = max(needed(phase) for phase in plan.phases) + plan.overhead
+    table = Table(title="memory by phase, MB" + (" (computed for Metal, not measured)" if metal else ""))
+    for column in ("phase", "stays", "comes and goes", "process", *(["measured"] if measured else [])):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    table.add_column("")
+    for phase in plan.phases:
+        total = plan.overhead + needed(phase)
+        stays, passing = sum(phase.resident.values()) / _MB, (phase.transient + phase.outside) / _MB
+        cells = [phase.name, f"{stays:.0f}", f"{passing:.0f}", f"{total / _MB:.0f}"]
+        if measured is not None:
+            peak = measured.peaks.get(phase.name)
+            cells.append(f"{(plan.overhead + peak + phase.outside) / _MB:.0f}" if peak else "")
+        table.add_row(*cells, _bar(phase, plan.overhead, most))
+    console.print(table)
+    largest = plan.largest
+    console.print(f"at its largest ({largest.name}):")
+    parts = {"Python and libraries": plan.overhead, **largest.resident, **largest.passing, "numpy": largest.outside}
+    for what, size in sorted(parts.items(), key=lambda item: -item[1]):
+        if size:
+            console.print(f"  {size / _MB:8.1f} MB  {what}")
+    console.print(f"  {plan.freed / _MB:8.1f} MB  of freed buffers may be kept besides")
+
+
+def _bar(phase: Phase, overhead: int, most: int) -> str:
+    stays = round(_BAR * (overhead + sum(phase.resident.values())) / most)
+    total = max(1, round(_BAR * (overhead + needed(phase)) / most))
+    return "█" * min(stays, total) + "▒" * (total - stays)

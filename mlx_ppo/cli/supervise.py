@@ -212,8 +212,8 @@ def _outcome(last: tuple[str, list[Any]], folder: Path, journal: Journal) -> lis
         journal.note(event="finished")
         return [str(line) for line in values[0]]
     if name == "stopped":
-        journal.note(event="stopped", by=signal.Signals(values[0]).name)
-        raise stopped(values[0], folder)
+        journal.note(event="stopped", by=values[0])
+        raise stopped(values[0], values[1], folder)
     if name == "failed":
         kind, text = values
         journal.note(event="failed", why=text)

@@ -87,7 +87,7 @@ def work(order: Order, reporter: JobReporter, interrupts: Interrupts) -> list[st
             for line in require_as_recorded(config, run, allow_config_change=order.allow_config_change):
                 reporter.warn(line)
         if order.smaller:
-            _make_smaller(run, reporter)
+            _make_smaller(folder, reporter)
         else:
             reporter.message(f"run folder: {short(folder)}")
         if mlx_ppo.BLAS.problem:
@@ -100,14 +100,13 @@ def work(order: Order, reporter: JobReporter, interrupts: Interrupts) -> list[st
             return _do(config, run, reporter, interrupts)
 
 
-def _make_smaller(run: Run, reporter: JobReporter) -> None:
-    from mlx_ppo.memory.starting import PLAN, smaller
+def _make_smaller(folder: Path, reporter: JobReporter) -> None:
+    from mlx_ppo.memory.starting import smaller
 
-    change = smaller(run.folder)
+    change = smaller(folder)
     if change is None:
-        mend = f"Close other programs and go on with: mlx-ppo resume {short(run.folder)}"
-        raise RunError(f"{short(run.folder)}: the plan can't be made smaller. {mend}")
-    run.note_files(run.folder / PLAN)
+        mend = f"Close other programs and go on with: mlx-ppo resume {short(folder)}"
+        raise RunError(f"{short(folder)}: the plan can't be made smaller. {mend}")
     reporter.message(change)
 
 
@@ -149,11 +148,10 @@ def worth_keeping(folder: Path) -> bool:
     return (folder / METRICS).exists() or any((folder / "checkpoints").glob("[0-9]*"))
 
 
-def stopped(number: int, folder: Path) -> SystemExit:
-    """Say that a signal stopped a run that can go on; the exit to raise."""
-    name = signal.Signals(number).name
-    click.echo(f"stopped by {name}; saved. Go on with: mlx-ppo resume {short(folder)}", err=True)
-    return SystemExit(128 + number)
+def stopped(why: str, exit_code: int, folder: Path) -> SystemExit:
+    """Say what stopped a run that can go on; the exit to raise."""
+    click.echo(f"stopped by {why}; saved. Go on with: mlx-ppo resume {short(folder)}", err=True)
+    return SystemExit(exit_code)
 
 
 class Sender:
@@ -211,7 +209,7 @@ def main(arguments: list[str]) -> None:
     """The child process: given are the descriptor for events and, as a line on standard input, what to do.
 
     Standard input ends with the parent. The last event is `finished` with the lines to print, `stopped` with the
-    signal, `failed` with the error's class and text, or `crashed` with a traceback.
+    reason and the exit code, `failed` with the error's class and text, or `crashed` with a traceback.
     """
     refuse_connections()
     descriptor = int(arguments[0])
@@ -226,7 +224,7 @@ def main(arguments: list[str]) -> None:
                 threading.Thread(target=_stop_with_parent, args=(requests, interrupts), daemon=True).start()
                 sender.send("finished", work(order, sender, interrupts))
         except Interrupted as stop:
-            sender.send("stopped", stop.number)
+            sender.send("stopped", str(stop), stop.exit_code)
         except UserError as error:
             known = (kind.__name__ for kind in type(error).__mro__ if kind.__module__ == UserError.__module__)
             sender.send("failed", next(known), str(error))

@@ -8,6 +8,7 @@ import mlx.core as mx
 import psutil
 
 from mlx_ppo.memory.plan import Plan
+from mlx_ppo.networks.device import on_cpu
 
 _SHARE = 0.75  # of what is free
 _WORKING_SET = 0.9  # of what Metal recommends
@@ -27,10 +28,17 @@ def default_budget() -> int:
 
 
 def cgroup_room() -> int | None:
-    """What a control group (a container, a systemd slice) leaves of its limit."""
+    """What a control group (a container, a slice) leaves of its limit; None without one. Caches of files don't count.
+
+    Source: Linux, Documentation/admin-guide/cgroup-v2, memory.max, memory.current, memory.stat.
+    """
     try:
         limit = (_CGROUP / "memory.max").read_text("ascii").strip()
-        return None if limit == "max" else int(limit) - int((_CGROUP / "memory.current").read_text("ascii"))
+        if limit == "max":
+            return None
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text("ascii").splitlines())
+        used = int((_CGROUP / "memory.current").read_text("ascii")) - int(stat.get("inactive_file", 0))
+        return int(limit) - used
     except (OSError, ValueError):
         return None
 
@@ -40,7 +48,7 @@ def _recommended_working_set() -> int | None:
 
     Source: mlx's documentation of `mx.device_info`, key max_recommended_working_set_size.
     """
-    if mx.default_device().type == mx.DeviceType.cpu:
+    if on_cpu():
         return None
     size = mx.device_info().get("max_recommended_working_set_size")
     return int(size) if size else None
@@ -50,12 +58,13 @@ def _recommended_working_set() -> int | None:
 def keeping_to(plan: Plan) -> Iterator[None]:
     """Mlx's limits for the length of a `with` block; the former ones come back, whatever happens.
 
-    The cache of freed buffers gets what the plan leaves. On Metal the memory limit is the budget, and weights and
+    The cache of freed buffers gets what the plan leaves. The memory limit, from which on mlx waits for what it has
+    begun, is the largest phase's peak on a CPU (see `keeping.limits_of`), the budget on a GPU. On Metal, weights and
     caches are kept wired, never the whole working set.
     """
-    on_gpu = mx.default_device().type != mx.DeviceType.cpu
     cache = mx.set_cache_limit(plan.freed)
-    memory = mx.set_memory_limit(plan.budget) if on_gpu and plan.budget is not None else None
+    limit = plan.largest.peak if on_cpu() else plan.budget
+    memory = mx.set_memory_limit(limit) if limit is not None else None
     working_set = _recommended_working_set()
     wired = None
     if working_set is not None:

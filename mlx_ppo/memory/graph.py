@@ -44,12 +44,16 @@ class Pause:
     """Where a function leaves mlx: what it reads has to be evaluated there, and its result is a new array.
 
     `gradients` stand for the arrays that the code's own vector-Jacobian product makes; none outside of a gradient.
+    `inside` is what the code has mlx evaluate by itself while it runs, and while its gradient does, and the bytes that
+    are there meanwhile.
     """
 
     reads: tuple[Tensor, ...]
     result: Operation
     gradients: tuple[Operation, ...]
     work: tuple[int, int]  # bytes the code needs outside of mlx while it runs, and while its gradient does
+    arrays: tuple[int, int]  # the same in arrays of mlx
+    inside: "tuple[tuple[Graph, int] | None, tuple[Graph, int] | None]" = (None, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,39 +1,61 @@
-"""What the phases of a run really need: mlx's peak in each, and the process's resident memory."""
+"""What the phases of a run really need, and mlx's limit while each lasts."""
 
-import resource
-import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import mlx.core as mx
+import psutil
 
 _active: ContextVar["Meter | None"] = ContextVar("meter", default=None)
 
 
 class Meter:
-    """The highest peak of each phase, in bytes; mlx's cache of freed buffers isn't in it."""
+    """The highest peak of each phase in bytes, without mlx's cache of freed buffers; and what lies beside arrays."""
 
-    def __init__(self) -> None:
-        """Nothing seen."""
+    def __init__(self, limits: Mapping[str, int], *, clearing: bool) -> None:
+        """Nothing is seen yet.
+
+        Args:
+            limits: bytes above which mlx waits for what it has begun before it begins more, by phase.
+            clearing: give the cache of freed buffers back where another phase begins, which won't fit into them.
+        """
+        self.limits = limits
+        self.clearing = clearing
         self.peaks: dict[str, int] = {}
-        self.cached = 0  # largest size of mlx's cache at the end of a phase
+        self.seconds: dict[str, float] = {}  # spent in each phase
+        self.overhead = 0  # largest seen: resident memory of the process that mlx knows nothing of
+        self._process = psutil.Process()
+        self._last = ""
+        self._began = 0.0
 
     def take(self) -> dict[str, int]:
-        """The peaks since the last call."""
-        taken, self.peaks = self.peaks, {}
+        """The peaks since the last call; seconds begin anew too."""
+        taken, self.peaks, self.seconds = self.peaks, {}, {}
         return taken
 
-    def note(self, name: str) -> None:
+    def begin(self, name: str) -> None:
+        """A phase begins."""
+        if self.clearing and name != self._last:
+            mx.clear_cache()
+        self._last = name
+        self._began = time.monotonic()
+        mx.reset_peak_memory()
+
+    def end(self, name: str) -> None:
         """A phase has ended."""
         self.peaks[name] = max(self.peaks.get(name, 0), mx.get_peak_memory())
-        self.cached = max(self.cached, mx.get_cache_memory())
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - self._began
+        known = mx.get_active_memory() + mx.get_cache_memory()
+        self.overhead = max(self.overhead, self._process.memory_info().rss - known)
+        mx.reset_peak_memory()
 
 
 @contextmanager
-def metering() -> Iterator[Meter]:
+def metering(limits: Mapping[str, int] | None = None, *, clearing: bool = False) -> Iterator[Meter]:
     """Let `phase` measure within a `with` block."""
-    meter = Meter()
+    meter = Meter(limits or {}, clearing=clearing)
     before = _active.set(meter)
     try:
         yield meter
@@ -43,20 +65,17 @@ def metering() -> Iterator[Meter]:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """A phase of the run; nothing happens where nobody measures. A phase inside another one ends that one's part."""
+    """A phase of the run; phases don't nest. Nothing happens where nobody measures."""
     meter = _active.get()
     if meter is None:
         yield
         return
-    mx.reset_peak_memory()
+    limit = meter.limits.get(name)
+    before = mx.set_memory_limit(limit) if limit is not None else None
+    meter.begin(name)
     try:
         yield
     finally:
-        meter.note(name)
-        mx.reset_peak_memory()
-
-
-def resident_peak() -> int:
-    """The process's largest resident memory so far, in bytes, by the system's account."""
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found if sys.platform == "darwin" else found * 1024
+        meter.end(name)
+        if before is not None:
+            mx.set_memory_limit(before)

@@ -13,10 +13,11 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.memory.stand_ins import weightless
 from mlx_ppo.networks.activations import use_fast_gates
 from mlx_ppo.networks.adapters import Weights, load_adapters, new_adapters
+from mlx_ppo.networks.compact import keep_compact
 from mlx_ppo.networks.device import on_cpu
+from mlx_ppo.networks.folder import check_model_folder
 from mlx_ppo.networks.heads import REWARD_FILE, RewardFacts, RewardModel, new_head, read_reward_facts
 from mlx_ppo.networks.load import DTYPES, empty_model
-from mlx_ppo.networks.model_files import json_object
 from mlx_ppo.networks.roles import Loading, Roles, load_roles
 from mlx_ppo.networks.trunk import Trunk
 
@@ -44,19 +45,22 @@ class _NoTokenizer:
         return []
 
 
-def weightless_trunk(config: dict[str, Any], name: str, *, dtype: str) -> Trunk:
+def weightless_trunk(config: dict[str, Any], name: str, *, dtype: str, compact: bool = False) -> Trunk:
     """A trunk of a model's config.json whose weights take no memory.
 
     Args:
         config: the content of config.json.
         name: for messages.
         dtype: as in `load_trunk`.
+        compact: as in `load_trunk`.
     Raises:
         ModelError: mlx-lm doesn't know the architecture, or the config is incomplete.
     """
     model = empty_model(config, name)
     quantised = any(isinstance(module, nn.QuantizedLinear) for module in model.modules())
-    if on_cpu() and dtype in ("auto", "float32") and quantised:
+    if on_cpu() and dtype in ("auto", "float32") and quantised and compact:
+        keep_compact(model)
+    elif on_cpu() and dtype in ("auto", "float32") and quantised:
         plain = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
         model = empty_model(plain, name)
     stored = DTYPES.get(str(config.get("torch_dtype") or config.get("dtype")), mx.float32)
@@ -66,19 +70,22 @@ def weightless_trunk(config: dict[str, Any], name: str, *, dtype: str) -> Trunk:
     return Trunk(weightless(model), tokenizer, name, checked=False)
 
 
-def weightless_roles(config: TrainConfig, model_config: dict[str, Any] | None) -> tuple[Roles, Weights, Weights | None]:
+def weightless_roles(
+    config: TrainConfig, model_config: dict[str, Any] | None, *, compact: bool = False
+) -> tuple[Roles, Weights, Weights | None]:
     """The roles of a configuration, in memory of next to nothing.
 
     Args:
         config: the run's.
         model_config: the content of another config.json for the policy, None for the one in its folder.
+        compact: quantised models stay so on a CPU.
     Raises:
-        ModelError: a folder's config.json or reward.json is missing or not understood.
+        ModelError: a folder is damaged or its reward.json is not understood.
     """
 
     def trunk(path: Path, *, dtype: str = "auto", **_: Any) -> Trunk:
-        given = model_config if model_config is not None and path == config.model.path else _config_of(path)
-        return weightless_trunk(given, str(path), dtype=dtype)
+        given = model_config if model_config is not None and path == config.model.path else config_of(path)
+        return weightless_trunk(given, str(path), dtype=dtype, compact=compact)
 
     def reward(path: Path, shared: Trunk | None, *, dtype: str = "auto") -> RewardModel:
         lora = config.lora
@@ -113,5 +120,15 @@ def width_of(trunk: Trunk) -> int:
     return int(trunk.base[names[-1]].shape[0])
 
 
-def _config_of(path: Path) -> dict[str, Any]:
-    return json_object(path / "config.json")
+def config_of(path: Path) -> dict[str, Any]:
+    """The config.json of a model folder whose files are whole.
+
+    Raises:
+        ModelError: what is wrong with the folder.
+    """
+    return check_model_folder(path).config
+
+
+def is_quantised(config: dict[str, Any]) -> bool:
+    """Whether a config.json says that the weights are quantised."""
+    return "quantization" in config or "quantization_config" in config

@@ -1,19 +1,21 @@
 """What each phase of an iteration needs, by tracing the run's own functions on roles without weights."""
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_ppo.config import PPOSection, TrainConfig
+from mlx_ppo.memory.choices import Choices, Possible, Shapes
 from mlx_ppo.memory.model import width_of
-from mlx_ppo.memory.replay import predict
+from mlx_ppo.memory.replay import Peak, predict
 from mlx_ppo.memory.trace import trace
 from mlx_ppo.networks.adapters import HEAD, Weights, layer_of
 from mlx_ppo.networks.heads import RewardModel
-from mlx_ppo.networks.roles import Roles
+from mlx_ppo.networks.kv_cache import FULL, new_caches
+from mlx_ppo.networks.roles import Roles, evictable
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.records import Sequences, make_sequences
 from mlx_ppo.rollout import size_caches
@@ -25,92 +27,109 @@ _CHECKPOINTED = 1.5  # times what a block or the head needs by itself: measured,
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """The largest arrays of a run."""
-
-    prompt: int  # tokens of the longest prompt
-    response: int  # tokens of the longest response
-    responses: int  # of an iteration
-    distinct: int  # prompts of an iteration
-    minibatch: int  # responses of an optimizer step
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a plan may choose; each changes memory and speed, never what is computed."""
-
-    rollout_batch: int
-    score_batch: int
-    micro_batch: int
-    checkpointing: bool
-
-
-@dataclass(frozen=True)
 class Phase:
     """A phase's peak in bytes, and what it consists of."""
 
     name: str
     resident: Mapping[str, int]  # there before and after
-    transient: int  # comes and goes, in mlx
+    passing: Mapping[str, int]  # comes and goes, in mlx
     outside: int  # numpy's, at its largest
+    factor: float = 1.0  # measured over predicted, where that is known
 
     @property
     def peak(self) -> int:
         """That of mlx."""
-        return sum(self.resident.values()) + self.transient
+        return int(self.factor * (sum(self.resident.values()) + sum(self.passing.values())))
+
+    @property
+    def transient(self) -> int:
+        """What of the peak comes and goes."""
+        return self.peak - sum(self.resident.values())
 
 
 @dataclass(frozen=True)
 class _Cost:
-    transient: int
+    passing: Terms = field(default_factory=dict)
     outside: int = 0
+
+    @property
+    def transient(self) -> int:
+        return sum(self.passing.values())
 
 
 class Accountant:
     """Predicts the phases of one configuration; what was traced once is remembered."""
 
     def __init__(
-        self, config: TrainConfig, roles: Roles, policy: Weights, critic: Weights | None, shapes: Shapes
+        self,
+        config: TrainConfig,
+        roles: Roles,
+        policy: Weights,
+        critic: Weights | None,
+        shapes: Shapes,
+        *,
+        compact: "Callable[[], Accountant] | None" = None,
     ) -> None:
-        """Keep what the phases read; see `memory.model.weightless_roles` for the roles."""
+        """Keep what the phases read.
+
+        Args:
+            config: the run's.
+            roles: with or without weights; see `memory.model.weightless_roles`.
+            policy: its trained weights.
+            critic: those of the critic.
+            shapes: of the run.
+            compact: makes another accountant, whose quantised model stays quantised; None where nothing is quantised.
+        """
         self.config, self.roles, self.policy, self.critic, self.shapes = config, roles, policy, critic, shapes
         trunk = roles.trunk
+        self.possible = Possible(evict=bool(evictable(roles, config)), compact=compact is not None)
+        self._compact = functools.cache(compact) if compact is not None else None
         self._width = width_of(trunk)
         self._dtype = next(array.dtype for array in trunk.base.values() if mx.issubdtype(array.dtype, mx.floating))
         state = mx.zeros((1, 1, self._width), self._dtype)
         self._vocabulary = trace(trunk.logits, state).outputs[0].shape[-1]
-        self._seen: dict[tuple[str, int], _Cost] = {}
+        self._seen: dict[tuple[object, ...], _Cost] = {}
 
-    def with_response(self, response: int) -> "Accountant":
-        """The same for responses of another length."""
-        shapes = replace(self.shapes, response=response)
-        return Accountant(self.config, self.roles, self.policy, self.critic, shapes)
+    def with_shapes(self, shapes: Shapes) -> "Accountant":
+        """The same for other shapes."""
+        other = self._compact
+        compact = None if other is None else lambda: other().with_shapes(shapes)
+        return Accountant(self.config, self.roles, self.policy, self.critic, shapes, compact=compact)
 
     def phases(self, choices: Choices) -> list[Phase]:
         """Every phase of an iteration that isn't the first: the optimizers have their states."""
-        resident = self.resident()
-        kept = {"states kept below the adapters": self._kept(self.shapes.responses)} if self.roles.trunk.split else {}
-        found = [self._load(), _phase("rollout", resident | kept, self._rollout(choices.rollout_batch))]
-        found += [_phase(name, resident | kept, cost) for name, cost in self._scores(choices.score_batch)]
-        return found + self._update(resident | kept, choices)
+        if choices.compact and self._compact is not None:
+            return self._compact().phases(choices)
+        self.roles.trunk.positions = choices.positions
+        away = evictable(self.roles, self.config) if choices.evict else []
+        resident = self._resident(away)
+        if self.roles.trunk.split and choices.kv_cache == FULL:
+            resident["states kept below the adapters"] = self._kept(self.shapes.responses)
+        found = [self._load(away), _phase("rollout", resident, self._rollout(choices))]
+        for name, trunk, cost in self._scores(choices):
+            there, passing = dict(resident), dict(cost.passing)
+            if trunk is not None and any(trunk is other for other in away):
+                there[f"weights of the {self._trunks()[id(trunk)][0]}"] = _bytes(trunk.base)
+                passing = max(passing, {"a tensor as it is read": _reading(trunk)}, key=lambda part: sum(part.values()))
+            found.append(_phase(name, there, _Cost(passing, cost.outside)))
+        return found + self._update(resident, choices)
 
-    def resident(self) -> Terms:
+    def _resident(self, away: Sequence[Trunk]) -> Terms:
         """What stays in memory all through training."""
-        terms = {f"weights of the {what}": _bytes(trunk.base) for what, trunk in self._trunks().items()}
+        trunks = {what: trunk for what, trunk in self._trunks().values() if not any(trunk is one for one in away)}
+        terms = {f"weights of the {what}": _bytes(trunk.base) for what, trunk in trunks.items()}
         terms["policy's trained weights"] = _bytes(self.policy.arrays)
         terms["critic's trained weights"] = _bytes(self._critic_arrays())
         terms["reward adapters"] = sum(_bytes(model.weights.arrays) for model in self._rewards())
         terms["optimizer states"] = 2 * (_bytes(self.policy.arrays) + _bytes(self._critic_arrays()))
         return {name: size for name, size in terms.items() if size}
 
-    def _trunks(self) -> dict[str, Trunk]:
-        """Every trunk once, by what it is for."""
-        named: dict[int, tuple[str, Trunk]] = {id(self.roles.trunk): ("shared trunk", self.roles.trunk)}
-        if self.roles.critic is not None:
-            named.setdefault(id(self.roles.critic.trunk), ("critic", self.roles.critic.trunk))
+    def _trunks(self) -> dict[int, tuple[str, Trunk]]:
+        """Every trunk once, by what it is for; a critic's own has no frozen weights, all of them are trained."""
+        named = {id(self.roles.trunk): ("shared trunk", self.roles.trunk)}
         for number, model in enumerate(self._rewards(), start=1):
             named.setdefault(id(model.trunk), (f"reward model {number}", model.trunk))
-        return dict(named.values())
+        return named
 
     def _rewards(self) -> list[RewardModel]:
         return [source.scorer for source in self.roles.sources if isinstance(source.scorer, RewardModel)]
@@ -118,119 +137,140 @@ class Accountant:
     def _critic_arrays(self) -> Mapping[str, mx.array]:
         return self.critic.arrays if self.critic is not None else {}
 
-    def _load(self) -> Phase:
+    def _load(self, away: Sequence[Trunk]) -> Phase:
         """Tensor by tensor: what is loaded so far, and a tensor as stored, cast, and looked at for NaN."""
-        weights = {name: size for name, size in self.resident().items() if name.startswith("weights")}
-        return Phase("load", weights, 2 * max(array.nbytes for array in self.roles.trunk.base.values()), 0)
+        weights = {name: size for name, size in self._resident(away).items() if name.startswith("weights")}
+        gone = max((_bytes(trunk.base) for trunk in away), default=0)
+        reading = {"weights that are evicted again": gone, "a tensor as it is read": _reading(self.roles.trunk)}
+        return _phase("load", weights, _Cost(reading))
 
-    def _rollout(self, batch: int) -> _Cost:
+    def _rollout(self, choices: Choices) -> _Cost:
         """The larger of reading the prompts, and of a token at full length on top of the cache."""
-        from mlx_lm.models.cache import make_prompt_cache  # here, since mlx-lm lowers the limit of open files
-
         shapes, trunk = self.shapes, self.roles.trunk
-        rows = min(batch, shapes.responses)
+        rows = min(choices.rollout_batch, shapes.responses)
 
         def read(tokens: mx.array) -> list[Any]:
-            caches = make_prompt_cache(trunk.model)
+            caches = new_caches(trunk.model, choices.kv_cache, len(tokens))
             size_caches(caches, tokens.shape[1])
             with trunk.using(self.policy):
-                states, entering = trunk.hidden_and_entering(tokens, caches)
+                if choices.kv_cache == FULL:
+                    states, entering = trunk.hidden_and_entering(tokens, caches)
+                else:
+                    states, entering = trunk.hidden(tokens, caches), None
                 logits = trunk.logits(states[:, -1])
-            return [logits, entering, [cache.state for cache in caches]]
+            return [
+                logits,
+                entering,
+                [[cache.keys, cache.values] if _is_plain(cache) else cache.state for cache in caches],
+            ]
 
         def tokens(rows: int, length: int) -> mx.array:
             return mx.zeros((rows, length), mx.int32)
 
-        prompts = self._predict("prefill", min(rows, shapes.distinct), read, lambda n: [tokens(n, shapes.prompt)])
-        step = self._predict("step", rows, read, lambda n: [tokens(n, 1)])
+        read_rows = min(rows, shapes.distinct)
+        prompts = self._predict(("prefill", choices.kv_cache, read_rows), read, tokens(read_rows, shapes.prompt))
+        step = self._predict(("step", choices.kv_cache, rows), read, tokens(rows, 1))
         full = trace(lambda t: read(t)[2], tokens(1, shapes.prompt + shapes.response))
         cache = rows * sum(tensor.nbytes for tensor in full.outputs)
         longer = cache * shapes.response // (shapes.prompt + shapes.response)  # the cache is made in its full length
-        outside = rows * self._vocabulary * 4
-        return _Cost(max(prompts.transient + longer, cache + step.transient), max(outside, prompts.outside))
+        outside = max(rows * self._vocabulary * 4, prompts.outside)
+        if prompts.transient + longer > cache + step.transient:
+            return _Cost({**prompts.passing, "keys and values (KV cache)": longer}, outside)
+        return _Cost({**step.passing, "keys and values (KV cache)": cache}, outside)
 
-    def _scores(self, batch: int) -> list[tuple[str, _Cost]]:
+    def _scores(self, choices: Choices) -> list[tuple[str, Trunk | None, _Cost]]:
+        """Name, the trunk whose frozen weights are read (None: the role brings its own), and cost."""
         roles, critic, temperature = self.roles, self.critic, self.config.rollout.temperature
         head = critic if roles.critic is not None and roles.critic.kind == "head" else None
-        functions = [("score reward", raw_of(model)) for model in self._rewards()]
-        functions.append(("score policy", policy_columns(roles, self.policy, head, temperature)))
-        functions.append(("score reference", policy_columns(roles, roles.reference, None, temperature)))
+        policy = ("score policy", None, policy_columns(roles, self.policy, head, temperature))
+        reference = ("score reference", roles.trunk, policy_columns(roles, roles.reference, None, temperature))
+        functions: list[tuple[str, Trunk | None, Callable[[Sequences], list[mx.array]]]] = [policy]
         if roles.critic is not None and critic is not None and head is None:
-            functions.append(("score critic", critic_values(roles.critic, critic)))
-        rows = min(batch, self.shapes.responses)
+            functions.append(("score critic", None, critic_values(roles.critic, critic)))
+        functions += [("score reward", model.trunk, raw_of(model)) for model in self._rewards()]
+        functions.append(reference)
+        rows = min(choices.score_batch, self.shapes.responses)
         return [
-            (name, self._predict(f"{name} {at}", rows, function, lambda n: [self._sequences(n)]))
-            for at, (name, function) in enumerate(functions)
+            (
+                name,
+                trunk,
+                self._predict(
+                    (name, at, rows, choices.positions, choices.kv_cache), function, self._sequences(rows, choices)
+                ),
+            )
+            for at, (name, trunk, function) in enumerate(functions)
         ]
 
     def _update(self, resident: Terms, choices: Choices) -> list[Phase]:
         rows = min(choices.micro_batch, self.shapes.minibatch)
         several = rows < self.shapes.minibatch
         own, others = _bytes(self.policy.arrays), _bytes(self._critic_arrays())
-        before = {"gradients": own + others if several else 0}
-        found = [_phase("update policy", resident | before, self._policy(rows, choices.checkpointing))]
+        before = {"gradients so far": own + others if several else 0}
+        found = [_phase("update policy", resident | before, self._policy(rows, choices))]
         if self.critic is not None:
-            states = {"gradients": own + (others if several else 0), "policy's states": self._states(rows)}
-            found.append(_phase("update critic", resident | states, self._critic(rows, choices.checkpointing)))
+            states = {"gradients so far": own + (others if several else 0), "policy's states": self._states(rows)}
+            found.append(_phase("update critic", resident | states, self._critic(rows, choices)))
         largest = max((array.nbytes for array in {**self.policy.arrays, **self._critic_arrays()}.values()), default=0)
-        return [*found, Phase("update step", resident | {"gradients": own + others}, 2 * max(own, others) + largest, 0)]
+        stepping = {"new weights and optimizer states": 2 * max(own, others) + largest}
+        return [*found, _phase("update step", resident | {"gradients so far": own + others}, _Cost(stepping))]
 
-    def _policy(self, rows: int, checkpointing: bool) -> _Cost:
+    def _policy(self, rows: int, choices: Choices) -> _Cost:
         targets = PolicyTargets(_there(rows, self.shapes.response), _there(rows, self.shapes.response), 1.0)
         temperature = self.config.rollout.temperature
 
         def loss(arrays: Mapping[str, mx.array], kept: mx.array | None = None) -> mx.array:
-            sequences = self._sequences(rows) if kept is None else self._sequences(rows)._replace(kept=kept)
+            sequences = self._sequences(rows, choices, kept)
             section = _plain(self.config.ppo)
             found = policy_loss(self.roles.trunk, self.policy, sequences, targets, section, temperature)(arrays)
             return found[0]
 
-        return self._gradient("policy", rows, loss, self.roles.trunk, self.policy, checkpointing)
+        return self._gradient("policy", rows, loss, self.roles.trunk, self.policy, choices)
 
-    def _critic(self, rows: int, checkpointing: bool) -> _Cost:
+    def _critic(self, rows: int, choices: Choices) -> _Cost:
         critic, weights = self.roles.critic, self.critic
         assert critic is not None and weights is not None
         targets = CriticTargets(_there(rows, self.shapes.response), _there(rows, self.shapes.response), 1.0)
         states = _there(rows * self.shapes.response, self._width) if critic.kind == "head" else None
 
         def loss(arrays: Mapping[str, mx.array], kept: mx.array | None = None) -> mx.array:
-            sequences = self._sequences(rows) if kept is None else self._sequences(rows)._replace(kept=kept)
+            sequences = self._sequences(rows, choices, kept)
             return critic_loss(critic, weights, sequences, targets, _plain(self.config.ppo), states)(arrays)
 
-        return self._gradient("critic", rows, loss, critic.trunk, weights, checkpointing and critic.kind != "head")
+        if critic.kind == "head":
+            choices = replace(choices, checkpointing=False)
+        return self._gradient("critic", rows, loss, critic.trunk, weights, choices)
 
     def _gradient(
-        self,
-        role: str,
-        rows: int,
-        loss: Callable[..., mx.array],
-        trunk: Trunk,
-        weights: Weights,
-        checkpointing: bool,
+        self, role: str, rows: int, loss: Callable[..., mx.array], trunk: Trunk, weights: Weights, choices: Choices
     ) -> _Cost:
         """A forward and backward pass; with checkpointing, each block's inputs, and the head or one block at a time."""
-        if not checkpointing:
-            return self._predict(role, rows, mx.value_and_grad(loss), lambda _: [dict(weights.arrays)])
+        key = (role, rows, choices.positions, choices.kv_cache)
+        arrays = dict(weights.arrays)
+        if not choices.checkpointing:
+            return self._predict(key, mx.value_and_grad(loss), arrays)
         entering = rows * (self.shapes.prompt + self.shapes.response) * self._width * self._dtype.size
         lowest = trunk.split
         parts = []
         for name, split in (("head", trunk.blocks), ("block", trunk.blocks - 1)):
-            top = {n: a for n, a in weights.arrays.items() if n.startswith(HEAD) or _block(n) >= split}
+            top = {n: a for n, a in arrays.items() if n.startswith(HEAD) or _block(n) >= split}
             trunk.split = split
             try:
                 gradient = mx.value_and_grad(loss, argnums=(0, 1))
                 kept = mx.zeros((rows, self.shapes.prompt + self.shapes.response, self._width), self._dtype)
-                parts.append(self._predict(f"{role} {name}", rows, gradient, functools.partial(_both, top, kept)))
+                parts.append(self._predict((*key, name), gradient, top, kept))
             finally:
                 trunk.split = lowest
-        most = int(_CHECKPOINTED * max(part.transient for part in parts))
-        return _Cost((trunk.blocks - lowest + 2) * entering + most, max(part.outside for part in parts))
+        most = max(parts, key=lambda part: part.transient)
+        passing = {name: int(_CHECKPOINTED * size) for name, size in most.passing.items()}
+        passing["what enters each block"] = (trunk.blocks - lowest + 2) * entering
+        passing["gradients"] = passing.get("gradients", 0) + _bytes(arrays)
+        return _Cost(passing, max(part.outside for part in parts))
 
-    def _sequences(self, rows: int) -> Sequences:
+    def _sequences(self, rows: int, choices: Choices, kept: mx.array | None = None) -> Sequences:
         made = make_sequences([[0] * self.shapes.prompt] * rows, [[0] * self.shapes.response] * rows)
-        if not self.roles.trunk.split:
-            return made
-        return made._replace(kept=_there(*made.tokens.shape, self._width, dtype=self._dtype))
+        if kept is None and self.roles.trunk.split and choices.kv_cache == FULL:
+            kept = _there(*made.tokens.shape, self._width, dtype=self._dtype)
+        return made._replace(kept=kept)
 
     def _kept(self, responses: int) -> int:
         return responses * (self.shapes.prompt + self.shapes.response) * self._width * self._dtype.size
@@ -238,13 +278,25 @@ class Accountant:
     def _states(self, rows: int) -> int:
         return rows * self.shapes.response * self._width * self._dtype.size
 
-    def _predict(
-        self, name: str, rows: int, function: Callable[..., Any], arguments: Callable[[int], list[Any]]
-    ) -> _Cost:
-        if (name, rows) not in self._seen:
-            peak = predict(function, *arguments(rows), sequential=False, thorough=False)
-            self._seen[name, rows] = _Cost(peak.transient, peak.outside)
-        return self._seen[name, rows]
+    def _predict(self, key: tuple[object, ...], function: Callable[..., Any], *arrays: Any) -> _Cost:
+        if key not in self._seen:
+            peak = predict(function, *arrays, thorough=False)
+            self._seen[key] = _Cost(self._named(peak), peak.outside)
+        return self._seen[key]
+
+    def _named(self, peak: Peak) -> Terms:
+        """What was there at a peak, by kind."""
+        trained = {array.shape for array in (*self.policy.arrays.values(), *self._critic_arrays().values())}
+        found = {"logits": 0, "attention scores": 0, "gradients": 0}
+        for shape, size in peak.live.items():
+            if shape and shape[-1] == self._vocabulary:
+                found["logits"] += size
+            elif len(shape) >= 4 and shape[-1] == shape[-2]:
+                found["attention scores"] += size
+            elif shape in trained:
+                found["gradients"] += size
+        rest = peak.transient - sum(found.values())
+        return {"activations": rest, **found} if rest >= 0 else {"activations": peak.transient}
 
 
 def _there(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
@@ -254,12 +306,15 @@ def _there(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
     return array
 
 
-def _both(arrays: Mapping[str, mx.array], kept: mx.array, _: int) -> list[Any]:
-    return [arrays, kept]
+def _is_plain(cache: Any) -> bool:
+    from mlx_lm.models.cache import BatchKVCache
+
+    return isinstance(cache, BatchKVCache)
 
 
 def _phase(name: str, resident: Mapping[str, int], cost: _Cost) -> Phase:
-    return Phase(name, {what: size for what, size in resident.items() if size}, cost.transient, cost.outside)
+    there = {what: size for what, size in resident.items() if size}
+    return Phase(name, there, {what: size for what, size in cost.passing.items() if size}, cost.outside)
 
 
 def _plain(section: PPOSection) -> PPOSection:
@@ -276,3 +331,8 @@ def _block(name: str) -> int:
 
 def _bytes(arrays: Mapping[str, mx.array]) -> int:
     return sum(array.nbytes for array in arrays.values())
+
+
+def _reading(trunk: Trunk) -> int:
+    """The largest tensor as it is stored and as it is cast."""
+    return 2 * max(array.nbytes for array in trunk.base.values())

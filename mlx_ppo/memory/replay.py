@@ -17,7 +17,6 @@ _WIDTH = 20  # mlx's default of MLX_BFS_MAX_WIDTH
 _PIECES = 10  # pieces of work in a task; mlx waits for whole tasks
 _TASKS_AHEAD = 10  # tasks that may be under way
 _PHASES = (0, 3, 7)  # pieces of work in the task that is open at the start: unknown, so the median of some
-_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class Peak:
     output: int  # of that what stays: the results
     outside: int  # numpy's and the like, at their largest; mlx doesn't count them
     together: int  # the largest sum of mlx's and the outside bytes at one moment, above arguments and constants
-    largest: list[tuple[str, int]]  # the largest buffers at the peak, and what they hold
+    live: dict[tuple[int, ...], int]  # what was there at the peak, by shape
 
 
 def predict(
@@ -43,7 +42,12 @@ def predict(
 
 
 def replay(
-    graph: Graph, *, sequential: bool = True, held: Collection[int] | None = None, thorough: bool = True
+    graph: Graph,
+    *,
+    sequential: bool = True,
+    held: Collection[int] | None = None,
+    thorough: bool = True,
+    traced: bool = False,
 ) -> Peak:
     """Evaluate a graph's outputs together, as `mx.eval` does, without computing anything.
 
@@ -55,17 +59,19 @@ def replay(
             freed, as a cache's old arrays are.
         thorough: take the median over some states in which mlx may be at the start; False: one of them, in a third of
             the time.
+        traced: the graph has a gradient of its own, and is evaluated while another one is traced.
     """
     phases = _PHASES if thorough else _PHASES[1:2]
-    peaks = [_Replay(graph, sequential, held, phase).run() for phase in phases]
+    peaks = [_Replay(graph, sequential, held, phase, traced).run() for phase in phases]
     return sorted(peaks, key=lambda peak: peak.transient)[len(peaks) // 2]
 
 
 class _Replay:
     """The state between evaluations of parts of one graph."""
 
-    def __init__(self, graph: Graph, sequential: bool, held: Collection[int] | None, phase: int) -> None:
+    def __init__(self, graph: Graph, sequential: bool, held: Collection[int] | None, phase: int, traced: bool) -> None:
         self.graph = graph
+        self.sequential = sequential
         self.memory = Memory()
         self.memory.work = phase
         self.late = _Late(self.memory, 0 if sequential else _TASKS_AHEAD)
@@ -81,9 +87,11 @@ class _Replay:
                 self.memory.of(tensor).uses += 1
         for tensor in graph.outputs:
             self.memory.of(tensor).uses += 1
-        traced = any(pause.gradients for pause in graph.pauses)
-        self.retained = _dependent(graph) if traced else set()
-        self.kept: list[Operation] = []
+        self.traced = traced
+        self.gradient = any(pause.gradients for pause in graph.pauses)
+        self.retained = _dependent(graph) if self.gradient else set()
+        self.kept: list[Operation] = []  # to the end of the tracing, because the gradient may need them
+        self.held: set[Operation] | None = None  # in the backward pass: as long as their results live
 
     def run(self) -> Peak:
         """Evaluate everything."""
@@ -98,23 +106,28 @@ class _Replay:
         """Evaluate what code outside of mlx reads, one after the other, then let it work."""
         for tensor in pause.reads:
             self._run([tensor])
-        self._work_outside(pause.work[0])
+        self._work_inside(pause.inside[0])
+        self._work_outside(pause.work[0], pause.arrays[0])
         self._receive(pause.result)
 
     def leave_for_gradient(self, pause: Pause) -> None:
-        """The same in the backward pass, where mlx keeps everything."""
-        self.retained = set(self.graph.operations)
+        """The same in the backward pass, where mlx keeps everything that led to an array for as long as it lives."""
+        if self.held is None:
+            self.held, self.retained = set(), set(self.graph.operations)
         for operation in pause.gradients:
             self._run([tensor for tensor in operation.inputs if not _is_filling(tensor)])
         if pause.gradients:
-            self._work_outside(pause.work[1])
+            self._work_inside(pause.inside[1])
+            self._work_outside(pause.work[1], pause.arrays[1])
         for operation in pause.gradients:
-            self._receive(operation)
+            self._receive(operation, new=True)
 
     def finish(self) -> None:
         """Evaluate the outputs; whatever only the tracing of the gradient had kept goes first."""
         self.retained = set()
-        for operation in self.kept:
+        while self.held and not self.traced:
+            self._detach(self.held.pop())
+        for operation in [] if self.traced else self.kept:
             self._detach(operation)
         self.kept = []
         self._run(self.graph.outputs)
@@ -128,19 +141,30 @@ class _Replay:
             output=memory.active - self.start,
             outside=self.outside,
             together=memory.together - self.start,
-            largest=memory.largest(_SHOWN),
+            live=memory.at_peak(),
         )
 
-    def _work_outside(self, nbytes: int) -> None:
+    def _work_inside(self, inside: tuple[Graph, int] | None) -> None:
+        if inside is None:
+            return
+        graph, beside = inside
+        traced = self.gradient and any(pause.gradients for pause in graph.pauses)
+        peak, memory = replay(graph, sequential=self.sequential, thorough=False, traced=traced), self.memory
+        memory.reach(beside + peak.transient)
+        memory.together = max(memory.together, memory.active + beside + peak.together)
+        self.outside = max(self.outside, peak.outside)
+
+    def _work_outside(self, nbytes: int, arrays: int) -> None:
         self.outside = max(self.outside, nbytes)
+        self.memory.reach(arrays)
         self.memory.together = max(self.memory.together, self.memory.active + nbytes)
 
-    def _receive(self, operation: Operation) -> None:
-        """Put a new array there, come from outside."""
+    def _receive(self, operation: Operation, *, new: bool = False) -> None:
+        """Put an array there, come from outside; `new`: it doesn't know what it was made of."""
         made = operation.outputs[0]
         self.memory.fresh(made)
         self.memory.of(made).evaluated = True
-        if operation in self.retained and operation.name != "ScatterAxis":
+        if operation in self.retained and not new:
             self.kept.append(operation)
         else:
             self._detach(operation)
@@ -158,17 +182,27 @@ class _Replay:
         for tensor in operation.outputs:
             memory.of(tensor).evaluated = True
         self.late.add(operation)
-        if keeping:
+        if keeping and self.held is not None:
+            self.held.add(operation)
+        elif keeping:
             self.kept.append(operation)
         else:
             self._detach(operation)
         self.late.catch_up()
 
     def _detach(self, operation: Operation) -> None:
-        for tensor in operation.inputs:
-            self.memory.drop_use(tensor)
-        for tensor in operation.outputs:
-            self.memory.drop_if_unused(tensor)
+        """Let an evaluated operation go of its inputs, and those that led to nothing else with it."""
+        waiting = [operation]
+        while waiting:
+            leaving = waiting.pop()
+            for tensor in leaving.inputs:
+                self.memory.drop_use(tensor)
+                maker = tensor.operation
+                if self.held and maker in self.held and not any(self.memory.of(t).uses > 0 for t in maker.outputs):
+                    self.held.remove(maker)
+                    waiting.append(maker)
+            for tensor in leaving.outputs:
+                self.memory.drop_if_unused(tensor)
 
 
 class _Late:

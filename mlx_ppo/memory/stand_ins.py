@@ -14,17 +14,32 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_ppo.networks import activations, vocabulary
-from mlx_ppo.networks.device import assuming
+from mlx_ppo.networks import activations, compact, output_head, vocabulary
+from mlx_ppo.networks.device import assuming, on_cpu
+from mlx_ppo.networks.trunk import placeholder
 
 _MARK = 1 << 60  # a mark is a strided view with an offset that no real array has
 
 
+class Inside(NamedTuple):
+    """A function that is evaluated by itself, and arrays like those that it is called with, which are there already."""
+
+    function: Callable[..., Any]
+    arguments: Sequence[mx.array]
+    beside: int  # bytes of arrays that are there only meanwhile
+
+
 class Work(NamedTuple):
-    """Bytes that code outside of mlx needs while it runs, and while its gradient does."""
+    """What code outside of mlx needs while it runs, and while its gradient does.
+
+    In bytes that mlx doesn't count, in arrays of mlx, and in evaluations of its own.
+    """
 
     forward: int
     gradient: int
+    forward_arrays: int = 0
+    gradient_arrays: int = 0
+    inside: tuple[Inside | None, Inside | None] = (None, None)
 
 
 _marks: ContextVar[list[Work] | None] = ContextVar("marks", default=None)
@@ -41,7 +56,7 @@ def outside(result: mx.array, reads: Sequence[mx.array], work: Work) -> mx.array
     Args:
         result: what the mark is to look like.
         reads: what the code reads. No gradient flows through the mark.
-        work: memory that mlx doesn't count.
+        work: what the code needs.
     Raises:
         RuntimeError: nothing is being traced.
     """
@@ -64,12 +79,7 @@ def weightless(model: nn.Module) -> nn.Module:
     The model can then be captured by functions to be traced, without its weights being loaded; its outputs mean
     nothing, and computing them would allocate whole weights. Changes and returns `model`.
     """
-
-    def empty(array: mx.array) -> mx.array:
-        return mx.broadcast_to(mx.zeros((), array.dtype), array.shape)
-
-    model.update(tree_map(empty, model.parameters()))
-    mx.eval(model.parameters())
+    model.update(tree_map(placeholder, model.parameters()))
     return model
 
 
@@ -145,13 +155,89 @@ def _vocabulary_on_cpu(logits: mx.array, tokens: mx.array, inverse: mx.array) ->
     return picked, picked * 1.0
 
 
+def _summed_vocabulary(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, ...]:
+    """For `vocabulary._summed`, whose gradient [N, V] is made in the forward pass and then only handed over."""
+    if on_cpu():
+        return _vocabulary_on_cpu(logits, tokens, inverse)
+    logprobs, entropies, slopes = map(mx.stop_gradient, vocabulary.summed_on_gpu(logits, tokens, inverse))
+    return _sloping(logits, slopes, logprobs), entropies
+
+
+def _head_by_chunks(
+    statistics: output_head.Statistics,
+    size: int,
+    ahead: bool,
+    states: mx.array,
+    tokens: mx.array,
+    *arrays: mx.array,
+) -> tuple[mx.array, ...]:
+    """For `output_head._by_chunks`: a chunk by itself, and what is left of it."""
+    if not on_cpu():
+        found = output_head.forward(statistics, size, ahead, states, tokens, *arrays)
+        if not ahead:
+            return found  # a gradient keeps all logits, and is overestimated
+        logprobs, entropies, slopes = map(mx.stop_gradient, found)
+        return _sloping(states, slopes, logprobs), entropies
+
+    def one(states: mx.array, *arrays: mx.array) -> Sequence[mx.array]:
+        own = mx.zeros(states.shape[:1], mx.int32)
+        return output_head.one_ahead(statistics, states, own) if ahead else statistics(states, own, *arrays)
+
+    def gradient(states: mx.array, *arrays: mx.array) -> list[mx.array]:
+        own, given = mx.zeros(states.shape[:1], mx.int32), [states, *arrays]
+        cotangents = [mx.zeros(own.shape), mx.zeros(own.shape)]
+        values, made = mx.vjp(lambda states, *arrays: statistics(states, own, *arrays), given, cotangents)
+        return [*values, *made, *(mx.zeros(array.shape) for array in arrays)]
+
+    chunk = [
+        mx.zeros((size, states.shape[-1]), states.dtype),
+        *(mx.zeros(array.shape, array.dtype) for array in arrays),
+    ]
+    parts = states.nbytes * (len(states) - size) // len(states)  # gradients by the states of the chunks before
+    forward = Inside(one, chunk, states.nbytes + (parts if ahead else 0))
+    work = Work(0, 0, 0, 0, (forward, None if ahead else Inside(gradient, chunk, states.nbytes + parts)))
+    picked = [_picked(array, 1, [array], Work(0, 0)).sum() for array in arrays]
+    kept = _picked(states, states.shape[-1] if ahead else 1, [states, tokens], work)
+    logprobs = (kept * mx.stop_gradient(kept)).sum(axis=-1).astype(mx.float32) + sum(picked, mx.zeros(()))
+    return logprobs, logprobs * 1.0
+
+
+def _picked(array: mx.array, columns: int, reads: Sequence[mx.array], work: Work) -> mx.array:
+    """A new array [..., columns] made outside of mlx; so is a gradient like `array`."""
+    index = outside(mx.zeros((*array.shape[:-1], columns), mx.int32), reads, work)
+    return mx.take_along_axis(array, index, axis=-1)
+
+
+def _sloping(array: mx.array, slopes: mx.array, rows: mx.array) -> mx.array:
+    """Something like `rows` [N], after them, that has these slopes [N, D] as its gradient by `array` [N, D]."""
+    found: mx.array = mx.depends([(array * slopes).sum(axis=-1)], [rows])[0]
+    return found.astype(rows.dtype)
+
+
 def _gate_on_cpu(gate: mx.array, up: mx.array) -> mx.array:
     """For `activations._on_cpu`; selecting has gradients of the same shapes. Numpy holds what it returns as well."""
     anywhere = mx.broadcast_to(mx.array(True), gate.shape)
     return mx.where(outside(anywhere, [gate, up], Work(gate.nbytes, 2 * gate.nbytes)), gate, up)
 
 
+def _compact_on_cpu(x: mx.array, packed: compact.Packed) -> mx.array:
+    """For `compact._on_cpu`; gathering makes an array as the product does, its gradient one like x.
+
+    There is a piece of the matrix, and what is multiplied with it; and what comes out, before it is copied.
+    """
+    shape = (*x.shape[:-1], packed.outputs)
+    columns = next(packed.pieces()).stop
+    matrix, part = columns * packed.inputs * 4, x.size // packed.inputs * columns * 4
+    whole = x.size // packed.inputs * packed.outputs * 4 if columns < packed.outputs else 0
+    work = Work(0, 0, x.nbytes + matrix + part + whole, part + matrix + 2 * x.nbytes)
+    index = outside(mx.broadcast_to(mx.array(0), shape), [x], work)
+    return mx.take_along_axis(x, index, axis=-1)
+
+
 _STAND_INS: tuple[tuple[ModuleType, str, Callable[..., Any]], ...] = (
     (vocabulary, "_on_cpu", _vocabulary_on_cpu),
+    (vocabulary, "_summed", _summed_vocabulary),
+    (output_head, "_by_chunks", _head_by_chunks),
     (activations, "_on_cpu", _gate_on_cpu),
+    (compact, "_on_cpu", _compact_on_cpu),
 )

@@ -2,32 +2,26 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mlx_ppo.config import TrainConfig
-from mlx_ppo.errors import RunError
 from mlx_ppo.memory.budget import default_budget
-from mlx_ppo.memory.phases import Accountant, Choices, Shapes
-from mlx_ppo.memory.plan import GIB, Plan, make_plan, needed, plan_of, require_fit
-from mlx_ppo.networks.adapters import Weights
-from mlx_ppo.networks.roles import Roles
-from mlx_ppo.runs import replace_file
+from mlx_ppo.memory.choices import PLAN, Change, Record, as_document, one_smaller, read_record, shapes_of
+from mlx_ppo.memory.model import config_of, is_quantised, weightless_roles
+from mlx_ppo.memory.phases import Accountant
+from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, needed, plan_of, require_fit
+from mlx_ppo.networks.device import on_cpu
+from mlx_ppo.runs import open_config, replace_file
 
-PLAN = "plan.json"
 
+class Planned(NamedTuple):
+    """A run's plan, what it was made with, and what the run folder keeps of it."""
 
-def shapes_of(config: TrainConfig, longest_prompt: int) -> Shapes:
-    """The largest arrays of a run, evaluations included."""
-    section = config.rollout
-    responses, evaluated = section.prompts * section.samples_per_prompt, config.data.eval_count
-    return Shapes(
-        prompt=longest_prompt,
-        response=section.max_tokens,
-        responses=max(responses, evaluated),
-        distinct=max(section.prompts, evaluated),
-        minibatch=-(-responses // config.ppo.minibatches),
-    )
+    plan: Plan
+    accountant: Accountant
+    record: Record
 
 
 def budget_of(config: TrainConfig) -> int:
@@ -36,37 +30,68 @@ def budget_of(config: TrainConfig) -> int:
     return int(given * GIB) if given else default_budget()
 
 
-def plan_run(
-    config: TrainConfig, loaded: tuple[Roles, Weights, Weights | None], prompts: Sequence[int], folder: Path
-) -> Plan:
+def accountant_of(config: TrainConfig, model_config: dict[str, Any] | None, longest_prompt: int) -> Accountant:
+    """Predicts a configuration's phases from its models' configs, without their weights.
+
+    Args:
+        config: the run's.
+        model_config: the content of another config.json for the policy, None for the one in its folder.
+        longest_prompt: in tokens.
+    Raises:
+        ModelError: a folder is damaged, or its architecture isn't known.
+    """
+    shapes = shapes_of(config, longest_prompt)
+
+    def made(*, compact: bool) -> Accountant:
+        return Accountant(config, *weightless_roles(config, model_config, compact=compact), shapes)
+
+    content = model_config if model_config is not None else config_of(config.model.path)
+    own = made(compact=False)
+    if on_cpu() and config.model.train == "lora" and is_quantised(content):
+        own = Accountant(config, own.roles, own.policy, own.critic, shapes, compact=lambda: made(compact=True))
+    return own
+
+
+def plan_run(config: TrainConfig, prompts: Sequence[int], folder: Path) -> Planned:
     """The plan for a run folder: what its `plan.json` says, so that resuming is exact, or a new one, which is kept.
 
     Args:
         config: the run's.
-        loaded: from `load_roles`.
         prompts: tokens of every prompt.
         folder: the run's.
     Raises:
         ConfigError: it doesn't fit the budget.
+        ModelError: a folder is damaged.
         RunError: `plan.json` can't be read or written.
     """
-    accountant = Accountant(config, *loaded, shapes_of(config, max(prompts)))
-    budget, file = budget_of(config), folder / PLAN
-    if file.exists():
-        try:
-            choices = Choices(**json.loads(file.read_text("utf-8"))["choices"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise RunError(f"{file}: not a plan; remove it to have another one made") from None
-        return plan_of(accountant, choices, budget)
+    record = read_record(folder)
+    accountant = accountant_of(config, None, max(prompts))
+    budget = budget_of(config)
+    if record is not None:
+        overhead = record.overhead or RUNTIME
+        plan = plan_of(accountant, record.latest, budget, factors=record.factors, overhead=overhead)
+        return Planned(plan, accountant, record)
     plan = make_plan(accountant, config, budget)
     require_fit(plan, accountant, config)
-    document = {
-        "choices": asdict(plan.choices),
-        "budget_bytes": plan.budget,
-        "phases": {phase.name: {"mlx_bytes": phase.peak, "numpy_bytes": phase.outside} for phase in plan.phases},
-    }
-    replace_file(file, json.dumps(document, indent=2) + "\n")
-    return plan
+    record = Record(
+        choices=plan.choices,
+        budget=budget,
+        longest_prompt=accountant.shapes.prompt,
+        phases={phase.name: {"mlx_bytes": phase.peak, "numpy_bytes": phase.outside} for phase in plan.phases},
+        factors={},
+        overhead=None,
+    )
+    keep(record, folder)
+    return Planned(plan, accountant, record)
+
+
+def keep(record: Record, folder: Path) -> None:
+    """Write `plan.json`.
+
+    Raises:
+        RunError: the disk is full, or the file can't be written.
+    """
+    replace_file(folder / PLAN, json.dumps(as_document(record), indent=2) + "\n")
 
 
 def said(plan: Plan) -> str:
@@ -77,27 +102,29 @@ def said(plan: Plan) -> str:
         f"memory: up to {plan.process / GIB:.2f} GiB{budget} expected ({largest.name}: {needed(largest) / GIB:.2f}); "
     )
     text += f"together decoded {choices.rollout_batch}, scored {choices.score_batch}, updated {choices.micro_batch}"
-    text += ", blocks computed again for the gradient" if choices.checkpointing else ""
-    return text + ("" if plan.fits else "; that is more than the budget, as planned when there was more")
+    told = {
+        "blocks computed again for the gradient": choices.checkpointing,
+        "some weights read anew in every iteration": choices.evict,
+        "the model kept quantised": choices.compact,
+        "keys and values in 8 bits": choices.kv_cache == "8-bit",
+    }
+    return ", ".join([text, *(what for what, so in told.items() if so)])
 
 
 def smaller(folder: Path) -> str | None:
-    """Make the plan of a run folder one step smaller; a line that says how, or None where nothing can be smaller.
+    """Make the plan of a run that was killed one step smaller from its last checkpoint on.
 
+    Returns:
+        A line that says what is smaller; None where nothing can be.
     Raises:
-        RunError: `plan.json` can't be read.
+        RunError: `plan.json` can't be read or written.
     """
-    file = folder / PLAN
-    if not file.exists():
+    record, config = read_record(folder), open_config(folder)
+    found = one_smaller(record, config) if record is not None and isinstance(config, TrainConfig) else None
+    if record is None or found is None:
         return None
-    try:
-        document = json.loads(file.read_text("utf-8"))
-        choices = Choices(**document["choices"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{file}: not a plan; remove it to have another one made") from None
-    sizes = {name: getattr(choices, name) for name in ("rollout_batch", "score_batch", "micro_batch")}
-    if all(size == 1 for size in sizes.values()):
-        return None
-    halved = {name: (size + 1) // 2 for name, size in sizes.items()}
-    replace_file(file, json.dumps({**document, "choices": {**document["choices"], **halved}}, indent=2) + "\n")
-    return "smaller plan: " + ", ".join(f"{name} {size}" for name, size in halved.items())
+    choices, said = found
+    saved = max((int(item.name) for item in (folder / "checkpoints").glob("[0-9]*")), default=0)
+    change = Change(saved + 1, 0, choices, "the run was killed")
+    keep(replace(record, changes=(*record.changes, change)), folder)
+    return f"a smaller plan: {said}"

@@ -55,7 +55,7 @@ class Buffer:
     """A piece of memory, and the moments between which it was there."""
 
     nbytes: int
-    what: str
+    shape: tuple[int, ...] | None  # of what it was made for; None: it was there from the start
     born: int
     references: int = 1
     died: int | None = None
@@ -109,13 +109,13 @@ class Memory:
     def fresh(self, tensor: Tensor, layout: Layout | None = None, nbytes: int | None = None) -> None:
         """Allocate a tensor; densely unless a layout is given."""
         value = self.of(tensor)
-        value.buffer = self._allocate(tensor.nbytes if nbytes is None else nbytes, _describe(tensor))
+        value.buffer = self._allocate(tensor.nbytes if nbytes is None else nbytes, tensor.shape)
         value.layout = dense(tensor) if layout is None else layout
         self.work += 1
 
     def temporary(self, tensor: Tensor) -> None:
         """Allocate a dense copy of a tensor for the length of this operation."""
-        self.temporaries.append(self._allocate(tensor.nbytes, f"copy of {_describe(tensor)}"))
+        self.temporaries.append(self._allocate(tensor.nbytes, tensor.shape))
         self.work += 1
 
     def view(self, tensor: Tensor, source: Tensor, layout: Layout | None = None) -> None:
@@ -141,7 +141,7 @@ class Memory:
     def resident(self, tensor: Tensor, *, held: bool) -> None:
         """Put a tensor there from the start; `held`: the caller keeps it."""
         value = self.of(tensor)
-        value.buffer = self._allocate(tensor.nbytes, "")
+        value.buffer = self._allocate(tensor.nbytes, None)
         value.layout = dense(tensor)
         value.evaluated = True
         value.uses += held
@@ -166,23 +166,24 @@ class Memory:
             self.active -= buffer.nbytes
             buffer.died = len(self.buffers)
 
-    def largest(self, count: int) -> list[tuple[str, int]]:
-        """The largest buffers at the moment of the peak, with what they hold; those there from the start excluded."""
-        moment = self.peak_moment
-        live = [b for b in self.buffers[:moment] if b.what and (b.died is None or b.died >= moment)]
-        live.sort(key=lambda buffer: -buffer.nbytes)
-        return [(buffer.what, buffer.nbytes) for buffer in live[:count]]
+    def reach(self, more: int) -> None:
+        """Note that there are so many bytes more than those of buffers at this moment."""
+        self.together = max(self.together, self.active + more)
+        if self.active + more > self.peak:
+            self.peak, self.peak_moment = self.active + more, len(self.buffers)
 
-    def _allocate(self, nbytes: int, what: str) -> Buffer:
-        buffer = Buffer(nbytes, what, len(self.buffers))
+    def at_peak(self) -> dict[tuple[int, ...], int]:
+        """Bytes that were there at the moment of the peak, by shape; what was there from the start excluded."""
+        moment = self.peak_moment
+        found: dict[tuple[int, ...], int] = {}
+        for buffer in self.buffers[:moment]:
+            if buffer.shape is not None and (buffer.died is None or buffer.died >= moment):
+                found[buffer.shape] = found.get(buffer.shape, 0) + buffer.nbytes
+        return found
+
+    def _allocate(self, nbytes: int, shape: tuple[int, ...] | None) -> Buffer:
+        buffer = Buffer(nbytes, shape, len(self.buffers))
         self.buffers.append(buffer)
         self.active += nbytes
-        self.together = max(self.together, self.active)
-        if self.active > self.peak:
-            self.peak, self.peak_moment = self.active, len(self.buffers)
+        self.reach(0)
         return buffer
-
-
-def _describe(tensor: Tensor) -> str:
-    name = tensor.operation.name if tensor.operation is not None else "argument"
-    return f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('mlx.core.')}"

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlx_ppo.memory.fusing import fused
 from mlx_ppo.memory.graph import Graph, Operation, Pause, Tensor
-from mlx_ppo.memory.stand_ins import mark_of, spelt_out, standing_in
+from mlx_ppo.memory.stand_ins import Inside, Work, mark_of, spelt_out, standing_in
 
 
 def trace(function: Callable[..., Any], *arrays: Any) -> Graph:
@@ -77,7 +77,7 @@ def _filled(tree: Any, leaves: Iterator[mx.array]) -> Any:
     return type(tree)(*parts) if hasattr(tree, "_fields") else parts
 
 
-def _graph(records: Sequence[dict[str, Any]], lengths: Sequence[int], marks: Sequence[tuple[int, int]]) -> Graph:
+def _graph(records: Sequence[dict[str, Any]], lengths: Sequence[int], marks: Sequence[Work]) -> Graph:
     tensors: dict[str, Tensor] = {}
 
     def known(entries: Sequence[tuple[str, tuple[int, ...], mx.Dtype]]) -> tuple[Tensor, ...]:
@@ -106,7 +106,7 @@ def _graph(records: Sequence[dict[str, Any]], lengths: Sequence[int], marks: Seq
     return Graph(arguments, parts["constants"], parts["outputs"], tuple(operations), pauses)
 
 
-def _pauses(operations: list[Operation], marks: Sequence[tuple[int, int]]) -> tuple[Pause, ...]:
+def _pauses(operations: list[Operation], marks: Sequence[Work]) -> tuple[Pause, ...]:
     """The places that `stand_ins.outside` marked, in the order of calls; the marks themselves are taken away."""
     found: dict[int, Pause] = {}
     for operation in list(operations):
@@ -117,8 +117,14 @@ def _pauses(operations: list[Operation], marks: Sequence[tuple[int, int]]) -> tu
         readers = _readers(operation.outputs[0], operations)
         (result,) = [other for other in readers if any(tensor in other.inputs for tensor in reads)]
         gradients = tuple(other for other in readers if other is not result)
-        found[number] = Pause(reads, result, gradients, marks[number])
+        forward, gradient, forward_arrays, gradient_arrays, inside = marks[number]
+        work, arrays = (forward, gradient), (forward_arrays, gradient_arrays)
+        found[number] = Pause(reads, result, gradients, work, arrays, (_inside(inside[0]), _inside(inside[1])))
     return tuple(found[number] for number in sorted(found))
+
+
+def _inside(inside: Inside | None) -> tuple[Graph, int] | None:
+    return None if inside is None else (trace(inside.function, *inside.arguments), inside.beside)
 
 
 def _unmarked(operation: Operation, operations: list[Operation]) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
+from mlx_ppo.networks.compact import CompactLinear
 from mlx_ppo.networks.model_files import read_arrays
 
 HEAD = "head."
@@ -73,9 +74,14 @@ class AdaptedQuantizedLinear(_Adapted, nn.QuantizedLinear):
     """`nn.QuantizedLinear` to which an adapter can be attached."""
 
 
+class AdaptedCompactLinear(_Adapted, CompactLinear):
+    """`CompactLinear` to which an adapter can be attached."""
+
+
 _ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: AdaptedLinear,
     nn.QuantizedLinear: AdaptedQuantizedLinear,
+    CompactLinear: AdaptedCompactLinear,
 }
 
 

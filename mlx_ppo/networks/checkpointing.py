@@ -56,18 +56,20 @@ def _by_itself(inside: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
     @mx.custom_function
     def function(*primals: mx.array) -> mx.array:
-        return _copy(inside(*map(_copy, primals)))
+        return copied(inside(*map(copied, primals)))
 
     @function.vjp
     def _(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-        found = mx.vjp(inside, [_copy(primal) for primal in primals], [_copy(cotangent)])[1]
-        return tuple(_copy(gradient) for gradient in found)
+        found = mx.vjp(inside, [copied(primal) for primal in primals], [copied(cotangent)])[1]
+        return tuple(copied(gradient) for gradient in found)
 
     return cast(Callable[..., mx.array], function)
 
 
-def _copy(array: mx.array) -> mx.array:
-    return mx.array(np.asarray(array))
+def copied(array: mx.array) -> mx.array:
+    """The same values in an array that knows of no graph."""
+    half = array.dtype in (mx.bfloat16, mx.float16)  # numpy has no bfloat16; float32 holds both exactly
+    return mx.array(np.asarray(array.astype(mx.float32) if half else array)).astype(array.dtype)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """A checked local folder into a trunk: model, tokenizer, compute type. Nothing is ever looked up elsewhere."""
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,17 @@ from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.activations import use_fast_gates
 from mlx_ppo.networks.adapters import parameters_of
+from mlx_ppo.networks.compact import keep_compact
 from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.folder import ModelFolder, check_model_folder
 from mlx_ppo.networks.model_files import read_arrays
+from mlx_ppo.networks.open_files import open_files_limit_kept
 from mlx_ppo.networks.tokenizer import load_tokenizer
 from mlx_ppo.networks.trunk import BRANCH_ENDS, Trunk
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _INITIAL_DEVIATION = 0.02
 _EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
-
-
-@contextlib.contextmanager
-def _open_files_limit_kept() -> Iterator[None]:
-    """`import mlx_lm` lowers the process's limit of open files; put the soft limit back as far as allowed."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        yield
-    finally:
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, before)
-            hard = before[1]
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], hard), hard))
 
 
 def load_trunk(
@@ -48,6 +32,7 @@ def load_trunk(
     random_seed: int | None = None,
     embeddings: Path | None = None,
     classifier: bool = False,
+    compact: bool = False,
 ) -> Trunk:
     """Load a model folder.
 
@@ -58,40 +43,87 @@ def load_trunk(
         random_seed: start from random weights of this seed instead of the folder's.
         embeddings: then take the token embeddings from this model folder.
         classifier: the folder has a sequence classifier's head and may lack an output layer; neither is loaded.
+        compact: leave a quantised folder's matrices quantised on a CPU too, computing in float32 with the same numbers:
+            less memory, more time. Of no effect with random weights or half precision.
     Raises:
         ModelError: whatever is wrong with the folder, in one line.
     """
     folder = check_model_folder(path, weights=random_seed is None)
-    with _open_files_limit_kept():
+    given = random_seed is None
+    model, config, remark = _read(folder, dtype, strict=given, classifier=classifier, compact=compact and given)
+    if random_seed is not None:
+        _randomise(model, random_seed)
+        if embeddings is not None:
+            _take_embeddings(model, embeddings)
+    _settle(model, _target(dtype), path)
+    use_fast_gates(model)
+    tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
+    _check_vocabulary(folder, model, tokenizer.vocab_size)
+    trunk = Trunk(model, tokenizer, str(path))
+    trunk.remark = remark
+    if random_seed is None:
+        trunk.reload = _reload(folder, dtype, classifier=classifier, compact=compact)
+    return trunk
+
+
+def _read(
+    folder: ModelFolder, dtype: str, *, strict: bool, classifier: bool, compact: bool
+) -> tuple[nn.Module, dict[str, Any], str]:
+    """A model whose weights are read when they are needed, its config, and what a person should know of how.
+
+    Raises:
+        ModelError: mlx-lm can't load it, or a tensor is missing.
+    """
+    path = folder.path
+    with open_files_limit_kept():
         from mlx_lm.utils import dequantize_model, load_model
     given = {**rope_keys(folder.config), **({"tie_word_embeddings": True} if classifier else {})}
-    strict = random_seed is None and not classifier
     try:
-        model, config = load_model(path, lazy=True, strict=strict, model_config=given, trust_remote_code=False)
+        model, config = load_model(
+            path, lazy=True, strict=strict and not classifier, model_config=given, trust_remote_code=False
+        )
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"{path}: mlx-lm cannot load this model ({type(error).__name__}: {first})") from None
     missing = sorted(set(parameters_of(model)) - set(folder.tensors)) if classifier else []
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]!r} is missing")
-    cpu = on_cpu()
-    remark = ""
-    if cpu and dtype in ("auto", "float32") and any(isinstance(m, nn.QuantizedLinear) for m in model.modules()):
-        model.set_dtype(mx.float32)  # scales too: in half precision the blocks would lose what they hold
-        model = dequantize_model(model)
-        remark = f"{path.name}: quantised; computed in float32 here, because a CPU is slow with quantised products"
-    if random_seed is not None:
-        _randomise(model, random_seed)
-        if embeddings is not None:
-            _take_embeddings(model, embeddings)
-    target = DTYPES.get(dtype, mx.float32 if cpu else None)
-    _settle(model, target, path)
-    use_fast_gates(model)
-    tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
-    _check_vocabulary(folder, model, tokenizer.vocab_size)
-    trunk = Trunk(model, tokenizer, str(path))
-    trunk.remark = remark
-    return trunk
+    quantised = any(isinstance(module, nn.QuantizedLinear) for module in model.modules())
+    if not (on_cpu() and dtype in ("auto", "float32") and quantised):
+        return model, config, ""
+    model.set_dtype(mx.float32)  # scales too: in half precision the blocks would lose what they hold
+    remark = f"{path.name}: quantised; computed in float32 here, because a CPU is slow with quantised products"
+    if not compact:
+        return dequantize_model(model), config, remark
+    keep_compact(model)
+    return model, config, remark + ", of one matrix at a time"
+
+
+def _target(dtype: str) -> mx.Dtype | None:
+    """The compute type; None for the stored one."""
+    return DTYPES.get(dtype, mx.float32 if on_cpu() else None)
+
+
+def _reload(folder: ModelFolder, dtype: str, *, classifier: bool, compact: bool) -> Callable[[], dict[str, mx.array]]:
+    """A function that reads the same weights again, for a trunk that was evicted."""
+    seen = _stamps(folder)
+
+    def read() -> dict[str, mx.array]:
+        if _stamps(folder) != seen:
+            raise ModelError(f"{folder.path}: its weights changed on disk while a run was reading them in turns")
+        model, _, _ = _read(folder, dtype, strict=True, classifier=classifier, compact=compact)
+        _settle(model, _target(dtype), folder.path)
+        return parameters_of(model)
+
+    return read
+
+
+def _stamps(folder: ModelFolder) -> list[tuple[int, int]]:
+    try:
+        facts = [file.stat() for file in folder.weight_files]
+    except OSError as error:
+        raise ModelError(f"{folder.path}: its weights can't be read again ({error.strerror})") from None
+    return [(fact.st_size, fact.st_mtime_ns) for fact in facts]
 
 
 def empty_model(config: dict[str, Any], name: str) -> nn.Module:
@@ -100,7 +132,7 @@ def empty_model(config: dict[str, Any], name: str) -> nn.Module:
     Raises:
         ModelError: mlx-lm doesn't know the architecture, or something is missing.
     """
-    with _open_files_limit_kept():
+    with open_files_limit_kept():
         from mlx_lm.utils import _get_classes
     try:
         model_class, arguments = _get_classes(config)
@@ -108,7 +140,14 @@ def empty_model(config: dict[str, Any], name: str) -> nn.Module:
         quantisation = config.get("quantization")
         if quantisation is not None:
             bits, group = int(quantisation["bits"]), int(quantisation["group_size"])
-            nn.quantize(model, group_size=group, bits=bits, mode=quantisation.get("mode", "affine"))
+
+            def chosen(path: str, module: nn.Module) -> Any:
+                fits = hasattr(module, "to_quantized") and module.weight.shape[-1] % group == 0
+                return quantisation.get(path, fits)  # a layer may have bits of its own
+
+            nn.quantize(
+                model, group_size=group, bits=bits, mode=quantisation.get("mode", "affine"), class_predicate=chosen
+            )
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"{name}: mlx-lm cannot make this model ({type(error).__name__}: {first})") from None

@@ -12,9 +12,9 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import HEAD, Weights, load_adapters, new_adapters
 from mlx_ppo.networks.heads import RewardModel, apply_head, load_reward_model, new_head, read_reward_facts
 from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.networks.output_head import head_statistics
 from mlx_ppo.networks.reward_functions import RewardFunction, parse_reference
 from mlx_ppo.networks.trunk import Trunk
-from mlx_ppo.networks.vocabulary import vocabulary_statistics
 from mlx_ppo.records import Sequences
 
 
@@ -53,6 +53,23 @@ class Roles:
     reference: Weights
     critic: Critic | None
     sources: list[Source] = field(default_factory=list)
+    evictable: list[Trunk] = field(default_factory=list)  # their frozen weights are in memory only while they are read
+
+    def bring(self, trunk: Trunk) -> None:
+        """Have a trunk's frozen weights in memory; of the evictable ones, only one is there at a time.
+
+        Raises:
+            ModelError: it can't be read any more.
+        """
+        for other in self.evictable:
+            if other is not trunk:
+                other.evict()
+        trunk.restore()
+
+    def evict(self) -> None:
+        """Free what is evictable."""
+        for trunk in self.evictable:
+            trunk.evict()
 
     def close(self) -> None:
         """End the processes of reward functions."""
@@ -62,11 +79,13 @@ class Roles:
 
 
 def token_statistics(
-    trunk: Trunk, states: mx.array, sequences: Sequences, *, temperature: float
+    trunk: Trunk, states: mx.array, sequences: Sequences, *, temperature: float, learning: bool = False
 ) -> tuple[mx.array, mx.array]:
-    """Log-probabilities and entropies [B, T] of the counted tokens, from the states [N, D] that predict them."""
-    logits = trunk.logits(states)
-    logprobs, entropies = vocabulary_statistics(logits, sequences.targets, temperature=temperature)
+    """Log-probabilities and entropies [B, T] of the counted tokens, from the states [N, D] that predict them.
+
+    `learning`: a gradient by the log-probabilities will be taken, see `head_statistics`.
+    """
+    logprobs, entropies = head_statistics(trunk, states, sequences.targets, temperature=temperature, learning=learning)
     return sequences.spread(logprobs), sequences.spread(entropies)
 
 
@@ -93,7 +112,9 @@ def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles
     Raises:
         ModelError, ConfigError: whatever is wrong, before anything is trained.
     """
-    trunk = loading.trunk(config.model.path, dtype=config.model.dtype)
+    compact = config.memory.compact == "on"
+    trunk = loading.trunk(config.model.path, dtype=config.model.dtype, compact=compact)
+    trunk.positions = config.memory.positions
     policy = initial_weights(trunk, config.model, config.lora, key="policy", seed=config.run.seed)
     reference = policy if config.model.adapter is not None else Weights({})
     roles = Roles(trunk, reference, None)
@@ -105,14 +126,34 @@ def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles
             )
             loaded.name += f"-{same + 1}" if same else ""
             roles.sources.append(loaded)
+            if config.memory.residency == "evict":
+                roles.evictable = evictable(roles, config)
+                roles.evict()  # before the next one is loaded
         critic_weights = None
         if config.ppo.advantage == "gae":
             roles.critic, critic_weights = _load_critic(config, roles, loading)
         trunk.share_below(_on_trunk(roles, policy, critic_weights))
+        if config.memory.residency == "evict":
+            trunk.decodes_batches  # noqa: B018  found out once, with the weights there
+            roles.evictable = evictable(roles, config)
+            roles.evict()
     except BaseException:
         roles.close()
         raise
     return roles, policy, critic_weights
+
+
+def evictable(roles: Roles, config: TrainConfig) -> list[Trunk]:
+    """Trunks whose frozen weights only some phases of an iteration read.
+
+    Those of reward models in folders of their own; and, under full fine-tuning, the shared one, which then is the
+    reference's, unless the critic's adapters lie on it.
+    """
+    models = [source.scorer for source in roles.sources if isinstance(source.scorer, RewardModel)]
+    found = {id(model.trunk): model.trunk for model in models if model.trunk is not roles.trunk}
+    if config.model.train == "full" and (config.ppo.advantage != "gae" or config.critic.kind != "adapters"):
+        found[id(roles.trunk)] = roles.trunk
+    return list(found.values())
 
 
 def _on_trunk(roles: Roles, policy: Weights, critic: Weights | None) -> list[Weights]:
@@ -207,7 +248,9 @@ def _separate_critic(config: TrainConfig, roles: Roles, loading: Loading) -> tup
     trunk = loading.trunk(path or config.model.path, dtype=config.model.dtype)
     if not _same_tokens(trunk, roles.trunk):
         raise ModelError(f"{trunk.name}: its tokenizer differs from the policy's; a critic must share it")
-    return Critic("model", trunk), Weights({**_trainable(trunk), **new_head(trunk.width)})
+    weights = Weights({**_trainable(trunk), **new_head(trunk.width)})
+    trunk.evict()  # for good: the critic brings all of them itself
+    return Critic("model", trunk), weights
 
 
 def _adapters_of_reward(roles: Roles) -> Weights | None:

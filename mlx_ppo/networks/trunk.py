@@ -1,6 +1,7 @@
 """The trunk: one mlx-lm model whose weights never change, on which roles lay their own weights for a while."""
 
 import functools
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,52 +14,11 @@ from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import HEAD, AdaptedEmbedding, Weights, layer_of, make_adaptable, parameters_of, plain
 from mlx_ppo.networks.checkpointing import checkpointed
+from mlx_ppo.networks.parts import Entered, InPlace, States
 from mlx_ppo.records import Sequences
 
 _INNER_NAMES = ("model", "backbone", "transformer")
 BRANCH_ENDS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2", "w2", "wo", "dense_4h_to_h")
-
-
-class _States:
-    """Stands in for a model's inner part and returns hidden states that are already there."""
-
-    def __init__(self, inner: nn.Module, hidden: mx.array) -> None:
-        self._inner = inner
-        self._hidden = hidden
-
-    def __call__(self, *_: Any, **__: Any) -> mx.array:
-        return self._hidden
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-
-class _Entered(Exception):
-    """A block was reached; carries the states that enter it."""
-
-    def __init__(self, states: mx.array) -> None:
-        super().__init__()
-        self.states = states
-
-
-class _InPlace:
-    """Stands in for a block: calls something else instead, and is the block in every other respect."""
-
-    def __init__(self, block: nn.Module, call: Callable[..., mx.array]) -> None:
-        self._block = block
-        self._call = call
-
-    def __call__(self, *given: Any, **named: Any) -> mx.array:
-        return self._call(*given, **named)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._block[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._block
 
 
 class Trunk:
@@ -84,6 +44,8 @@ class Trunk:
         self.tokenizer = tokenizer
         self.name = name
         self.remark = ""  # what a person should know of how it was loaded
+        self.reload: Callable[[], Mapping[str, mx.array]] | None = None  # reads the frozen weights again
+        self.present = True  # the frozen weights are in memory
         self._owner, self._inner_name = _find_inner(model, name)
         first = model.layers[0]  # `model.layers` itself may be a copy
         inner = self._owner[self._inner_name]
@@ -93,6 +55,8 @@ class Trunk:
         self.base = parameters_of(model)
         self._noisy = _make_noisy(self._owner[self._inner_name], self.adapted)
         self._in_use = False
+        self.replaced: Mapping[str, mx.array] = {}  # what a role that trains all weights has put on the model just now
+        self.positions = 0  # positions whose logits are computed together; 0: as many as `output_head` thinks fit
         self.split = 0  # states that enter this block may be kept; 0: none
         self._checked = checked
         model.eval()
@@ -129,6 +93,33 @@ class Trunk:
             except (ValueError, AttributeError, TypeError):
                 return False
         return True
+
+    def evict(self) -> None:
+        """Free the frozen weights until `restore`; meanwhile only a role that brings all weights itself can use this.
+
+        Where there is nothing to read them from again, they stay evicted.
+        """
+        if self.present:
+            self.width  # noqa: B018  computed once, from the weights
+            self._hold({name: placeholder(array) for name, array in self.base.items()})
+            gc.collect()
+            mx.clear_cache()
+        self.present = False
+
+    def restore(self) -> None:
+        """Bring the frozen weights back.
+
+        Raises:
+            ModelError: the folder can't be read any more, or has changed.
+        """
+        if not self.present and self.reload is not None:
+            self._hold(self.reload())
+            self.present = True
+
+    def _hold(self, arrays: Mapping[str, mx.array]) -> None:
+        mx.eval(dict(arrays))
+        self.base = dict(arrays)
+        self._put(arrays)
 
     @property
     def blocks(self) -> int:
@@ -183,12 +174,12 @@ class Trunk:
         """The states [B, S, D] that enter block `split`; no block from there on is computed."""
 
         def stop(states: mx.array, *_: Any, **__: Any) -> mx.array:
-            raise _Entered(states)
+            raise Entered(states)
 
         try:
             with self._instead({self.split: stop}):
                 self.hidden(tokens)
-        except _Entered as reached:
+        except Entered as reached:
             return reached.states
         raise RuntimeError("the split block was not reached")
 
@@ -196,7 +187,7 @@ class Trunk:
         """Logits [..., V] of hidden states [..., D], by whatever the architecture does after its inner part."""
         inner = self._owner[self._inner_name]
         states = hidden if hidden.ndim == 3 else hidden[None]
-        dict.__setitem__(self._owner, self._inner_name, _States(inner, states))
+        dict.__setitem__(self._owner, self._inner_name, States(inner, states))
         try:
             logits: mx.array = self._owner(mx.zeros(states.shape[:2], mx.int32))
         finally:
@@ -232,15 +223,29 @@ class Trunk:
                     attached.append(layer)
                 elif not name.endswith(".lora_b") and not name.startswith(HEAD):
                     replaced[name] = array.astype(self.base[name].dtype)
-            if replaced:
-                self._put(replaced)
+            self._put(replaced)
+            self.replaced = replaced
             yield
         finally:
             for layer in attached:
                 plain(layer)
-            if replaced:
-                self._put({name: self.base[name] for name in replaced})
+            self._put({name: self.base[name] for name in replaced})
+            self.replaced = {}
             self._in_use = False
+
+    @contextmanager
+    def bearing(self, arrays: Mapping[str, mx.array]) -> Iterator[None]:
+        """Put other arrays in place of some of the model's parameters for the length of a `with` block.
+
+        Those of blocks that something else stands in for, as while checkpointing, stay as they are.
+        """
+        there = parameters_of(self.model) if arrays else {}
+        before = {name: array for name, array in there.items() if name in arrays}
+        try:
+            self._put({name: arrays[name] for name in before})
+            yield
+        finally:
+            self._put(before)
 
     @contextmanager
     def checkpointing(self) -> Iterator[None]:
@@ -267,7 +272,7 @@ class Trunk:
         blocks = {number: layers[number] for number in calls}
         try:
             for number, call in calls.items():
-                layers[number] = _InPlace(blocks[number], call)
+                layers[number] = InPlace(blocks[number], call)
             yield
         finally:
             for number, block in blocks.items():
@@ -283,7 +288,8 @@ class Trunk:
         return bool(mx.allclose(whole, started, rtol=1e-3, atol=1e-3).item())
 
     def _put(self, arrays: Mapping[str, mx.array]) -> None:
-        self.model.update(tree_unflatten(list(arrays.items())))
+        if arrays:
+            self.model.update(tree_unflatten(list(arrays.items())))
 
     def _check_split(self) -> None:
         """Logits of split and whole model must agree, or the architecture isn't understood."""
@@ -294,10 +300,24 @@ class Trunk:
             raise ModelError(f"{self.name}: this architecture's logits don't follow from its final hidden states")
 
 
+def placeholder(array: mx.array) -> mx.array:
+    """An evaluated array of the same shape and type that takes the room of one element; its values mean nothing."""
+    empty = mx.broadcast_to(mx.zeros((), array.dtype), array.shape)
+    mx.eval(empty)
+    return empty
+
+
 def _lowest_block(weights: Weights) -> int | None:
     """The lowest block that some weights change; 0 where they change what lies outside the blocks; None for none."""
     names = [name for name in weights.arrays if not name.startswith(HEAD)]
-    return min((layer_of(name)[0] if any(map(str.isdigit, name.split("."))) else 0 for name in names), default=None)
+    return min(map(_block_of, names), default=None)
+
+
+def _block_of(name: str) -> int:
+    try:
+        return layer_of(name)[0]
+    except StopIteration:  # the embedding, the final norm, the output layer
+        return 0
 
 
 def _make_noisy(inner: nn.Module, adapted: Mapping[str, nn.Module]) -> list[nn.Module]:

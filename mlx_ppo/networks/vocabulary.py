@@ -18,29 +18,72 @@ _PIECE = 1 << 18  # elements
 _LOWEST = -1e30  # in place of the minus infinity of a token that cannot be, whose mass 0 it is multiplied by
 
 
-def vocabulary_statistics(logits: mx.array, tokens: mx.array, *, temperature: float) -> tuple[mx.array, mx.array]:
+def vocabulary_statistics(
+    logits: mx.array, tokens: mx.array, *, temperature: float, summed: bool = False
+) -> tuple[mx.array, mx.array]:
     """Log-probabilities [N] of tokens [N] and entropies [N], in nats, under softmax(logits [N, V] / temperature).
 
     d log p_a / d z_j = ([j = a] - p_j) / temperature,   d H / d z_j = -p_j (log p_j + H) / temperature
+
+    `summed`: whatever gradient is taken is that of the sum of the log-probabilities, which is computed along.
     """
-    if not on_cpu():
+    if not on_cpu() and not summed:
         logprobs = token_logprobs(logits[None], tokens[None], temperature=temperature)[0]
         return logprobs, entropy(logits[None], temperature=temperature)[0]
+    function = _summed if summed else _on_cpu
     inverse = mx.array(1.0 / temperature)
-    found: tuple[mx.array, mx.array] = _on_cpu(logits.astype(mx.float32), tokens, inverse)  # type: ignore[assignment]
-    return found
+    found: tuple[mx.array, ...] = function(logits.astype(mx.float32), tokens, inverse)  # type: ignore[assignment]
+    return found[0], found[1]
 
 
 @mx.custom_function
 def _on_cpu(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array]:
+    return _by_pieces(logits, tokens, inverse, None)
+
+
+@mx.custom_function
+def _summed(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    if not on_cpu():
+        return summed_on_gpu(logits, tokens, inverse)
+    slopes = mx.zeros(logits.shape)
+    logprobs, entropies = _by_pieces(logits, tokens, inverse, np.asarray(slopes))  # a view: it is filled in place
+    return logprobs, entropies, slopes
+
+
+@_summed.vjp
+def _summed_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, ...]:
+    return outputs[2], mx.zeros_like(primals[1]), mx.zeros_like(primals[2])
+
+
+def summed_on_gpu(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """The same in mlx, with the gradient [N, V] of each log-probability by its logits."""
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) * inverse
+    masses, log_total = mx.softmax(scaled, axis=-1), mx.logsumexp(scaled, axis=-1)
+    logprobs = mx.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_total
+    entropies = log_total - (masses * mx.maximum(scaled, _LOWEST)).sum(axis=-1)
+    (masses,) = mx.depends([masses], [logprobs, entropies])
+    slopes = (masses * -inverse).at[mx.arange(len(tokens)), tokens].add(inverse)
+    return logprobs, entropies, slopes
+
+
+def _by_pieces(
+    logits: mx.array, tokens: mx.array, inverse: mx.array, slopes: Floats | None
+) -> tuple[mx.array, mx.array]:
+    """Log-probabilities and entropies; puts the gradient of the former, row by row, into `slopes` [N, V]."""
     values, chosen, factor = np.asarray(logits), np.asarray(tokens), np.float32(np.asarray(inverse))
     logprobs, entropies = np.empty(len(values), np.float32), np.empty(len(values), np.float32)
     for rows in _pieces(values):
         shifted, masses, total = _softmax(values[rows], factor)
         log_total = np.log(total)
         logprobs[rows] = np.take_along_axis(shifted, chosen[rows, None], axis=-1)[:, 0] - log_total
+        if slopes is not None:
+            np.multiply(masses, (-factor / total)[:, None], out=slopes[rows])
         np.multiply(masses, np.maximum(shifted, _LOWEST, out=shifted), out=shifted)
         entropies[rows] = log_total - shifted.sum(axis=-1) / total
+    if slopes is not None:
+        slopes[np.arange(len(slopes)), chosen] += factor
     return mx.array(logprobs), mx.array(entropies)
 
 

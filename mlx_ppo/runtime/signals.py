@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks the job to stop at the next phase's end, the second ends the process at once."""
+"""What asks a job to stop at the next phase's end: SIGINT, SIGTERM (a second ends the process at once), a watchdog."""
 
 import os
 import signal
@@ -14,8 +14,17 @@ class Interrupted(Exception):
 
     def __init__(self, number: int) -> None:
         """Keep the signal's number; the exit code is 128 above it."""
-        self.number = number
+        self.exit_code = 128 + number
         super().__init__(signal.Signals(number).name)
+
+
+class Stopped(Interrupted):
+    """Not a signal but a danger made the job stop; everything is saved, as after a signal."""
+
+    def __init__(self, why: str) -> None:
+        """Keep the reason, which the command line shows."""
+        self.exit_code = 4
+        Exception.__init__(self, why)
 
 
 class Interrupts:
@@ -24,6 +33,7 @@ class Interrupts:
     def __init__(self) -> None:
         """No signal yet."""
         self.received: int | None = None
+        self.danger = ""
 
     def handle(self, number: int, _: FrameType | None) -> None:
         """Signal handler."""
@@ -36,10 +46,16 @@ class Interrupts:
         if self.received is None:
             self.received = number
 
+    def stop(self, why: str) -> None:
+        """Ask the job to stop because of a danger; called from a thread that watches."""
+        self.danger = why
+
     def check(self) -> None:
-        """Raise Interrupted if a signal came; called between phases."""
+        """Raise Interrupted if a signal came or a danger was seen; called between phases."""
         if self.received is not None:
             raise Interrupted(self.received)
+        if self.danger:
+            raise Stopped(self.danger)
 
 
 @contextmanager

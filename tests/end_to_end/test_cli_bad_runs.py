@@ -125,6 +125,15 @@ def test_a_run_folder_that_is_removed_while_its_process_lives(project, monkeypat
         project.refused(4, "runs/a: was removed or replaced while this process", job, project.config(job), left=True)
         assert not project.run().exists()
 
+    def replaced(run, name, rows):
+        run.folder.rename(project.folder / "moved")
+        run.folder.mkdir()
+        (run.folder / "theirs").write_text("another run's")
+
+    monkeypatch.setattr(runs.Run, "log", replaced)
+    project.refused(4, "runs/a: was removed or replaced while", "sft", project.config("sft"), left=True)
+    assert [path.name for path in project.run().iterdir()] == ["theirs"]
+
 
 def test_other_software_than_at_the_start_is_told(trained):
     with Run(trained.run()) as run:
@@ -231,8 +240,7 @@ def test_damage_and_unwritable_places_are_found_before_a_model_is_loaded(trained
     def loads(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("mlx_ppo.networks.roles.load_trunk", loads)
-    monkeypatch.setattr("mlx_ppo.networks.load.load_trunk", loads)
+    monkeypatch.setattr("mlx_ppo.train.load_roles", loads)
     (trained.folder / "file").write_text("")
     words = "file: a run folder cannot be written here"
     trained.refused(4, words, "train", trained.config(run={"folder": "file"}, model={"path": "nowhere"}))

@@ -87,7 +87,7 @@ SPOILS = {
         (lambda path: path.write_bytes(b"\xff"), "config.toml: changed"),
         (lambda path: path.unlink(), "cannot be read (No such file"),
     ],
-    "plan.json": [(edit("{", "{ "), "damaged (its SHA-256"), (lambda path: path.unlink(), "missing")],
+    "plan.json": [(edit("{", ""), "not a plan")],
     "metrics.jsonl": [
         (edit("{", ""), "metrics.jsonl:1: not a row"),
         (edit('{"step": 2', '{"step": 9'), "metrics.jsonl:2: step 9 where 2 belongs"),

@@ -13,17 +13,16 @@ from click.testing import CliRunner
 
 from mlx_ppo.cli.main import main
 from mlx_ppo.config import TrainConfig
+from mlx_ppo.dry_run import Measured, dry_run
 from mlx_ppo.errors import ConfigError
 from mlx_ppo.memory.budget import keeping_to
+from mlx_ppo.memory.choices import Shapes, applied
 from mlx_ppo.memory.meter import metering, phase
 from mlx_ppo.memory.model import weightless_roles
-from mlx_ppo.memory.phases import Accountant, Shapes
-from mlx_ppo.memory.plan import GIB, RUNTIME, applied, longest_response, make_plan, needed, require_fit
+from mlx_ppo.memory.phases import Accountant
+from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, longest_response, make_plan, needed, require_fit
+from mlx_ppo.memory.starting import accountant_of
 from mlx_ppo.networks.roles import load_roles
-from mlx_ppo.rollout import generate
-from mlx_ppo.scoring import score
-from mlx_ppo.train import advantages, initial_state
-from mlx_ppo.update import update
 
 SIZES = {
     "hidden_size": 128,
@@ -87,60 +86,21 @@ def test_roles_without_weights_have_the_arrays_of_the_real_ones(make_config: Mak
         assert make_plan(accountant(config), config, None).phases == free.phases
 
 
-def measured(config: TrainConfig) -> tuple[dict[str, int], dict[str, int]]:
-    """Peaks of a second iteration's phases, less what was in memory before anything was loaded; and the prediction."""
+def measured(config: TrainConfig, turns: int = 2) -> tuple[Plan, list[Measured]]:
+    """A plan without a bound, and what iterations of its shapes really needed."""
     gc.collect()
     mx.synchronize()
     mx.clear_cache()
-    before = mx.get_active_memory()
-    roles, policy, critic = load_roles(config)
-    roles.trunk.tokenizer.eos_ids = frozenset({-1})  # type: ignore[misc]  no response ends before its time
-    try:
-        state = initial_state(config, policy, critic)
-        mx.eval([dict(w.arrays) for w in (policy, critic) if w is not None])
-        own = Accountant(config, roles, policy, critic, SHAPES)
-        plan = make_plan(own, config, None)
-        chosen = applied(config, plan)
-        del policy, critic, own
-        for turn in range(2):
-            with metering() as meter:
-                rollout = generate(
-                    roles.trunk,
-                    state.policy.weights,
-                    [tuple(range(3 + row, 3 + row + PROMPT)) for row in range(ROWS)],
-                    samples_per_prompt=1,
-                    max_tokens=RESPONSE,
-                    temperature=1.0,
-                    batch_size=chosen.rollout.batch_size,
-                    seed_parts=(turn,),
-                    positions=range(ROWS),
-                    records=[{}] * ROWS,
-                )
-                weights = state.critic.weights if state.critic is not None else None
-                scored, _ = score(
-                    roles,
-                    state.policy.weights,
-                    weights,
-                    rollout,
-                    section=chosen.score,
-                    temperature=1.0,
-                    max_tokens=RESPONSE,
-                )
-                update(
-                    roles,
-                    state.policy,
-                    state.critic,
-                    rollout,
-                    advantages(chosen, rollout, scored, kl_coef=0.1),
-                    section=chosen.ppo,
-                    temperature=1.0,
-                    max_tokens=RESPONSE,
-                    seed_parts=(turn,),
-                )
-            assert all(len(response) == RESPONSE for response in rollout.responses)
-    finally:
-        roles.close()
-    return {name: peak - before for name, peak in meter.take().items()}, {p.name: p.peak for p in plan.phases}
+    assert mx.get_active_memory() < 200_000
+    own = accountant_of(config, None, PROMPT)
+    plan = make_plan(own, config, None)
+    return plan, dry_run(config, plan, own.shapes, iterations=turns)
+
+
+def errors(plan: Plan, found: Measured) -> dict[str, float]:
+    """Predicted over measured, less 1, by phase."""
+    peaks = {part.name: part.peak for part in plan.phases}
+    return {name: peaks[name] / peak - 1 for name, peak in found.peaks.items() if name in peaks}
 
 
 @pytest.mark.parametrize(
@@ -152,14 +112,15 @@ def measured(config: TrainConfig) -> tuple[dict[str, int], dict[str, int]]:
         {"ppo": {"gradient_checkpointing": "on"}},
         {"ppo": {"micro_batch": 2}},
         {"model": {"train": "full"}},
+        {"model": {"train": "full"}, "critic": {"kind": "model"}, "memory": {"residency": "evict"}},
     ],
-    ids=["lora", "upper blocks", "head", "checkpointing", "micro-batches", "full"],
+    ids=["lora", "upper blocks", "head", "checkpointing", "micro-batches", "full", "evicted"],
 )
 def test_predicted_peaks_are_those_of_the_phases(make_config: Make, sections: dict[str, Any]) -> None:
-    """Within what mlx's running ahead changes from run to run, which is much in a model of 4 MB."""
-    found, predicted = measured(make_config(**sections))
-    assert set(found) <= set(predicted)
-    off = {name: predicted[name] / peak - 1 for name, peak in found.items()}
+    """Within what the moment at which mlx's threads let go of a buffer changes, which is much in a model of 4 MB."""
+    plan, found = measured(make_config(**sections))
+    off = errors(plan, found[-1])
+    assert {"rollout", "score policy", "score reference", "update policy", "update step"} <= set(off)
     assert all(-0.22 < error < 0.12 for error in off.values()), off
 
 
@@ -182,11 +143,15 @@ def test_a_smaller_budget_means_smaller_batches_and_then_a_refusal(make_config: 
 
 
 def test_pinned_keys_stay(make_config: Make) -> None:
-    pinned = {"micro_batch": 8, "gradient_checkpointing": "off"}
-    config = make_config(ppo=pinned, score={"batch_size": 16}, rollout={"batch_size": 16})
+    config = make_config(
+        ppo={"micro_batch": 8, "gradient_checkpointing": "off"},
+        score={"batch_size": 16},
+        rollout={"batch_size": 16, "kv_cache": "full"},
+        memory={"residency": "resident", "compact": "off", "positions": 100},
+    )
     plan = make_plan(accountant(config), config, 1 << 20)
     assert not plan.fits and plan.concessions == ()
-    assert applied(config, plan) == config
+    assert applied(config, plan.choices) == config
 
 
 def test_the_longest_response_fits_and_a_longer_one_does_not(make_config: Make) -> None:
@@ -195,8 +160,8 @@ def test_the_longest_response_fits_and_a_longer_one_does_not(make_config: Make) 
     budget = int(make_plan(own, config, None).process * 1.2)
     longest = longest_response(own, config, budget)
     assert longest > RESPONSE
-    assert make_plan(own.with_response(int(longest * 0.9)), config, budget).fits
-    assert not make_plan(own.with_response(int(longest * 1.1) + 2), config, budget).fits
+    assert make_plan(own.with_shapes(SHAPES._replace(response=int(longest * 0.9))), config, budget).fits
+    assert not make_plan(own.with_shapes(SHAPES._replace(response=int(longest * 1.1) + 2)), config, budget).fits
 
 
 def test_limits_come_back(make_config: Make) -> None:

@@ -12,7 +12,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_ppo.algo.logprobs import token_logprobs
 from mlx_ppo.memory.replay import predict
 from mlx_ppo.networks.adapters import Weights, new_adapters
+from mlx_ppo.networks.device import assuming
 from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.networks.output_head import head_statistics
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.networks.vocabulary import vocabulary_statistics
 
@@ -105,9 +107,9 @@ def test_released_arguments_are_written_over() -> None:
     assert measured(function, lambda: [mx.sin(a)])[0] == 0
 
 
-def test_largest_names_what_is_there_at_the_peak() -> None:
+def test_live_has_what_is_there_at_the_peak() -> None:
     peak = predict(lambda a: mx.exp(a @ a.T).sum(), mx.zeros((64, 32)))
-    assert peak.largest == [("Matmul [64, 64] float32", 64 * 64 * 4), ("Reduce [1, 1] float32", 4)]
+    assert peak.live == {(64, 64): 64 * 64 * 4, (1, 1): 4}
     assert peak.transient == 64 * 64 * 4 + 4
 
 
@@ -202,6 +204,89 @@ def test_update(wide: Trunk, lora: Weights, tokens: mx.array, lowest: int, numpy
     assert close(wide, peak.transient, measured(function, there(chosen))[0], tolerance=tolerance)
     assert peak.output == 4 + sum(array.nbytes for array in chosen.values())
     assert (peak.outside >= ROWS * LENGTH * VOCABULARY * 4) == numpy
+
+
+@pytest.fixture
+def by_chunks(wide: Trunk) -> Iterator[Trunk]:
+    yield wide
+    wide.positions = 0
+
+
+@pytest.mark.parametrize("positions", [24, 96])
+@pytest.mark.parametrize("learning", [True, False])
+def test_head_alone(by_chunks: Trunk, positions: int, learning: bool) -> None:
+    """Within a share of the logits that are there together: weights would hide them."""
+    states, targets = noise(96, 128), mx.arange(96) % VOCABULARY
+    mx.eval(targets)
+    by_chunks.positions = positions
+
+    def values(states: mx.array) -> Any:
+        return head_statistics(by_chunks, states, targets, temperature=0.9)
+
+    def loss(states: mx.array) -> mx.array:
+        return head_statistics(by_chunks, states, targets, temperature=0.9, learning=learning)[0].sum()
+
+    for function in (values, mx.value_and_grad(loss)):
+        peak = predict(function, states)
+        found, left = measured(function, there(states))
+        assert abs(peak.transient - found) <= 0.25 * positions * VOCABULARY * 4
+        assert peak.output == left
+        assert 0 < peak.outside <= 4 * positions * VOCABULARY * 4
+
+
+@pytest.mark.parametrize("positions", [16, 48])
+@pytest.mark.parametrize("learning", [True, False])
+def test_update_with_the_head_by_chunks(
+    by_chunks: Trunk, lora: Weights, tokens: mx.array, positions: int, learning: bool
+) -> None:
+    by_chunks.positions = positions
+
+    def loss(arrays: dict[str, mx.array]) -> mx.array:
+        with by_chunks.using(lora.holding(arrays)):
+            states = by_chunks.hidden(tokens).reshape(ROWS * LENGTH, -1)
+            found = head_statistics(by_chunks, states, tokens.reshape(-1), temperature=0.9, learning=learning)
+        return (found[0] * mx.sin(found[0])).mean()
+
+    function = mx.value_and_grad(loss)
+    peak = predict(function, dict(lora.arrays))
+    assert close(by_chunks, peak.transient, measured(function, there(dict(lora.arrays)))[0], tolerance=0.05)
+    assert peak.outside <= 4 * positions * VOCABULARY * 4
+
+
+@pytest.mark.parametrize("positions", [24, 0])
+def test_full_training_with_the_head_by_chunks(by_chunks: Trunk, tokens: mx.array, positions: int) -> None:
+    by_chunks.positions = positions
+
+    def loss(arrays: dict[str, mx.array]) -> mx.array:
+        with by_chunks.using(Weights(arrays)):
+            states = by_chunks.hidden(tokens).reshape(ROWS * LENGTH, -1)
+            found = head_statistics(by_chunks, states, tokens.reshape(-1), temperature=0.9, learning=True)
+        return (found[0] * mx.sin(found[0])).mean()
+
+    function = mx.value_and_grad(loss)
+    peak = predict(function, dict(by_chunks.base))
+    found = measured(function, there(dict(by_chunks.base)))[0]
+    assert close(by_chunks, peak.transient, found, tolerance=0.05)
+
+
+@pytest.mark.parametrize("positions", [16, 0])
+def test_head_by_chunks_on_a_gpu(by_chunks: Trunk, positions: int) -> None:
+    """What a GPU would compute, here on the CPU."""
+    states, targets = noise(96, 128), mx.arange(96) % VOCABULARY
+    mx.eval(targets)
+    by_chunks.positions = positions
+
+    def values(states: mx.array) -> Any:
+        return head_statistics(by_chunks, states, targets, temperature=0.9)
+
+    def loss(states: mx.array) -> mx.array:
+        return head_statistics(by_chunks, states, targets, temperature=0.9, learning=True)[0].sum()
+
+    with assuming(cpu=False):
+        for function in (values, mx.value_and_grad(loss)):
+            found = measured(function, there(states))[0]
+            assert abs(predict(function, states).transient - found) <= 1.05 * (positions or 96) * VOCABULARY * 4
+            assert found < 7 * (positions or 96) * VOCABULARY * 4
 
 
 def test_generation_step(wide: Trunk, tokens: mx.array) -> None:

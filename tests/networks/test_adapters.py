@@ -19,7 +19,7 @@ from mlx_ppo.networks.export import write_adapters, write_model
 from mlx_ppo.networks.load import load_trunk
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.optimization import Optimizer
-from mlx_ppo.train import State
+from mlx_ppo.training_state import State
 from mlx_ppo.update import Learner
 
 TOKENS = mx.array([[1, 286, 288, 40, 7, 212]])

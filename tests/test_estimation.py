@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from mlx_ppo.config import TrainConfig
+from mlx_ppo.estimation import advantages
 from mlx_ppo.records import PPOBatch, Rollout, Scored
-from mlx_ppo.train import advantages
 
 LENGTHS = [4, 1, 3, 2, 4, 2]
 GROUP = [0, 0, 0, 1, 1, 1]

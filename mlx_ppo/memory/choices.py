@@ -1,0 +1,256 @@
+"""What a plan may choose, in which order it gives ground, and the file that a run keeps of it. Nothing heavy here."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_ppo.config import TrainConfig
+from mlx_ppo.errors import RunError
+
+PLAN = "plan.json"
+_FEW_ROWS = 8  # computed together; fewer make products slow, so reading weights anew, or 8-bit keys, come first
+_FEW_TOKENS = 256  # of a micro-batch; fewer make products slow, so checkpointing comes first
+_FEW_POSITIONS = 64  # whose logits are computed together; fewer save little
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a plan may choose. None changes what is computed but for rounding, except `kv_cache`."""
+
+    rollout_batch: int
+    score_batch: int
+    micro_batch: int
+    checkpointing: bool
+    evict: bool = False  # weights that only some phases read are read anew in every iteration
+    compact: bool = False  # a quantised model stays quantised on a CPU
+    positions: int = 0  # response positions whose logits are computed together; 0: as many as is fast
+    kv_cache: str = "full"  # or "8-bit"
+
+
+class Shapes(NamedTuple):
+    """The largest arrays of a run."""
+
+    prompt: int  # tokens of the longest prompt
+    response: int  # tokens of the longest response
+    responses: int  # of an iteration
+    distinct: int  # prompts of an iteration
+    minibatch: int  # responses of an optimizer step
+
+
+class Possible(NamedTuple):
+    """What a model leaves to choose."""
+
+    evict: bool
+    compact: bool
+
+
+def shapes_of(config: TrainConfig, longest_prompt: int) -> Shapes:
+    """The largest arrays of a run, evaluations included."""
+    section = config.rollout
+    responses, evaluated = section.prompts * section.samples_per_prompt, config.data.eval_count
+    return Shapes(
+        prompt=longest_prompt,
+        response=section.max_tokens,
+        responses=max(responses, evaluated),
+        distinct=max(section.prompts, evaluated),
+        minibatch=-(-responses // config.ppo.minibatches),
+    )
+
+
+def concede(
+    phase: str, choices: Choices, config: TrainConfig, shapes: Shapes, possible: Possible
+) -> tuple[Choices, str] | None:
+    """One step smaller where a phase needs it, the step that costs least time first.
+
+    Args:
+        phase: name of the phase that needs most.
+        choices: so far.
+        config: keys that are 0 or "auto" are open; the others are pinned.
+        shapes: of the run.
+        possible: what the models leave to choose.
+    Returns:
+        The smaller choices and what was changed, None where everything is pinned or at its smallest.
+    """
+    steps: list[tuple[str, Any]] = []
+    rows = 0
+    if phase == "rollout":
+        steps, rows = _smaller_rollout(choices, config), choices.rollout_batch
+    elif phase.startswith("score"):
+        steps, rows = _smaller_scores(choices, config), choices.score_batch
+    elif phase.startswith("update") and phase != "update step":
+        steps, rows = _smaller_update(choices, config, shapes.prompt + shapes.response), choices.micro_batch
+    if possible.evict and config.memory.residency == "auto" and not choices.evict:
+        steps.insert(len(steps) if rows > _FEW_ROWS else 0, ("evict", True))
+    if possible.compact and config.memory.compact == "auto" and not choices.compact:
+        steps.append(("compact", True))
+    if not steps:
+        return None
+    name, value = steps[0]
+    return replace(choices, **{name: value}), f"{_KEYS[name]} {_said(value)}"
+
+
+def _smaller_rollout(choices: Choices, config: TrainConfig) -> list[tuple[str, Any]]:
+    steps: list[tuple[str, Any]] = []
+    rows = choices.rollout_batch
+    if not config.rollout.batch_size and rows > 1:
+        steps.append(("rollout_batch", (rows + 1) // 2))
+    if config.rollout.kv_cache == "auto" and choices.kv_cache == "full":
+        steps.append(("kv_cache", "8-bit"))
+        if rows <= _FEW_ROWS:
+            steps.reverse()
+    return steps
+
+
+def _smaller_scores(choices: Choices, config: TrainConfig) -> list[tuple[str, Any]]:
+    if not config.score.batch_size and choices.score_batch > 1:
+        return [("score_batch", (choices.score_batch + 1) // 2)]
+    return _fewer_positions(choices, config)
+
+
+def _smaller_update(choices: Choices, config: TrainConfig, length: int) -> list[tuple[str, Any]]:
+    steps = _fewer_positions(choices, config)
+    rows = choices.micro_batch
+    open_batch = not config.ppo.micro_batch and rows > 1
+    if config.ppo.gradient_checkpointing == "auto" and not choices.checkpointing:
+        steps.append(("checkpointing", True))
+    if open_batch:
+        steps.append(("micro_batch", (rows + 1) // 2))
+        if rows * length > 2 * _FEW_TOKENS:
+            steps.reverse()
+    return steps
+
+
+def _fewer_positions(choices: Choices, config: TrainConfig) -> list[tuple[str, Any]]:
+    if config.memory.positions or choices.positions == _FEW_POSITIONS:
+        return []
+    return [("positions", _FEW_POSITIONS)]
+
+
+_KEYS = {
+    "rollout_batch": "rollout.batch_size",
+    "score_batch": "score.batch_size",
+    "micro_batch": "ppo.micro_batch",
+    "checkpointing": "ppo.gradient_checkpointing",
+    "evict": "memory.residency",
+    "compact": "memory.compact",
+    "positions": "memory.positions",
+    "kv_cache": "rollout.kv_cache",
+}
+
+
+def _said(value: object) -> str:
+    return "on" if value is True else str(value)
+
+
+def applied(config: TrainConfig, choices: Choices) -> TrainConfig:
+    """The configuration with choices in place of what was open."""
+    update = {
+        "micro_batch": choices.micro_batch,
+        "gradient_checkpointing": "on" if choices.checkpointing else "off",
+    }
+    rollout = {"batch_size": choices.rollout_batch, "kv_cache": choices.kv_cache}
+    memory = {
+        "residency": "evict" if choices.evict else "resident",
+        "compact": "on" if choices.compact else "off",
+        "positions": choices.positions,
+    }
+    return config.model_copy(
+        update={
+            "rollout": config.rollout.model_copy(update=rollout),
+            "score": config.score.model_copy(update={"batch_size": choices.score_batch}),
+            "ppo": config.ppo.model_copy(update=update),
+            "memory": config.memory.model_copy(update=memory),
+        }
+    )
+
+
+class Change(NamedTuple):
+    """Choices that hold from an optimizer step on (0: from the beginning of the iteration)."""
+
+    iteration: int
+    step: int
+    choices: Choices
+    why: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `plan.json` of a run says: enough to make every later start do the same at the same place."""
+
+    choices: Choices
+    budget: int | None  # bytes of the process
+    longest_prompt: int
+    phases: Mapping[str, Mapping[str, int]]  # name -> mlx_bytes, numpy_bytes
+    factors: Mapping[str, float]  # measured over predicted, by phase, after the first iteration
+    overhead: int | None  # bytes of the process beside arrays, measured; None: not yet
+    changes: tuple[Change, ...] = ()
+
+    def at(self, iteration: int, step: int = 0) -> Choices:
+        """The choices in effect at an optimizer step of an iteration."""
+        held = [change.choices for change in self.changes if (change.iteration, change.step) <= (iteration, step)]
+        return held[-1] if held else self.choices
+
+    @property
+    def latest(self) -> Choices:
+        """The choices after all changes."""
+        return self.changes[-1].choices if self.changes else self.choices
+
+
+def read_record(folder: Path) -> Record | None:
+    """The plan of a run folder, None where it has none yet.
+
+    Raises:
+        RunError: `plan.json` can't be read.
+    """
+    file = folder / PLAN
+    if not file.exists():
+        return None
+    try:
+        document = json.loads(file.read_text("utf-8"))
+        return Record(
+            choices=Choices(**document["choices"]),
+            budget=document["budget_bytes"],
+            longest_prompt=document["longest_prompt"],
+            phases=document["phases"],
+            factors=document["factors"],
+            overhead=document["overhead_bytes"],
+            changes=tuple(
+                Change(change["iteration"], change["step"], Choices(**change["choices"]), change["why"])
+                for change in document["changes"]
+            ),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(f"{file}: not a plan; remove it to have another one made") from None
+
+
+def as_document(record: Record) -> dict[str, Any]:
+    """The content of `plan.json`."""
+    return {
+        "choices": asdict(record.choices),
+        "budget_bytes": record.budget,
+        "longest_prompt": record.longest_prompt,
+        "phases": record.phases,
+        "factors": record.factors,
+        "overhead_bytes": record.overhead,
+        "changes": [{**change._asdict(), "choices": asdict(change.choices)} for change in record.changes],
+    }
+
+
+def one_smaller(record: Record, config: TrainConfig, first: Sequence[str] = ()) -> tuple[Choices, str] | None:
+    """The choices that a run should go on with after it was killed for its memory, and what is smaller in them.
+
+    Args:
+        record: the run's plan.
+        config: the run's.
+        first: phases to look at before those that were expected to need most.
+    """
+    sizes = {name: size["mlx_bytes"] + size["numpy_bytes"] for name, size in record.phases.items()}
+    order: Iterable[str] = [*first, *sorted(sizes, key=lambda name: -sizes[name])]
+    shapes = shapes_of(config, record.longest_prompt)
+    for name in order:
+        found = concede(name, record.latest, config, shapes, Possible(evict=False, compact=False))
+        if found is not None:
+            return found
+    return None

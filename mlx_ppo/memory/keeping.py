@@ -1,0 +1,133 @@
+"""A run held to its plan: phases measured, predictions corrected, passes made smaller where memory gets short."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mlx_ppo.config import TrainConfig
+from mlx_ppo.memory.choices import Change, Choices, Possible, Shapes, applied
+from mlx_ppo.memory.meter import Meter
+from mlx_ppo.memory.phases import Phase
+from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, plan_of
+from mlx_ppo.memory.starting import Planned, keep
+from mlx_ppo.networks.device import on_cpu
+
+NEAR = 0.97  # of the budget; a plan ends at 0.95
+_STATES = "optimizer states"
+_LOWEST, _HIGHEST = 0.75, 1.5  # bounds of a correction
+
+
+class Keeper:
+    """Knows which choices hold at which optimizer step, and changes them where measurements ask for it.
+
+    Whatever it decides is written to `plan.json` with its place, so that a resumed run decides the same there.
+    """
+
+    def __init__(self, config: TrainConfig, planned: Planned, folder: Path, meter: Meter) -> None:
+        """Begin with what the run folder's plan says."""
+        self.config, self.folder, self.meter = config, folder, meter
+        self.plan, self.accountant, self.record = planned
+        self.accountant.possible = Possible(evict=False, compact=False)  # the models are loaded
+        self.iteration = self.step = 0
+        self.said: list[str] = []
+        self._states_before = 0
+
+    def begin(self, iteration: int, states: int) -> TrainConfig:
+        """The configuration of an iteration that begins with so many bytes of optimizer states."""
+        self.iteration, self.step, self._states_before = iteration, 0, states
+        return applied(self.config, self.record.at(iteration))
+
+    def pass_size(self) -> int:
+        """Responses in a pass of the next optimizer step; fewer from here on where the last came near the budget."""
+        choices = self.record.at(self.iteration, self.step)
+        needs, budget = self._needs(), self.plan.budget
+        may = not self.config.ppo.micro_batch and choices.micro_batch > 1 and choices == self.record.latest
+        if may and budget is not None and needs > NEAR * budget:
+            choices = replace(choices, micro_batch=(choices.micro_batch + 1) // 2)
+            self._change(choices, f"{needs / GIB:.2f} GiB needed of {budget / GIB:.2f}")
+            self.meter.peaks = {name: peak for name, peak in self.meter.peaks.items() if "update" not in name}
+        self.step += 1
+        return choices.micro_batch
+
+    def finish(self, lengths: Sequence[tuple[int, int]], states: int) -> None:
+        """An iteration is done: after the first one the predictions are corrected by what was measured.
+
+        Args:
+            lengths: tokens of the prompt and of the response, of every row.
+            states: bytes of optimizer states that there are now.
+        """
+        if self.record.factors or self.plan.budget is None:
+            return
+        factors = self._factors(lengths, states)
+        overhead = max(self.meter.overhead, RUNTIME // 2) if on_cpu() else RUNTIME
+        self.record = replace(self.record, factors=factors, overhead=overhead)
+        self.plan = make_plan(
+            self.accountant,
+            self.config,
+            self.plan.budget,
+            start=self.record.latest,
+            factors=factors,
+            overhead=overhead,
+        )
+        if self.plan.choices != self.record.latest:
+            self.iteration, self.step = self.iteration + 1, 0
+            self._change(self.plan.choices, "measured more than was expected")
+        else:
+            keep(self.record, self.folder)
+
+    def messages(self) -> list[str]:
+        """What a person should know, each once."""
+        said, self.said = self.said, []
+        return said
+
+    def _needs(self) -> int:
+        """Bytes of the process at its largest in the update so far."""
+        outside = {phase.name: phase.outside for phase in self.plan.phases}
+        found = [peak + outside.get(name, 0) for name, peak in self.meter.peaks.items() if name.startswith("update")]
+        return max(found, default=0) + (self.record.overhead or max(self.meter.overhead, 0))
+
+    def _change(self, choices: Choices, why: str) -> None:
+        before = self.record.latest
+        self.meter.limits = limits_of(plan_of(self.accountant, choices, None).phases)
+        self.record = replace(
+            self.record, changes=(*self.record.changes, Change(self.iteration, self.step, choices, why))
+        )
+        keep(self.record, self.folder)
+        fields = vars(choices)
+        smaller = ", ".join(f"{name} {fields[name]}" for name in fields if fields[name] != getattr(before, name))
+        self.said.append(f"memory: {why}; from iteration {self.iteration} on: {smaller}")
+
+    def _factors(self, lengths: Sequence[tuple[int, int]], states: int) -> dict[str, float]:
+        """Measured over predicted, for the shapes that this iteration had."""
+        accountant = self.accountant
+        actual = accountant.with_shapes(shapes_of_rows(accountant.shapes, lengths))
+        choices = self.record.at(self.iteration)
+        own = {phase.name: phase for phase in plan_of(accountant, choices, None).phases}
+        expected = {phase.name: phase for phase in plan_of(actual, choices, None).phases} | {"rollout": own["rollout"]}
+        found = {}
+        for name, peak in self.meter.peaks.items():
+            if name in expected:
+                there = states if name.startswith("update") else self._states_before
+                wanted = expected[name].peak - expected[name].resident.get(_STATES, 0) + there
+                found[name] = min(_HIGHEST, max(_LOWEST, peak / wanted))
+        return found
+
+
+def shapes_of_rows(shapes: Shapes, lengths: Sequence[tuple[int, int]]) -> Shapes:
+    """Shapes of which a batch has the size of this iteration's largest: its longest row, and its counted tokens."""
+    longest = max(prompt + response for prompt, response in lengths)
+    response = max(1, round(sum(response for _, response in lengths) / len(lengths)))
+    return shapes._replace(prompt=max(1, longest - response), response=response, responses=len(lengths))
+
+
+def limits_of(phases: Sequence[Phase]) -> Mapping[str, int]:
+    """Where mlx is to wait for what it has begun: at a phase's predicted peak, on the CPU; on a GPU, the run's budget.
+
+    By default mlx runs some hundred operations ahead, and peaks are up to twice as high as they need to be.
+    """
+    return {phase.name: phase.peak for phase in phases} if on_cpu() else {}
+
+
+def is_tight(plan: Plan) -> bool:
+    """Whether one phase's freed buffers are in the way of the next: the cache can't hold what the largest frees."""
+    return plan.freed < max(phase.transient for phase in plan.phases)
