@@ -75,6 +75,11 @@ class Rollout(NamedTuple):
     records: tuple[dict[str, Any], ...]  # B, each prompt's JSONL record
     kept: mx.array | None = None  # [B, P + T, D], the states that enter the trunk's `split` block; 0 where no token is
 
+    @property
+    def lengths(self) -> list[tuple[int, int]]:
+        """Tokens of the prompt and of the response, of each row."""
+        return [(len(p), len(r)) for p, r in zip(self.prompts, self.responses, strict=True)]
+
     def sequences(self, rows: Sequence[int] | None = None) -> Sequences:
         """Some rows (by default all) for the training forward, with all T slots."""
         chosen = list(range(len(self.prompts)) if rows is None else rows)

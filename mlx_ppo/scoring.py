@@ -201,7 +201,7 @@ def _by_rows(rollout: Rollout, batch_size: int, function: Callable[[Sequences], 
 
 
 def _row_batches(rollout: Rollout, batch_size: int) -> Iterator[list[int]]:
-    lengths = [len(prompt) + len(response) for prompt, response in zip(rollout.prompts, rollout.responses, strict=True)]
+    lengths = [sum(pair) for pair in rollout.lengths]
     yield from length_batches(lengths, max_rows=batch_size or len(lengths), max_tokens=None, seed_parts=None)
 
 

@@ -183,8 +183,7 @@ def _iterate(
 ) -> tuple[dict[str, float], tuple[str, str, float], list[tuple[int, int]]]:
     """One iteration; the state moves on only when all of it is done. Metrics, a sample, and tokens of each row."""
     interrupts.check()
-    number_ = state.iteration + 1
-    seed = config.run.seed
+    number_, seed = state.iteration + 1, config.run.seed
     taken = stream.take(state.cursor, config.rollout.prompts)
     reporter.phase("rollout", number_, config.run.iterations)
     rollout = generate(
@@ -230,11 +229,10 @@ def _iterate(
     state.kl.update(metrics["kl"], len(rollout.prompts))
     state.iteration = number_
     state.cursor += len(taken)
-    row = int(np.argsort(np.array(scored.scores))[len(rollout.prompts) // 2])
+    row = int(np.argsort(np.array(scored.scores))[len(rollout.prompts) // 2])  # the median
     text = completion_text(roles.trunk.tokenizer, rollout.prompts[row], rollout.responses[row])
     asked = taken[row // config.rollout.samples_per_prompt][1].text
-    lengths = [(len(p), len(r)) for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
-    return metrics, (asked, text, number(scored.scores[row])), lengths
+    return metrics, (asked, text, number(scored.scores[row])), rollout.lengths
 
 
 def _evaluate_and_save(config: TrainConfig, run: Run, roles: Roles, state: State, held_out: Sequence[Prompt]) -> None:

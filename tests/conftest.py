@@ -234,6 +234,7 @@ def make_world(
         max_tokens: int = 6,
         layers: int = 0,
         keep: bool = False,
+        cache_form: str = "full",
     ) -> World:
         trunk, chosen = load_trunk(Path(stopping_trunk.name)) if keep else stopping_trunk, prompts[:only]
         weights = Weights(dict(trunk.base)) if full else make_adapters(trunk, seed=1, layers=layers)
@@ -259,6 +260,7 @@ def make_world(
             seed_parts=(3,),
             positions=range(len(chosen)),
             records=[{}] * len(chosen),
+            cache_form=cache_form,
         )
         options: dict[str, Any] = {"temperature": 0.9, "max_tokens": max_tokens}
         critic_weights = critic.weights if critic is not None else None

@@ -271,3 +271,15 @@ def test_checkpointing_gives_the_same_gradients(make_world: MakeWorld, full: boo
         seen.append(recorder.seen[0])
     assert any(array.any() for array in seen[0].values())
     assert_near(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("kind", ["adapters", "head"])
+def test_without_kept_states_every_pass_is_whole(make_world: Callable[..., Any], kind: str) -> None:
+    """Roles on the upper block share what lies below, and a rollout whose cache isn't exact keeps nothing of it."""
+    plain = make_world(kind, layers=1)
+    world = make_world(kind, layers=1, keep=True, cache_form="8-bit")
+    assert world.roles.trunk.split == 1 and world.rollout.kept is None
+    assert world.rollout.responses == plain.rollout.responses, "heads of 8 stay as they are"
+    stats = [one.update(epochs=2, minibatches=2, gradient_checkpointing="on") for one in (plain, world)]
+    np.testing.assert_allclose(stats[0].policy_loss, stats[1].policy_loss, atol=1e-5)
+    np.testing.assert_allclose(stats[0].value_loss, stats[1].value_loss, rtol=1e-4)

@@ -9,7 +9,6 @@ import mlx.nn as nn
 
 from mlx_ppo.config import RewardSource, TrainConfig
 from mlx_ppo.data.tokenizer import Tokenizer
-from mlx_ppo.errors import ModelError
 from mlx_ppo.memory.stand_ins import weightless
 from mlx_ppo.networks.activations import use_fast_gates
 from mlx_ppo.networks.adapters import Weights, load_adapters, new_adapters
@@ -95,29 +94,21 @@ def weightless_roles(
         )
         if not path.exists():  # not trained yet: what `mlx-ppo reward` makes with the same [lora]
             facts = RewardFacts("adapters", "last", 0.0, 1.0)
-            return RewardModel(shared, adapters.holding({**adapters.arrays, **new_head(width_of(shared))}), facts)
+            return RewardModel(shared, adapters.holding({**adapters.arrays, **new_head(shared.width)}), facts)
         if not (path / REWARD_FILE).is_file():
             facts = RewardFacts("folder", "last", 0.0, 1.0)
         else:
             facts = read_reward_facts(path)
         if facts.placement == "adapters":
             weights = load_adapters(path, shared.adapted) if model_config is None else adapters
-            return RewardModel(shared, weights.holding({**weights.arrays, **new_head(width_of(shared))}), facts)
+            return RewardModel(shared, weights.holding({**weights.arrays, **new_head(shared.width)}), facts)
         own = trunk(path, dtype=dtype)
-        return RewardModel(own, Weights(new_head(width_of(own))), facts)
+        return RewardModel(own, Weights(new_head(own.width)), facts)
 
     def function(_: RewardSource) -> None:
         return None
 
     return load_roles(config, Loading(trunk, reward, function))
-
-
-def width_of(trunk: Trunk) -> int:
-    """D of a trunk whose forward pass isn't to be computed."""
-    names = [name for name in trunk.base if name.endswith("norm.weight") and ".layers." not in name]
-    if not names:
-        raise ModelError(f"{trunk.name}: no final norm was found in this architecture")
-    return int(trunk.base[names[-1]].shape[0])
 
 
 def config_of(path: Path) -> dict[str, Any]:

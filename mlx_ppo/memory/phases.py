@@ -9,7 +9,6 @@ import mlx.core as mx
 
 from mlx_ppo.config import PPOSection, TrainConfig
 from mlx_ppo.memory.choices import Choices, Possible, Shapes
-from mlx_ppo.memory.model import width_of
 from mlx_ppo.memory.replay import Peak, predict
 from mlx_ppo.memory.trace import trace
 from mlx_ppo.networks.adapters import HEAD, Weights, layer_of
@@ -84,7 +83,7 @@ class Accountant:
         trunk = roles.trunk
         self.possible = Possible(evict=bool(evictable(roles, config)), compact=compact is not None)
         self._compact = functools.cache(compact) if compact is not None else None
-        self._width = width_of(trunk)
+        self._width = trunk.width
         self._dtype = next(array.dtype for array in trunk.base.values() if mx.issubdtype(array.dtype, mx.floating))
         state = mx.zeros((1, 1, self._width), self._dtype)
         self._vocabulary = trace(trunk.logits, state).outputs[0].shape[-1]
@@ -107,7 +106,10 @@ class Accountant:
             resident["states kept below the adapters"] = self._kept(self.shapes.responses)
         found = [self._load(away), _phase("rollout", resident, self._rollout(choices))]
         for name, trunk, cost in self._scores(choices):
-            there, passing = dict(resident), dict(cost.passing)
+            there, passing = (
+                resident | self._taken(min(choices.score_batch, self.shapes.responses), choices),
+                cost.passing,
+            )
             if trunk is not None and any(trunk is other for other in away):
                 there[f"weights of the {self._trunks()[id(trunk)][0]}"] = _bytes(trunk.base)
                 passing = max(passing, {"a tensor as it is read": _reading(trunk)}, key=lambda part: sum(part.values()))
@@ -203,6 +205,7 @@ class Accountant:
 
     def _update(self, resident: Terms, choices: Choices) -> list[Phase]:
         rows = min(choices.micro_batch, self.shapes.minibatch)
+        step, resident = resident, resident | self._taken(rows, choices)
         several = rows < self.shapes.minibatch
         own, others = _bytes(self.policy.arrays), _bytes(self._critic_arrays())
         before = {"gradients so far": own + others if several else 0}
@@ -212,7 +215,7 @@ class Accountant:
             found.append(_phase("update critic", resident | states, self._critic(rows, choices)))
         largest = max((array.nbytes for array in {**self.policy.arrays, **self._critic_arrays()}.values()), default=0)
         stepping = {"new weights and optimizer states": 2 * max(own, others) + largest}
-        return [*found, _phase("update step", resident | {"gradients so far": own + others}, _Cost(stepping))]
+        return [*found, _phase("update step", step | {"gradients so far": own + others}, _Cost(stepping))]
 
     def _policy(self, rows: int, choices: Choices) -> _Cost:
         targets = PolicyTargets(_there(rows, self.shapes.response), _there(rows, self.shapes.response), 1.0)
@@ -271,6 +274,12 @@ class Accountant:
         if kept is None and self.roles.trunk.split and choices.kv_cache == FULL:
             kept = _there(*made.tokens.shape, self._width, dtype=self._dtype)
         return made._replace(kept=kept)
+
+    def _taken(self, rows: int, choices: Choices) -> Terms:
+        """The rows of a batch, out of the kept states."""
+        return (
+            {"of them, this batch's": self._kept(rows)} if self.roles.trunk.split and choices.kv_cache == FULL else {}
+        )
 
     def _kept(self, responses: int) -> int:
         return responses * (self.shapes.prompt + self.shapes.response) * self._width * self._dtype.size

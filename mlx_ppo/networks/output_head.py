@@ -37,11 +37,11 @@ def head_statistics(
         learning: a gradient by the log-probabilities, and not by the entropies, will be taken. Gradients are the same
             without; the logits are then computed again for them, or kept where they are few.
     """
-    names = _names_read(trunk, states) if trunk.replaced else ()
     size = _together(trunk, states)
-    ahead = learning and not names and len(states) > (0 if on_cpu() else size)
+    ahead = learning and not trunk.replaced and len(states) > (0 if on_cpu() else size)
     if len(states) <= size and not ahead:
         return vocabulary_statistics(trunk.logits(states), tokens, temperature=temperature)
+    names = _names_read(trunk, states) if trunk.replaced else ()
 
     def statistics(
         states: mx.array, tokens: mx.array, *arrays: mx.array, summed: bool = False

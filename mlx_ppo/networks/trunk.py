@@ -128,7 +128,10 @@ class Trunk:
 
     @functools.cached_property
     def width(self) -> int:
-        """The size D of a hidden state."""
+        """The size D of a hidden state: that of the final norm or, where it has no such name, by a small pass."""
+        norms = [name for name in self.base if name.endswith("norm.weight") and ".layers." not in name]
+        if norms:
+            return int(self.base[norms[-1]].shape[0])
         return int(self.hidden(mx.zeros((1, 1), mx.int32)).shape[-1])
 
     def share_below(self, roles: Iterable[Weights]) -> None:

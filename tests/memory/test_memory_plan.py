@@ -224,16 +224,19 @@ def test_the_command_plans_for_a_model_that_is_not_here(tmp_path: Path) -> None:
     }
     file.write_text(json.dumps(document))
     config = Path(__file__).resolve().parents[2] / "configs" / "smollm2-reviews.toml"
-    arguments = ["plan", str(config), "--model-config", str(file), "--memory-gb", "8", "--json"]
     sizes = {}
-    for device in ("cpu", "gpu"):
-        result = CliRunner().invoke(main, [*arguments, "--device", device])
+    for device, budget in (("cpu", 16), ("cpu", 4), ("gpu", 8)):
+        arguments = ["plan", str(config), "--model-config", str(file), "--device", device]
+        result = CliRunner().invoke(main, [*arguments, "--memory-gb", str(budget), "--json"])
         assert result.exit_code == 0, result.output
-        phases = {p["name"]: p for p in json.loads(result.stdout)["phases"]}
-        sizes[device] = phases["load"]["resident"]["weights of the shared trunk"]
+        plan = json.loads(result.stdout)
+        assert plan["fits"] and plan["choices"]["compact"] == (budget == 4)
+        phases = {p["name"]: p for p in plan["phases"]}
+        sizes[device, budget] = phases["load"]["resident"]["weights of the shared trunk"]
     parameters = 1.236e9
-    assert sizes["cpu"] == pytest.approx(4 * parameters, rel=0.01)
-    assert sizes["gpu"] == pytest.approx(0.5625 * parameters, rel=0.01)
+    assert sizes["cpu", 16] == pytest.approx(4 * parameters, rel=0.01)
+    assert sizes["cpu", 4] == pytest.approx(0.625 * parameters, rel=0.01)  # scales and offsets in float32
+    assert sizes["gpu", 8] == pytest.approx(0.5625 * parameters, rel=0.01)
     file.write_text("[]")
     refused = CliRunner().invoke(main, arguments)
     assert refused.exit_code == 3 and "config.json" in refused.output
