@@ -14,6 +14,7 @@ import pytest
 
 import mlx_ppo
 from mlx_ppo.errors import RunError
+from mlx_ppo.memory.choices import read_record
 from mlx_ppo.runs import Run
 from mlx_ppo.runtime.blas import Blas
 
@@ -101,7 +102,7 @@ def test_a_killed_trainer_is_told_in_a_line_and_the_run_goes_on(slow):
             r"the plan expected up to \d\.\d\d GiB of arrays\)\. Go on with: mlx-ppo resume runs/a\n",
             err,
         )
-        assert line and "Traceback" not in out, (out, err)
+        assert line and "Traceback" not in out, err
         until(lambda below=below: working(below) == [])
         assert {"event", "status", "why"} < journal(project)[-1].keys() and journal(project)[-1]["status"] == -9
         saved = max(project.steps(), default=0)
@@ -169,13 +170,14 @@ def test_where_configured_a_killed_run_goes_on_with_a_smaller_plan(slow):
     project = slow
     process = project.start("train", project.config(run=RUN, memory={"retries": 1}, rollout={"batch_size": 0}))
     until(in_phase(project, "score", 2), process)
-    plan = json.loads((project.run() / "plan.json").read_text())["choices"]
+    plan = read_record(project.run()).latest
     first, below = family(process)
     first.kill()
     until(lambda: working(below) == [], process)
     until(in_phase(project, "score", 4), process)
     second, below = family(process)
-    assert json.loads((project.run() / "plan.json").read_text())["choices"] != plan
+    record = read_record(project.run())
+    assert record.choices == plan != record.latest and 1 <= record.changes[0].iteration <= 2
     second.kill()
     out, err = ends(process, 4)
     warning, error = err.splitlines()
@@ -188,8 +190,13 @@ def test_where_configured_a_killed_run_goes_on_with_a_smaller_plan(slow):
 
 
 def test_a_run_whose_plan_cannot_be_smaller_says_so(slow):
-    sizes = {"rollout": {"prompts": 2, "batch_size": 1}, "ppo": {"minibatches": 2, "micro_batch": 1}}
-    config = slow.config(run=RUN, memory={"retries": 3}, score={"batch_size": 1}, **sizes)
+    sizes = {
+        "rollout": {"prompts": 2, "batch_size": 1, "kv_cache": "full"},
+        "score": {"batch_size": 1},
+        "ppo": {"minibatches": 2, "micro_batch": 1, "gradient_checkpointing": "off"},
+        "memory": {"retries": 3, "positions": 64},
+    }
+    config = slow.config(run=RUN, **sizes)
     process = slow.start("train", config)
     until(in_phase(slow, "rollout", 2), process)
     family(process)[0].kill()
