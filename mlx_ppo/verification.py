@@ -63,8 +63,9 @@ def require_as_recorded(config: Job, run: Run, *, allow_config_change: bool) -> 
     checkpoint.settle(run.folder)
     checkpoint.require_sound(run.folder)
     record, path = run.record(), run.folder / CONFIG
-    text = path.read_text("utf-8")
-    same = hashlib.sha256(text.encode()).hexdigest() == record.get("config")
+    content = path.read_bytes()
+    text, digest = content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
+    same = digest == record.get("config")
     lines = [] if same else config_changes(record, text)
     if lines and not allow_config_change:
         raise RunError("\n".join([f"{path}: changed since the run was started; {_ALLOW}", *lines]))
@@ -79,7 +80,7 @@ def require_as_recorded(config: Job, run: Run, *, allow_config_change: bool) -> 
     if code or not same:
         event = {"after_step": max(checkpoint.steps(run.folder), default=0), "configuration": lines, "code": code}
         run.note(
-            config=hashlib.sha256(text.encode()).hexdigest(),
+            config=digest,
             configuration=text,
             inputs={name: digest for files in found.values() for name, digest in files.items()},
             changes=[*record.get("changes", []), *([event] if code or lines else [])],
@@ -216,7 +217,7 @@ class _Inquiry:
 def _keys(record: Record, content: bytes) -> str:
     """The keys that a changed configuration changes, in brackets, where both can be read."""
     try:
-        keys = dict.fromkeys(line.split()[1] for line in config_changes(record, content.decode()))
+        keys = dict.fromkeys(line.split()[1] for line in config_changes(record, content.decode("utf-8-sig")))
     except (RunError, UnicodeDecodeError):
         return ""
     return f" ({', '.join(keys)})" if keys else ""

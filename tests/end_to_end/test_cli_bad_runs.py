@@ -72,8 +72,10 @@ def test_a_file_that_came_into_the_models_folder(trained):
 
 def test_a_changed_configuration_is_shown_and_wants_a_word(trained):
     file = trained.run() / "config.toml"
-    file.write_text("# a note of mine\n" + file.read_text())
+    note = "\ufeff# a note of mine, from another editor\n" + file.read_text()
+    file.write_bytes(note.replace("\n", "\r\n").encode())
     assert "warning" not in trained.cli("resume", "runs/a").stderr  # which changes no key
+    assert "as recorded (" in trained.done("verify", "runs/a")
     text = file.read_text().replace("iterations = 4", "iterations = 6")
     file.write_text(text.replace("\ncoef = 0.05", "\ncoef = 0.1"))
     words = "config.toml: changed since the run was started; restore it, or give --allow-config-change"
