@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import mlx.core as mx
 
 from mlx_ppo.errors import ModelError, RunError
 from mlx_ppo.networks.model_files import read_arrays
-from mlx_ppo.runs import sha256
+from mlx_ppo.provenance import sha256
+from mlx_ppo.runs import remove, sync
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -48,23 +50,32 @@ def save(run: Path, checkpoint: Checkpoint, *, keep_last: int, best: int | None)
         RunError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
     target = folder_of(run, checkpoint.step)
-    temporary = target.with_name(f".{target.name}.new")
+    temporary, aside = _beside(target, "new"), _beside(target, "old")
     try:
-        target.parent.mkdir(mode=0o700, exist_ok=True)
+        if not target.parent.exists():
+            target.parent.mkdir(mode=0o700)
+            sync(run)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(mode=0o700)
         _write(temporary, checkpoint)
-        damage = verify(temporary)
-        if damage:
-            raise OSError(damage)
-        _put(temporary, target)
-        _sync(target.parent)
+        found = verify(temporary)
+        if found:
+            raise OSError(found)
+        _put(temporary, target, aside)
+        sync(target.parent)
     except (OSError, RuntimeError) as error:
         raise RunError(f"{target}: the checkpoint cannot be written ({error}); earlier ones are untouched") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
+        if target.exists():
+            remove(aside)
     _rotate(run, keep_last, best)
     return target
+
+
+def _beside(target: Path, kind: str) -> Path:
+    """Where a checkpoint waits to be put in its place ("new"), stands aside ("old"), or is removed ("gone")."""
+    return target.with_name(f".{target.name}.{kind}")
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
@@ -75,11 +86,15 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     for name, document in documents.items():
         (folder / name).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
     files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-    manifest = {**files, MANIFEST: _digest(files)}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+    (folder / MANIFEST).write_text(_manifest(files), "utf-8")
     for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
+        sync(file)
+    sync(folder)
+
+
+def _manifest(files: Mapping[str, str]) -> str:
+    """The manifest's text, of which no other spelling is accepted."""
+    return json.dumps({**files, MANIFEST: _digest(files)}, indent=2) + "\n"
 
 
 def _digest(files: Mapping[str, str]) -> str:
@@ -87,16 +102,15 @@ def _digest(files: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _put(temporary: Path, target: Path) -> None:
+def _put(temporary: Path, target: Path, aside: Path) -> None:
     """Move a complete folder to its place, where an interruption right after a save may have left the same one."""
     if not target.exists():
         os.rename(temporary, target)
         return
     if not verify(target) and (target / MANIFEST).read_bytes() == (temporary / MANIFEST).read_bytes():
         return
-    aside = target.with_name(f".{target.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    os.rename(target, aside)
+    os.rename(target, aside)  # a kill before the next rename leaves the place empty: see `settle`
     try:
         os.rename(temporary, target)
     except OSError:
@@ -104,41 +118,63 @@ def _put(temporary: Path, target: Path) -> None:
         raise
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def settle(run: Path) -> None:
+    """Put right what a process left that was killed while it saved: the last complete checkpoint is in its place again.
+
+    Only for the process that holds the run's lock.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    for aside in (run / "checkpoints").glob(".[0-9]*.old"):
+        place = aside.with_name(aside.name[1:-4])
+        if not place.exists():
+            try:
+                os.rename(aside, place)
+            except OSError as error:
+                raise RunError(f"{place}: cannot be written ({error.strerror})") from None
+    for left in (run / "checkpoints").glob(".[0-9]*"):
+        remove(left)
 
 
 def verify(folder: Path) -> str:
-    """What is wrong with a checkpoint, naming the file; "" where everything is as it was written."""
+    """The first thing that is wrong with a checkpoint, naming the file; "" where all is as it was written."""
+    return next(damage(folder), "")
+
+
+def damage(folder: Path) -> Iterator[str]:
+    """Everything that is wrong with a checkpoint, a line for each file."""
     wanted = _read_manifest(folder)
     if wanted is None:
-        return f"{folder / MANIFEST}: missing or damaged"
+        yield f"{folder / MANIFEST}: missing or damaged"
+        return
     for name, digest in wanted.items():
         file = folder / name
         if not file.is_file():
-            return f"{file}: missing"
+            yield f"{file}: missing"
+            continue
         try:
-            intact = sha256(file) == digest
+            if sha256(file) != digest:
+                yield f"{file}: damaged (its SHA-256 is not the recorded one)"
         except OSError as error:
-            return f"{file}: cannot be read ({error.strerror})"
-        if not intact:
-            return f"{file}: damaged (its SHA-256 is not the recorded one)"
-    return ""
+            yield f"{file}: cannot be read ({error.strerror})"
+
+
+def strangers(folder: Path) -> list[Path]:
+    """What lies in a checkpoint's folder and isn't part of it; nothing reads it. Only the manifest knows."""
+    known = _read_manifest(folder)
+    return [] if known is None else sorted(item for item in folder.iterdir() if item.name not in {MANIFEST, *known})
 
 
 def _read_manifest(folder: Path) -> dict[str, str] | None:
     """File names and their digests; None where the manifest is missing or damaged."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        wanted = {str(name): str(digest) for name, digest in manifest.items()}
+        text = (folder / MANIFEST).read_bytes().decode()
+        wanted = {str(name): str(digest) for name, digest in json.loads(text).items()}
     except (OSError, ValueError, AttributeError):
         return None
-    own = wanted.pop(MANIFEST, "")
-    whole = STATE in wanted and own == _digest(wanted) and all(Path(name).name == name for name in wanted)
+    wanted.pop(MANIFEST, None)
+    whole = STATE in wanted and text == _manifest(wanted) and all(Path(name).name == name for name in wanted)
     return wanted if whole else None
 
 
@@ -149,20 +185,55 @@ def steps(run: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def newest(run: Path) -> Checkpoint | None:
+    """The run's last checkpoint, None where there is none; only for the process that holds the run's lock.
+
+    Raises:
+        RunError: it is damaged, or written by a newer version.
+    """
+    settle(run)
+    saved = steps(run)
+    return load(run, saved[-1]) if saved else None
+
+
+def require_sound(run: Path) -> None:
+    """Raise RunError where the last checkpoint is damaged: before models are loaded to go on from it."""
+    saved = steps(run)
+    if saved:
+        _require_intact(run, saved[-1])
+        read_state(run, saved[-1])
+
+
+def _require_intact(run: Path, step: int) -> None:
+    found = verify(folder_of(run, step))
+    if found:
+        others = [other for other in steps(run) if other != step]
+        raise RunError(found + (f"; the checkpoint of step {others[-1]} is still there" if others else ""))
+
+
+def read_state(run: Path, step: int) -> dict[str, Any]:
+    """The state in a checkpoint that was verified.
+
+    Raises:
+        RunError: it is in a folder of another name, or written by a newer version.
+    """
+    folder = folder_of(run, step)
+    state: dict[str, Any] = json.loads((folder / STATE).read_text("utf-8"))
+    if state.get("format") != FORMAT:
+        raise RunError(f"{folder}: written in format {state.get('format')}; this version reads format {FORMAT}")
+    if state.get("step") != step:
+        raise RunError(f"{folder}: holds the checkpoint of step {state.get('step')}; give the folder its name back")
+    return state
+
+
 def load(run: Path, step: int) -> Checkpoint:
     """Read a checkpoint after verifying it.
 
     Raises:
-        RunError: it is missing, damaged, or written by a newer version.
+        RunError: it is missing, damaged, in a folder of another name, or written by a newer version.
     """
-    folder = folder_of(run, step)
-    damage = verify(folder)
-    if damage:
-        others = [other for other in steps(run) if other != step]
-        raise RunError(damage + (f"; the checkpoint of step {others[-1]} is still there" if others else ""))
-    state = json.loads((folder / STATE).read_text("utf-8"))
-    if state.get("format") != FORMAT:
-        raise RunError(f"{folder}: written in format {state.get('format')}; this version reads format {FORMAT}")
+    _require_intact(run, step)
+    folder, state = folder_of(run, step), read_state(run, step)
     arrays: dict[str, Arrays] = {}
     documents: dict[str, Any] = {}
     for name in _read_manifest(folder) or ():  # not the folder's own listing: other files in it are not verified
@@ -179,9 +250,18 @@ def load(run: Path, step: int) -> Checkpoint:
     return Checkpoint(step, arrays, state, documents)
 
 
+def alike(arrays: Arrays, wanted: Arrays) -> bool:
+    """Whether a checkpoint's arrays have the names and shapes of those that they are to replace."""
+    shapes, others = ({name: array.shape for name, array in each.items()} for each in (arrays, wanted))
+    return shapes == others
+
+
 def _rotate(run: Path, keep_last: int, best: int | None) -> None:
+    """Remove older checkpoints. Each first loses its name: a kill leaves no half of one that looks whole."""
     for step in steps(run)[:-keep_last]:
         if step != best:
-            shutil.rmtree(folder_of(run, step), ignore_errors=True)
+            folder = folder_of(run, step)
+            with suppress(OSError):
+                os.rename(folder, _beside(folder, "gone"))
     for left in (run / "checkpoints").glob(".[0-9]*"):
-        shutil.rmtree(left, ignore_errors=True)
+        remove(left)

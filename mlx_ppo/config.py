@@ -239,6 +239,9 @@ class MemorySection(Section):
     budget_gb: NonNegative = Field(
         0.0, description="bound on the process's memory in GiB; 0: three quarters of what is free at the start"
     )
+    retries: CountOrZero = Field(
+        0, description="how many times a run that the system kills goes on by itself, each time with a smaller plan"
+    )
     residency: Literal["auto", "resident", "evict"] = Field(
         "auto",
         description="weights that only some phases read (reward models with a trunk of their own; the reference under "

@@ -53,3 +53,12 @@ class RunError(UserError):
     """The run itself failed: non-finite numbers, a reward function, a locked or damaged run folder."""
 
     exit_code = 4
+
+
+class DamageError(RunError):
+    """A run isn't as it was recorded. Carries every problem found, one line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        """Keep the problems."""
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))

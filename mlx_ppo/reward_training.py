@@ -96,8 +96,11 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
         report["test"] = measure(trunk, best, test, config)
     for name, figures in report.items():
         reporter.message(f"{name}: " + "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
+    run.secure()
     replace_file(run.folder / "report.json", json.dumps(report, indent=2) + "\n")
-    return _write(run.folder / "reward", trunk, best, facts, config)
+    result = _write(run.folder / "reward", trunk, best, facts, config)
+    run.note_files(run.folder / "report.json", result)
+    return result
 
 
 def load_data(
@@ -270,7 +273,7 @@ def _rounded(weights: Weights, dtype: str) -> Weights:
 
 
 def _write(target: Path, trunk: Trunk, weights: Weights, facts: RewardFacts, config: RewardConfig) -> Path:
-    head = {name: array for name, array in weights.arrays.items() if name.startswith(HEAD)}
+    head = {name: array for name, array in sorted(weights.arrays.items()) if name.startswith(HEAD)}
 
     def fill(folder: Path) -> None:
         if facts.placement == "folder":

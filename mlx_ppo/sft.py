@@ -79,7 +79,10 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
         patience=config.sft.patience,
         blocks=trunk.blocks,
     )
-    return write_result(run.folder, trunk, best, config.model)
+    run.secure()
+    result = write_result(run.folder, trunk, best, config.model)
+    run.note_files(result)
+    return result
 
 
 def load_data(config: SFTConfig, tokenizer: Tokenizer, reporter: StepReporter) -> tuple[ExampleSet, ExampleSet | None]:

@@ -81,7 +81,7 @@ class Fit:
     def restore(self, saved: Checkpoint) -> None:
         """Go back to a checkpoint of the same configuration."""
         arrays = {**saved.arrays["adapters"], **saved.arrays.get("head", {})}
-        if set(arrays) != set(self.weights.arrays):
+        if not checkpoint.alike(arrays, self.weights.arrays):
             raise RunError("the checkpoint has other weights than this configuration; nothing was loaded")
         self.weights = self.weights.holding({name: arrays[name] for name in self.weights.arrays})
         self.optimizer.load(dict(saved.arrays.get("optimizer", {})), saved.step)
@@ -110,10 +110,16 @@ def fit(
         RunError: a loss or gradient is not finite; the last checkpoint stands.
         Interrupted: a signal came; the state is saved.
     """
-    saved = checkpoint.steps(run.folder)
-    if saved:
-        state.restore(checkpoint.load(run.folder, saved[-1]))
+
+    def save() -> None:
+        run.secure()
+        checkpoint.save(run.folder, state.as_checkpoint(blocks), keep_last=section.keep_last, best=None)
+
+    saved = checkpoint.newest(run.folder)
+    if saved is not None:
+        state.restore(saved)
         reporter.message(f"resuming after step {state.optimizer.steps}")
+    del saved  # its weights would stay in memory beside the trained ones
     run.cut_logs(state.optimizer.steps)
     total = epochs * len(task.batches(0))
     while state.epoch < epochs and not (patience and state.epoch - state.best_epoch > patience):
@@ -122,13 +128,13 @@ def fit(
             try:
                 interrupts.check()
             except Interrupted:
-                checkpoint.save(run.folder, state.as_checkpoint(blocks), keep_last=section.keep_last, best=None)
+                save()
                 raise
             loss = _step(task, state, batches[state.done], section.seed)
             state.done, state.loss = state.done + 1, state.loss + loss
             reporter.step(state.optimizer.steps, total, {"loss": loss})
             if state.optimizer.steps % section.save_every == 0 and state.done < len(batches):
-                checkpoint.save(run.folder, state.as_checkpoint(blocks), keep_last=section.keep_last, best=None)
+                save()
         row = {"step": state.optimizer.steps, "epoch": state.epoch + 1, "loss": state.loss / len(batches)}
         state.epoch, state.done, state.loss = state.epoch + 1, 0, 0.0
         figures = task.validate(state.weights)
@@ -141,7 +147,7 @@ def fit(
         reporter.message(
             f"epoch {state.epoch} of {epochs}: {shown}" + ("  (best)" if value == state.best_value else "")
         )
-        checkpoint.save(run.folder, state.as_checkpoint(blocks), keep_last=section.keep_last, best=None)
+        save()
     return state.weights.holding(state.best or state.weights.arrays)
 
 

@@ -161,9 +161,9 @@ def _start(
     """Resume from the last checkpoint if there is one; the evaluation before training is the same either way."""
     reporter.phase("evaluate", state.iteration, config.run.iterations)
     before = evaluate(roles, state.policy.weights, held_out, config)
-    saved = checkpoint.steps(run.folder)
-    if saved:
-        state.restore(checkpoint.load(run.folder, saved[-1]))
+    saved = checkpoint.newest(run.folder)
+    if saved is not None:
+        state.restore(saved)
         run.cut_logs(state.iteration)
         reporter.message(f"resuming after iteration {state.iteration} of {config.run.iterations}")
     else:
@@ -251,6 +251,7 @@ def _evaluate_and_save(config: TrainConfig, run: Run, roles: Roles, state: State
 def _save(config: TrainConfig, run: Run, roles: Roles, state: State) -> None:
     best = state.best[0] if state.best is not None else None
     with phase("checkpoint"):
+        run.secure()
         checkpoint.save(run.folder, state.as_checkpoint(roles.trunk.blocks), keep_last=config.run.keep_last, best=best)
 
 

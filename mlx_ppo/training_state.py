@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_ppo.algo.kl import AdaptiveKL, FixedKL
-from mlx_ppo.checkpoint import Checkpoint
+from mlx_ppo.checkpoint import Checkpoint, alike
 from mlx_ppo.config import TrainConfig
 from mlx_ppo.errors import RunError
 from mlx_ppo.networks.adapters import Weights, adapter_config
@@ -54,12 +54,13 @@ class State:
             if learner is None:
                 continue
             arrays = saved.arrays.get(file, {})
-            if set(arrays) != set(learner.weights.arrays):
+            if not alike(arrays, learner.weights.arrays):
                 raise RunError(f"the checkpoint's {role} has other weights than this configuration; nothing was loaded")
             learner.weights = learner.weights.holding({name: arrays[name] for name in learner.weights.arrays})
             moments = saved.arrays.get(f"optimizer_{role}", {})
             learner.optimizer.load(dict(moments), saved.state["optimizer_steps"][role])
-        self.kl.load(saved.state["kl"])
+        if isinstance(self.kl, AdaptiveKL):  # a fixed coefficient is the configuration's
+            self.kl.load(saved.state["kl"])
         self.iteration, self.cursor = saved.step, saved.state["cursor"]
         best = saved.state["best"]
         self.best = (best[0], best[1]) if best else None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_ppo import checkpoint
-from mlx_ppo.checkpoint import MANIFEST, Checkpoint, folder_of, load, save, steps, verify
+from mlx_ppo.checkpoint import MANIFEST, Checkpoint, alike, folder_of, load, newest, save, steps, verify
 from mlx_ppo.config import OptimizerSection
 from mlx_ppo.errors import RunError
 from mlx_ppo.networks.adapters import Weights
@@ -142,41 +142,6 @@ def calls(monkeypatch, owner, name, fail_at):
     return made
 
 
-POINTS = [
-    (checkpoint.mx, "save_safetensors", 2),
-    (checkpoint.Path, "write_text", 3),
-    (checkpoint.Path, "mkdir", 2),
-    (checkpoint.os, "fsync", 7),
-    (checkpoint.os, "rename", 1),
-]
-
-
-@pytest.mark.parametrize(("owner", "name", "count"), POINTS, ids=lambda value: value if isinstance(value, str) else "")
-@pytest.mark.parametrize("step", [1, 2])
-def test_a_failure_at_any_point_keeps_the_earlier_checkpoints_and_leaves_nothing(
-    tmp_path, monkeypatch, owner, name, count, step
-):
-    put(tmp_path, 1)
-    extra = 1 if name == "rename" and step == 1 else 0  # a different one of the same step is put aside first
-    for number in range(1, count + extra + 1):
-        with monkeypatch.context() as patch:
-            made = calls(patch, owner, name, number)
-            with pytest.raises(RunError, match=r"cannot be written \(.*No space left on device\); earlier ones are un"):
-                put(tmp_path, step, seed=5, keep_last=1)
-            assert len(made) >= number
-        last = (name, number) == ("fsync", 7)  # after the rename: the new one is whole
-        assert_equal(load(tmp_path, 1), content(1, 5 if last and step == 1 else 0))
-        assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name[0] == "."] == (
-            [".000001.old"] if last and step == 1 else []
-        )
-    with monkeypatch.context() as patch:  # there is no further point: the same without a failure
-        made = calls(patch, owner, name, 0)
-        put(tmp_path, step, seed=6, keep_last=1)
-        assert len(made) == count + extra
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"{step:06d}"]
-    assert_equal(load(tmp_path, step), content(step, 6))
-
-
 def test_a_full_disk_in_the_middle_of_a_file(tmp_path):
     put(tmp_path, 1)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -192,7 +157,7 @@ def test_a_full_disk_in_the_middle_of_a_file(tmp_path):
 
 def test_a_write_that_goes_wrong_silently_is_found_before_anything_goes(tmp_path, monkeypatch):
     put(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: path.is_file() and path.write_bytes(b"lost"))
+    monkeypatch.setattr(checkpoint, "sync", lambda path: path.is_file() and path.write_bytes(b"lost"))
     for step in (1, 2):
         with pytest.raises(RunError, match=r"missing or damaged|damaged"):
             put(tmp_path, step, seed=1, keep_last=1)
@@ -214,6 +179,28 @@ def test_a_damaged_one_is_replaced(tmp_path):
     assert_equal(load(tmp_path, 1), content(1))
 
 
+def test_a_checkpoint_in_a_folder_of_another_name_is_refused(tmp_path):
+    put(tmp_path, 1).rename(folder_of(tmp_path, 7))
+    with pytest.raises(RunError, match=r"000007: holds the checkpoint of step 1; give the folder its name back"):
+        load(tmp_path, 7)
+
+
+def test_one_that_stood_aside_when_the_process_was_killed_comes_back(tmp_path):
+    put(tmp_path, 1)
+    folder = put(tmp_path, 2)
+    folder.rename(folder.with_name(".000002.old"))
+    shutil.copytree(folder_of(tmp_path, 1), tmp_path / "checkpoints/.000001.old")
+    assert steps(tmp_path) == [1]
+    assert_equal(newest(tmp_path), content(2))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000001", "000002"]
+    assert newest(tmp_path / "other") is None
+
+
+def test_arrays_of_another_shape_are_not_taken():
+    one = {"a": mx.zeros((2, 3))}
+    assert alike(one, {"a": mx.ones((2, 3))}) and not alike(one, {"a": mx.ones((3, 2))}) and not alike(one, {})
+
+
 def test_what_a_kill_left_behind_goes_with_the_next_save(tmp_path):
     put(tmp_path, 1)
     for name in (".000002.new", ".000003.new", ".000004.old"):
@@ -233,6 +220,22 @@ def test_rotation_keeps_the_last_and_the_best(tmp_path, keep_last, best, kept):
         put(tmp_path, step, keep_last=keep_last, best=best)
     assert steps(tmp_path) == kept
     assert all(verify(folder_of(tmp_path, step)) == "" for step in kept)
+
+
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(tmp_path, monkeypatch):
+    def killed(path, **_):
+        if (path / MANIFEST).exists():
+            (path / MANIFEST).unlink()
+            raise KeyboardInterrupt
+
+    put(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            put(tmp_path, 2, keep_last=1)
+    assert steps(tmp_path) == [2] and len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert_equal(newest(tmp_path), content(2))
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
 def test_steps_are_sorted_as_numbers(tmp_path):

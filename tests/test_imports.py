@@ -28,8 +28,17 @@ TABLE = {
         "mlx_ppo.files",
     },
     "mlx_ppo.records": {"mlx", "numpy", "mlx_ppo.data"},
-    "mlx_ppo.runs": {"mlx_ppo.config", "mlx_ppo.config_file", "mlx_ppo.config_supervised", "mlx_ppo.errors"},
-    "mlx_ppo.checkpoint": {"mlx", "mlx_ppo.errors", "mlx_ppo.networks.model_files", "mlx_ppo.runs"},
+    "mlx_ppo.provenance": {"mlx", "tomli", "mlx_ppo.config", "mlx_ppo.errors"},
+    "mlx_ppo.runs": {
+        "mlx_ppo.config", "mlx_ppo.config_file", "mlx_ppo.config_supervised", "mlx_ppo.errors", "mlx_ppo.provenance",
+    },
+    "mlx_ppo.checkpoint": {
+        "mlx", "mlx_ppo.errors", "mlx_ppo.networks.model_files", "mlx_ppo.provenance", "mlx_ppo.runs",
+    },
+    "mlx_ppo.verification": {
+        "mlx_ppo.checkpoint", "mlx_ppo.config", "mlx_ppo.errors", "mlx_ppo.memory.choices", "mlx_ppo.provenance",
+        "mlx_ppo.runs",
+    },
     "mlx_ppo.metrics": set(),
     "mlx_ppo.algo": {"mlx", "mlx_ppo.algo"},
     "mlx_ppo.data": {"mlx", "numpy", "sentencepiece", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.files"},

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from mlx_ppo import runs
+from mlx_ppo import provenance, runs
 from mlx_ppo.config import RewardSource, TrainConfig
 from mlx_ppo.config_supervised import SFTConfig
 from mlx_ppo.errors import ConfigError, RunError
-from mlx_ppo.runs import Run, changed_inputs, create_run, open_config, replace_file, to_toml
+from mlx_ppo.provenance import Change, config_changes, device, differences, hashes, input_changes, input_paths
+from mlx_ppo.runs import Run, create_run, open_config, own_digest, replace_file, to_toml, undisturbed
 
 HOLDER = """
 import sys, time
@@ -27,10 +28,10 @@ with Run(Path(sys.argv[1])):
 
 @pytest.fixture
 def config(tmp_path):
-    """A `train` configuration with inputs: two files, a folder (what lies deeper isn't read), reward code."""
+    """A `train` configuration with inputs: two files, a folder (nothing deeper or hidden is read), reward code."""
     inputs = tmp_path / "inputs"
     (inputs / "model/sub").mkdir(parents=True)
-    for name in ("prompts.jsonl", "model/config.json", "model/sub/tokens.txt", "f.py"):
+    for name in ("prompts.jsonl", "model/config.json", "model/.DS_Store", "model/sub/tokens.txt", "f.py"):
         (inputs / name).write_text(name)
     return TrainConfig.model_validate(
         {
@@ -58,6 +59,8 @@ def test_folders_are_numbered_and_say_what_made_them(config, tmp_path):
     assert create_run(config, base, "b").name == "b"
     record = json.loads((base / "a-5/run.json").read_text())
     assert record["command"] == "train" and {"mlx-ppo", "mlx", "mlx-lm", "numpy"} == record["versions"].keys()
+    assert record["python"] and record["system"] and "device" not in record  # which the trainer notes
+    assert record["configuration"] == (base / "a-5/config.toml").read_text() and record["record"] == own_digest(record)
     assert record["inputs"] == {
         str(tmp_path / "inputs" / name): hashlib.sha256(name.encode()).hexdigest()
         for name in ("prompts.jsonl", "model/config.json", "f.py")
@@ -96,9 +99,16 @@ def test_nothing_is_left_where_the_disk_is_full_or_a_path_cannot_be_recorded(con
     odd = config.model_copy(update={"reward": (RewardSource(kind="model", path=Path("\udcff")),)})
     with pytest.raises(RunError, match="utf-8"):
         create_run(odd, tmp_path / "runs", "a")
-    monkeypatch.setattr(runs, "sha256", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error", str(path))))
-    with pytest.raises(RunError, match=r"Input/output error: '.*config\.json'"):
-        create_run(config, tmp_path / "runs", "a")
+    with monkeypatch.context() as patch:
+        fails = (OSError(5, "Input/output error", str(tmp_path / "inputs/model/config.json")),)
+        patch.setattr(provenance, "sha256", lambda path: (_ for _ in fails).throw(*fails))
+        with pytest.raises(RunError, match=r"inputs/model/config\.json: cannot be read \(Input/output error\)"):
+            create_run(config, tmp_path / "runs", "a")
+    for function in ("fsync", "rename"):
+        with monkeypatch.context() as patch:
+            patch.setattr(runs.os, function, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(RunError, match=r"cannot be written here .*No space left"):
+                create_run(config, tmp_path / "runs", "a")
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -178,21 +188,124 @@ def test_a_log_that_cannot_be_written(folder):
         run.log(runs.METRICS, [{"step": 1}])
 
 
+def changes_of(config, folder):
+    return input_changes(runs.read_record(folder), hashes(input_paths(config)))
+
+
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "change", "what"),
     [
-        ("model/config.json", lambda path: path.write_text("other")),
-        ("model/config.json", Path.unlink),
-        ("prompts.jsonl", lambda path: path.write_text("prompts.jsonl ")),
-        ("f.py", lambda path: path.write_text("")),
+        ("model/config.json", lambda path: path.write_text("other"), "changed"),
+        ("model/config.json", Path.unlink, "missing"),
+        ("model/model-00002.safetensors", lambda path: path.write_text(""), "added"),
+        ("prompts.jsonl", lambda path: path.write_text("prompts.jsonl "), "changed"),
+        ("f.py", lambda path: path.write_text(""), "changed"),
     ],
 )
-def test_changed_inputs_are_named(config, folder, tmp_path, name, change):
-    with Run(folder) as run:
-        record = run.record()
-    assert changed_inputs(config, record) == []
+def test_changed_inputs_are_named(config, folder, tmp_path, name, change, what):
+    (tmp_path / "inputs/model/.DS_Store").write_text("a file manager was here")
+    (tmp_path / "inputs/other.jsonl").write_text("beside the data, which isn't a folder that is read")
+    assert changes_of(config, folder) == []
     change(tmp_path / "inputs" / name)
-    assert changed_inputs(config, record) == [str(tmp_path / "inputs" / name)]
+    assert changes_of(config, folder) == [Change(str(tmp_path / "inputs" / name), what)]
+
+
+def test_inputs_that_a_changed_configuration_names_or_leaves_out(config, folder, tmp_path):
+    (tmp_path / "inputs/new").mkdir()
+    (tmp_path / "inputs/new/f.py").write_text("")
+    reward = (config.reward[0].model_copy(update={"function": f"{tmp_path}/inputs/new/f.py:score"}),)
+    changed = config.model_copy(update={"reward": reward})
+    assert changes_of(changed, folder) == [Change(str(tmp_path / "inputs/f.py"), "left out")]
+
+
+def test_a_changed_configuration_is_shown_key_by_key(config, folder):
+    record, text = runs.read_record(folder), (folder / runs.CONFIG).read_text()
+    assert config_changes(record, text) == []
+    assert config_changes(record, "# a note\n" + text.replace(" = ", "=")) == []
+    edited = text.replace("seed = 0", "seed = 1").replace("epochs = 2\n", "").replace("weight = 1.0", "weight = 2.0")
+    assert config_changes(record, edited + "[more]\nlist = [1, 2]\n") == [
+        "- run.seed = 0", "+ run.seed = 1",
+        "- reward.0.weight = 1.0", "+ reward.0.weight = 2.0",
+        "- ppo.epochs = 2",
+        "+ more.list = [1, 2]",
+    ]  # fmt: skip
+    for damaged in ({}, {"configuration": 3}, {"configuration": "[run"}):
+        with pytest.raises(RunError, match=r"run\.json: the configuration that the run was started with is missing"):
+            config_changes(damaged, text)
+
+
+def test_other_software_or_another_device_is_told(folder):
+    record = runs.read_record(folder)
+    assert differences(record) == [] and differences({}) == []
+    record["versions"]["mlx"], record["device"] = "0.1", "GPU: Apple M9"
+    assert differences(record) == [
+        f"mlx 0.1 -> {runs.read_record(folder)['versions']['mlx']}",
+        f"device GPU: Apple M9 -> {device()}",
+    ]
+
+
+def test_a_record_keeps_what_is_noted_and_its_own_digest(folder):
+    with Run(folder) as run:
+        (folder / "reward").mkdir()
+        for name in ("plan.json", "reward/a", "reward/b"):
+            (folder / name).write_text(name)
+        run.note_files(folder / "plan.json")
+        run.note_files(folder / "reward")
+        assert run.record()["files"].keys() == {"plan.json", "reward/a", "reward/b"}
+        (folder / "reward/a").unlink()
+        run.note_files(folder / "reward")
+        record = run.record()
+        assert record["files"] == {
+            name: hashlib.sha256(name.encode()).hexdigest() for name in ("plan.json", "reward/b")
+        }
+        assert record["record"] == own_digest(record) and record["inputs"]
+        assert own_digest({**record, "command": "sft"}) != record["record"]
+
+
+def test_a_run_that_is_read_is_left_alone(folder):
+    with undisturbed(folder):
+        pass
+    assert not (folder / runs.LOCK).exists()
+    with Run(folder), pytest.raises(RunError, match=f"pid {os.getpid()}"), undisturbed(folder):
+        pass
+    with undisturbed(folder), undisturbed(folder), pytest.raises(RunError, match="another process"):
+        Run(folder)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_folder_that_is_gone_is_not_written_to(config, folder, again):
+    with Run(folder) as run:
+        run.log(runs.METRICS, [{"step": 1}])
+        run.secure()
+        folder.rename(folder.with_name("moved"))
+        if again:  # another run has its name now
+            with Run(create_run(config, folder.parent, "a")):
+                pass
+        with pytest.raises(RunError, match=r"runs/a: was removed or replaced while this process worked in it"):
+            run.secure()
+
+
+def test_what_killed_processes_left_goes(config, folder):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    number = int(dead.stdout)
+    for name in (f".metrics.jsonl.{number}", ".run.json.1", ".notes.2024"):
+        (folder / name).write_text("half")
+    (folder / f".reward.{number}").mkdir()
+    for name in (f".a.{number}", f".a.{os.getppid()}", ".a.x"):
+        (folder.parent / name).mkdir()
+    with Run(folder):
+        assert {path.name for path in folder.iterdir()} == {runs.CONFIG, runs.RECORD, runs.LOCK, ".notes.2024"}
+    create_run(config, folder.parent, "a")
+    assert {path.name for path in folder.parent.iterdir()} == {"a", "a-2", f".a.{os.getppid()}", ".a.x"}
+
+
+def test_half_an_evaluation_is_cut(folder):
+    """As after a kill while the last evaluation was written: its rows are of the checkpoint's step."""
+    rows = [{"step": 0, "kind": "evaluation"}, {"step": 0, "kind": "summary"}, {"step": 1, "kind": "rollout"}]
+    with Run(folder) as run:
+        run.log(runs.SAMPLES, [*rows, {"step": 1, "kind": "evaluation"}])
+        run.cut_logs(1)
+        assert [json.loads(line) for line in (folder / runs.SAMPLES).read_text().splitlines()] == rows
 
 
 def test_what_is_no_run_is_refused(folder, tmp_path):

@@ -261,6 +261,18 @@ def test_kept_states_give_the_losses_and_weights_of_the_whole_pass(make_world: C
         worlds[1].update()
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_checkpointing_gives_the_same_gradients(make_world: MakeWorld, full: bool) -> None:
+    seen = []
+    for checkpointing in ("off", "on"):
+        world = make_world(full=full)
+        recorder, _ = record(world)
+        world.update(epochs=1, minibatches=1, gradient_checkpointing=checkpointing)
+        seen.append(recorder.seen[0])
+    assert any(array.any() for array in seen[0].values())
+    assert_near(seen[0], seen[1])
+
+
 @pytest.mark.parametrize("kind", ["adapters", "head"])
 def test_without_kept_states_every_pass_is_whole(make_world: Callable[..., Any], kind: str) -> None:
     """Roles on the upper block share what lies below, and a rollout whose cache isn't exact keeps nothing of it."""

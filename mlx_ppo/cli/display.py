@@ -6,13 +6,14 @@ from types import TracebackType
 from typing import Self
 from unicodedata import category
 
+import click
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from mlx_ppo.cli.work import Answers
 from mlx_ppo.errors import printable
-from mlx_ppo.evaluate import Evaluation
 from mlx_ppo.metrics import BY_KEY, show
 
 _LIVE_KEYS = (
@@ -69,6 +70,10 @@ class Display:
     def message(self, text: str) -> None:
         """One line of information or warning."""
         self.console.print(Text(printable(text)))
+
+    def warn(self, text: str) -> None:
+        """One line on standard error, beside a panel that is shown."""
+        click.echo(text, err=True)
 
     def phase(self, name: str, iteration: int, iterations: int) -> None:
         """A phase begins."""
@@ -129,11 +134,11 @@ class Display:
             parts.append(text)
         return Group(*parts)
 
-    def before_and_after(self, before: Evaluation, after: Evaluation) -> None:
+    def before_and_after(self, before: Answers, after: Answers) -> None:
         """The table at the end of a run, on the same prompts with the same random draws."""
         self.close()
         table = Table("held-out prompts", "before", "after", "change", title=f"{len(before.completions)} prompts")
-        first, last = before.figures(), after.figures()
+        first, last = before.figures, after.figures
         names = {"score": "score (normalised)", "kl": "KL, nats a sequence", "distinct_2": "distinct 2-grams"}
         for key in first:
             name = (
@@ -143,8 +148,9 @@ class Display:
                 Text(printable(name)), f"{first[key]:.3f}", f"{last[key]:.3f}", f"{last[key] - first[key]:+.3f}"
             )
         self.console.print(table)
-        for old, new in list(zip(before.completions, after.completions, strict=True))[:_SHOWN_ANSWERS]:
-            self.console.print(Text(f"\n{harmless(old.prompt)}", style="bold"))
-            self.console.print(Text(f"  before {old.score:+.2f}  {harmless(old.text.strip())}"))
-            self.console.print(Text(f"  after  {new.score:+.2f}  {harmless(new.text.strip())}", style="cyan"))
+        pairs = zip(before.completions, after.completions, strict=True)
+        for (prompt, old, low), (_, new, high) in list(pairs)[:_SHOWN_ANSWERS]:
+            self.console.print(Text(f"\n{harmless(prompt)}", style="bold"))
+            self.console.print(Text(f"  before {low:+.2f}  {harmless(old.strip())}"))
+            self.console.print(Text(f"  after  {high:+.2f}  {harmless(new.strip())}", style="cyan"))
         self.console.print()

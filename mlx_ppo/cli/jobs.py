@@ -6,17 +6,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
-import numpy as np
 
-from mlx_ppo import checkpoint
-from mlx_ppo.cli.display import Display
+from mlx_ppo.cli.main import PROGRAM
+from mlx_ppo.cli.work import Order, stopped, work, worth_keeping
 from mlx_ppo.config import Job, TrainConfig
 from mlx_ppo.config_file import read_config
 from mlx_ppo.config_supervised import RewardConfig, SFTConfig
-from mlx_ppo.errors import RunError
-from mlx_ppo.runs import CONFIG, METRICS, Run, changed_inputs, config_edited, create_run, open_config
-from mlx_ppo.runtime.allocator import keeping_buffers
-from mlx_ppo.runtime.signals import Interrupted, Interrupts, catching_interrupts
+from mlx_ppo.errors import DamageError
+from mlx_ppo.runs import create_run, open_config
+from mlx_ppo.runtime.signals import Interrupted, catching_interrupts
 
 
 def start(job: type[Job], path: Path, overrides: Sequence[str], *, dry_run: bool) -> None:
@@ -26,8 +24,8 @@ def start(job: type[Job], path: Path, overrides: Sequence[str], *, dry_run: bool
         dry(config)
         return
     assert isinstance(config, TrainConfig | SFTConfig | RewardConfig)
-    with _new_run(config) as folder, Run(folder) as run:
-        _work(config, run)
+    with _new_run(config) as folder:
+        _work(config, Order(str(folder)))
 
 
 @contextmanager
@@ -35,13 +33,14 @@ def _new_run(config: TrainConfig | SFTConfig | RewardConfig) -> Iterator[Path]:
     """A fresh run folder, removed with the folders made for it where the job fails before there is anything to keep."""
     base = config.run.folder
     made = [place for place in (base, *base.parents) if not place.exists()]
-    folder: Path | None = None
+    folder, identity = None, 0
     try:
         folder = create_run(config, base, config.run.name)
+        identity = folder.stat().st_ino
         yield folder
     except BaseException:
-        if folder is None or not (checkpoint.steps(folder) or (folder / METRICS).exists()):
-            if folder is not None:
+        if folder is None or not worth_keeping(folder):
+            if folder is not None and folder.exists() and folder.stat().st_ino == identity:  # still this run's
                 shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # somebody else's run may be in there by now
                 for place in made:
@@ -51,61 +50,48 @@ def _new_run(config: TrainConfig | SFTConfig | RewardConfig) -> Iterator[Path]:
 
 def resume(folder: Path, *, allow_config_change: bool) -> None:
     """Go on with a run; refused when its data or models have changed since, or, unless allowed, its configuration."""
-    config = open_config(folder)
-    with Run(folder) as run:
-        changed = changed_inputs(config, run.record())
-        edited = [name for name in changed if name.endswith(".py")]
-        if config_edited(folder, run.record()):
-            edited.insert(0, str(folder / CONFIG))
-        for name in edited:
-            if not allow_config_change:
-                raise RunError(f"{name}: changed since the run was started; restore it, or give --allow-config-change")
-            click.echo(f"warning: {name} has changed since the run was started", err=True)
-        for name in changed:
-            if name not in edited:
-                raise RunError(f"{name}: changed since the run was started; restore it, or start a new run")
-        _work(config, run)
+    _work(open_config(folder), Order(str(folder), resumed=True, allow_config_change=allow_config_change))
 
 
-def _work(config: Job, run: Run) -> None:
-    click.echo(f"run folder: {_short(run.folder)}")
-    with catching_interrupts() as interrupts, Display() as display, keeping_buffers():
-        try:
-            finish = _do(config, run, display, interrupts)
-        except Interrupted as stop:
-            display.close()
-            click.echo(f"stopped by {stop}; saved. Go on with: mlx-ppo resume {_short(run.folder)}", err=True)
-            raise SystemExit(stop.exit_code) from None
+def verify(folder: Path) -> None:
+    """Compare everything in a run folder, and everything it was made from, with what was recorded."""
+    from mlx_ppo.verification import verify_run
+
+    found = verify_run(folder)
+    for note in found.notes:
+        click.echo(f"note: {note}")
+    if found.problems:
+        raise DamageError(found.problems)
+    click.echo(f"everything is as recorded ({found.files} files)")
+
+
+def _work(config: Job, order: Order) -> None:
+    """Do a run's work and print what is to be said at its end: in a child process where this one is the command's."""
+    if click.get_current_context().obj is PROGRAM:
+        from mlx_ppo.cli.supervise import supervise
+
+        finish = supervise(order, retries=config.memory.retries if isinstance(config, TrainConfig) else 0)
+    else:
+        finish = _here(order)
     for line in finish:
         click.echo(line)
 
 
-def _do(config: Job, run: Run, display: Display, interrupts: Interrupts) -> list[str]:
-    if isinstance(config, SFTConfig):
-        from mlx_ppo.sft import finetune
+def _here(order: Order) -> list[str]:
+    from mlx_ppo.cli.display import Display
 
-        folder = finetune(config, run, display, interrupts)
-        return [f"finished: {_short(folder)}"]
-    if isinstance(config, RewardConfig):
-        from mlx_ppo.reward_training import train_reward_model
-
-        folder = train_reward_model(config, run, display, interrupts)
-        return [f'finished: {_short(folder)}  (give it to train as [[reward]] kind = "model", path)']
-    assert isinstance(config, TrainConfig)
-    from mlx_ppo.train import train
-
-    result = train(config, run, display, interrupts)
-    display.before_and_after(result.before, result.after)
-    return [
-        f"policy: {_short(result.checkpoint)}",
-        f"try it: mlx-ppo sample {_short(run.folder)}",
-        f"   or:  mlx_lm.generate --model {_short(config.model.path)} --adapter-path {_short(result.checkpoint)} "
-        "--temp 1 --prompt '...'",
-    ]
+    with catching_interrupts() as interrupts, Display() as display:
+        try:
+            return work(order, display, interrupts)
+        except Interrupted as stop:
+            display.close()
+            raise stopped(str(stop), stop.exit_code, Path(order.folder)) from None
 
 
 def dry(config: Job) -> None:
     """Check models and data without training, and print what the data looks like in tokens."""
+    from mlx_ppo.cli.display import Display
+
     with Display() as display:
         if isinstance(config, TrainConfig):
             from mlx_ppo.networks.roles import load_roles
@@ -151,13 +137,10 @@ def _remark(text: str) -> None:
 
 
 def _statistics(name: str, lengths: Sequence[int]) -> None:
+    import numpy as np
+
     tokens = np.array(lengths)
     click.echo(
         f"{name}: {len(tokens)}, {tokens.sum()} tokens; each {tokens.min()} to {tokens.max()}, "
         f"median {np.median(tokens):.0f}, 95 % up to {np.percentile(tokens, 95):.0f}"
     )
-
-
-def _short(path: Path) -> Path:
-    """A path as seen from the working folder, where that is shorter."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 import mlx_ppo
-from mlx_ppo.errors import ConfigError, UserError, printable
+from mlx_ppo.errors import ConfigError, DamageError, RunError, UserError, printable
+from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
 
 _SET = click.option(
     "overrides",
@@ -21,20 +22,30 @@ _SET = click.option(
 _DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Check the configuration, read the data, print token statistics, train nothing."
 )
+PROGRAM = "program"  # the context's object where the process is the command's own, which a library's call isn't
 _FILE = click.Path(path_type=Path)
 
 
 class _Commands(click.Group):
     """Turns the errors that a user can cause into lines and exit codes."""
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Called as a program, which has this process to itself; `main.main` serves a caller that goes on living."""
+        refuse_connections()
+        return self.main(*args, obj=PROGRAM, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as error:
-            each = isinstance(error, ConfigError)  # as many problems as lines; elsewhere one, and what belongs to it
+            # as many problems as lines; elsewhere one, and what belongs to it
+            each = isinstance(error, ConfigError | DamageError)
             for number, line in enumerate(str(error).split("\n")):
                 click.echo(printable(f"error: {line}" if each or number == 0 else line), err=True)
             ctx.exit(error.exit_code)
+        except NetworkRefused as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(RunError.exit_code)
         except KeyboardInterrupt:  # outside the jobs, which save first
             ctx.exit(130)
         except BrokenPipeError:
@@ -169,6 +180,22 @@ def resume(run: Path, allow_config_change: bool) -> None:
 
 
 @main.command()
+@click.argument("run", type=_FILE)
+def verify(run: Path) -> None:
+    """Check every file of a run, and every file it was made from, against what was recorded.
+
+    Reads checkpoints, finished folders, logs, config.toml, and the models, data and reward code that the run started
+    with. Names every file that differs, is missing, or doesn't belong, and ends with exit code 4 if there is one.
+
+    \b
+    Example: mlx-ppo verify runs/reviews
+    """
+    from mlx_ppo.cli import jobs
+
+    jobs.verify(run)
+
+
+@main.command()
 @click.argument("model", type=_FILE)
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
 @click.option("--prompts", "file", type=_FILE, help="A JSONL file of prompts.")
@@ -263,3 +290,23 @@ def import_(file: Path, directory: Path, dtype: str) -> None:
     from mlx_ppo.importing.convert import import_model
 
     click.echo(import_model(file, directory, dtype=dtype))
+
+
+@main.command()
+@click.option(
+    "--offline-proof",
+    is_flag=True,
+    help="Train the bundled example a little where the system gives no network (unshare, sandbox-exec).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(offline_proof: bool, as_json: bool) -> None:
+    """What this machine is, and whether mlx-ppo works well on it and keeps to itself.
+
+    \b
+    Examples:
+      mlx-ppo doctor
+      mlx-ppo doctor --offline-proof
+    """
+    from mlx_ppo.cli.doctor import examine
+
+    examine(offline_proof=offline_proof, as_json=as_json)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache
 
 from mlx_ppo.config import PPOSection, TrainConfig
 from mlx_ppo.memory.choices import Choices, Possible, Shapes
@@ -292,6 +291,8 @@ def _there(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
 
 
 def _is_plain(cache: Any) -> bool:
+    from mlx_lm.models.cache import BatchKVCache
+
     return isinstance(cache, BatchKVCache)
 
 

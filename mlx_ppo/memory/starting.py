@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_ppo.config import TrainConfig
 from mlx_ppo.memory.budget import default_budget
-from mlx_ppo.memory.choices import PLAN, Record, as_document, read_record, shapes_of
+from mlx_ppo.memory.choices import PLAN, Change, Record, as_document, one_smaller, read_record, shapes_of
 from mlx_ppo.memory.model import config_of, is_quantised, weightless_roles
 from mlx_ppo.memory.phases import Accountant
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, needed, plan_of, require_fit
 from mlx_ppo.networks.device import on_cpu
-from mlx_ppo.runs import replace_file
+from mlx_ppo.runs import open_config, replace_file
 
 
 class Planned(NamedTuple):
@@ -108,3 +109,22 @@ def said(plan: Plan) -> str:
         "keys and values in 8 bits": choices.kv_cache == "8-bit",
     }
     return ", ".join([text, *(what for what, so in told.items() if so)])
+
+
+def smaller(folder: Path) -> str | None:
+    """Make the plan of a run that was killed one step smaller from its last checkpoint on.
+
+    Returns:
+        A line that says what is smaller; None where nothing can be.
+    Raises:
+        RunError: `plan.json` can't be read or written.
+    """
+    record, config = read_record(folder), open_config(folder)
+    found = one_smaller(record, config) if record is not None and isinstance(config, TrainConfig) else None
+    if record is None or found is None:
+        return None
+    choices, said = found
+    saved = max((int(item.name) for item in (folder / "checkpoints").glob("[0-9]*")), default=0)
+    change = Change(saved + 1, 0, choices, "the run was killed")
+    keep(replace(record, changes=(*record.changes, change)), folder)
+    return f"a smaller plan: {said}"

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_GUARD = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "runtime", "offline.py")
 
 
 def main(arguments: list[str]) -> None:
@@ -23,7 +24,8 @@ def main(arguments: list[str]) -> None:
     os.dup2(empty, 0)
     os.close(empty)
     die_with_parent(int(parent))
-    _module(file).serve(requests, int(descriptor), rest)
+    _module("offline", _GUARD).refuse_connections()
+    _module("worker", file).serve(requests, int(descriptor), rest)
 
 
 def die_with_parent(parent: int) -> None:
@@ -35,8 +37,8 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def _module(file: str) -> Any:
-    spec = importlib.util.spec_from_file_location("worker", file)
+def _module(name: str, file: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

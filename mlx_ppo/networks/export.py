@@ -28,7 +28,8 @@ def write_adapters(target: Path, weights: Weights, blocks: int) -> Path:
 
 def fill_with_adapters(folder: Path, weights: Weights, blocks: int) -> None:
     """The files of `write_adapters`, into a folder that is there."""
-    arrays = {name: array for name, array in weights.arrays.items() if not name.startswith(HEAD)}
+    # in one order, so that a resumed job writes the same files
+    arrays = {name: array for name, array in sorted(weights.arrays.items()) if not name.startswith(HEAD)}
     mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
     document = json.dumps(adapter_config(weights, blocks), indent=2)
     (folder / "adapter_config.json").write_text(document + "\n", "utf-8")

@@ -6,7 +6,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import BatchKVCache, KVCache, dynamic_roll, make_prompt_cache
+
+from mlx_ppo.networks.open_files import open_files_limit_kept
+
+with open_files_limit_kept():
+    from mlx_lm.models.cache import BatchKVCache, KVCache, dynamic_roll, make_prompt_cache
 
 FULL, EIGHT_BITS = "full", "8-bit"
 _GROUPS = (64, 32)  # elements that share a scale and an offset; the first that divides the heads

@@ -1,7 +1,6 @@
 """A checked local folder into a trunk: model, tokenizer, compute type. Nothing is ever looked up elsewhere."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from mlx_ppo.networks.compact import keep_compact
 from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.folder import ModelFolder, check_depth, check_model_folder
 from mlx_ppo.networks.model_files import read_arrays
+from mlx_ppo.networks.open_files import open_files_limit_kept
 from mlx_ppo.networks.tokenizer import load_tokenizer
 from mlx_ppo.networks.trunk import BRANCH_ENDS, Trunk
 
@@ -24,23 +24,6 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _LONGEST_ERROR = 300  # characters
 _INITIAL_DEVIATION = 0.02
 _EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
-
-
-@contextlib.contextmanager
-def _open_files_limit_kept() -> Iterator[None]:
-    """`import mlx_lm` lowers the process's limit of open files; put the soft limit back as far as allowed."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        yield
-    finally:
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, before)
-            hard = before[1]
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], hard), hard))
 
 
 def load_trunk(
@@ -98,7 +81,7 @@ def _read(
         ModelError: mlx-lm can't load it, or a tensor is missing.
     """
     path = folder.path
-    with _open_files_limit_kept():
+    with open_files_limit_kept():
         from mlx_lm.utils import dequantize_model, load_model
     given = {**rope_keys(folder.config), **({"tie_word_embeddings": True} if classifier else {})}
     try:
@@ -161,7 +144,7 @@ def empty_model(config: dict[str, Any], name: str) -> nn.Module:
         ModelError: mlx-lm doesn't know the architecture, or something is missing.
     """
     check_depth(Path(name), config)
-    with _open_files_limit_kept():
+    with open_files_limit_kept():
         from mlx_lm.utils import _get_classes
     try:
         model_class, arguments = _get_classes(config)

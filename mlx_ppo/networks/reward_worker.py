@@ -21,6 +21,7 @@ from typing import Any
 
 GRACE_SECONDS = 1.0
 _LONGEST_TRACEBACK = 4000
+_PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")  # ours: not what users read
 _LONGEST_SUMMARY = 300
 
 
@@ -171,7 +172,9 @@ def _raised(error: BaseException, file: str, prompts: Sequence[str] = (), comple
         summary = f"{type(error).__name__}: {error.msg}"
     if len(summary) > _LONGEST_SUMMARY:
         summary = summary[:_LONGEST_SUMMARY] + "…"
-    full = "".join(traceback.TracebackException(type(error), error, frames, compact=True).format()).rstrip()
+    shown = traceback.TracebackException(type(error), error, frames, compact=True)
+    shown.stack = traceback.StackSummary.from_list([at for at in shown.stack if not at.filename.startswith(_PACKAGE)])
+    full = "".join(shown.format()).rstrip()
     details = full if len(full) <= _LONGEST_TRACEBACK else "…" + full[-_LONGEST_TRACEBACK:]
     sample = _sample_at_hand(frames, prompts, completions)
     return Unusable(f"raised {_printable(summary)}", line=line, sample=sample, details=_printable(details))

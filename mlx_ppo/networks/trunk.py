@@ -238,13 +238,17 @@ class Trunk:
 
     @contextmanager
     def bearing(self, arrays: Mapping[str, mx.array]) -> Iterator[None]:
-        """Put other arrays in place of some of the model's parameters for the length of a `with` block."""
-        before = parameters_of(self.model) if arrays else {}
+        """Put other arrays in place of some of the model's parameters for the length of a `with` block.
+
+        Those of blocks that something else stands in for, as while checkpointing, stay as they are.
+        """
+        there = parameters_of(self.model) if arrays else {}
+        before = {name: array for name, array in there.items() if name in arrays}
         try:
-            self._put(arrays)
+            self._put({name: arrays[name] for name in before})
             yield
         finally:
-            self._put({name: before[name] for name in arrays})
+            self._put(before)
 
     @contextmanager
     def checkpointing(self) -> Iterator[None]:

@@ -8,23 +8,27 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 _SONAME = b"libgfortran.so.5\0"
 
 
-def load_blas() -> str:
-    """Load OpenBLAS from the cmeel-openblas package into the global symbol scope.
+class Blas(NamedTuple):
+    """What serves mlx's products."""
 
-    Returns:
-        The library's path, or a sentence that says why none was loaded; "" where mlx needs none (macOS).
-    """
+    library: Path | None  # None: mlx's own
+    problem: str  # why an optimised one could not be loaded; "" where it was, or where mlx needs none (macOS)
+
+
+def load_blas() -> Blas:
+    """Load OpenBLAS from the cmeel-openblas package into the global symbol scope."""
     if not sys.platform.startswith("linux"):
-        return ""
+        return Blas(None, "")
     if "mlx.core" in sys.modules:
-        return "mlx was imported before mlx_ppo, so its slow reference BLAS stays; import mlx_ppo first"
+        return Blas(None, "mlx was imported before mlx_ppo, so its slow reference BLAS stays; import mlx_ppo first")
     library = _find("cmeel.prefix/lib/libopenblas.so.0")
     if library is None:
-        return "cmeel-openblas isn't installed; mlx's slow reference BLAS stays"
+        return Blas(None, "mlx's slow reference BLAS stays: cmeel-openblas isn't installed; pip install cmeel-openblas")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     try:
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
@@ -33,8 +37,8 @@ def load_blas() -> str:
             _load_bundled_gfortran()
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
-            return f"OpenBLAS could not be loaded ({error}); mlx's slow reference BLAS stays"
-    return str(library)
+            return Blas(None, f"OpenBLAS could not be loaded ({error}); mlx's slow reference BLAS stays")
+    return Blas(library, "")
 
 
 def _find(relative: str) -> Path | None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
 
 class Interrupted(Exception):
     """A signal asked the job to stop; everything is saved by the time this is raised to the command line."""
@@ -39,6 +41,11 @@ class Interrupts:
             os._exit(128 + number)
         self.received = number
 
+    def ask(self, number: int, _: FrameType | None = None) -> None:
+        """Signal handler of a supervised process, which may get one signal twice: only the first counts."""
+        if self.received is None:
+            self.received = number
+
     def stop(self, why: str) -> None:
         """Ask the job to stop because of a danger; called from a thread that watches."""
         self.danger = why
@@ -52,12 +59,29 @@ class Interrupts:
 
 
 @contextmanager
-def catching_interrupts() -> Iterator[Interrupts]:
-    """Install the handlers for the length of a `with` block (main thread only), and put the old ones back."""
+def catching_interrupts(*, supervised: bool = False) -> Iterator[Interrupts]:
+    """Install the handlers for the length of a `with` block (main thread only), and put the old ones back.
+
+    Args:
+        supervised: another process counts the signals, and ends this one at the second.
+    """
     interrupts = Interrupts()
-    previous = {number: signal.signal(number, interrupts.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    handler = interrupts.ask if supervised else interrupts.handle
+    previous = {number: signal.signal(number, handler) for number in STOPPING}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     try:
         yield interrupts
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def holding_back_interrupts() -> Iterator[None]:
+    """Let signals wait for the length of a `with` block; a process started in it begins with them waiting."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

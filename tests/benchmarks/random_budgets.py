@@ -99,7 +99,8 @@ def main(arguments: list[str]) -> None:
     admitted = [row for row in rows if row["exit"] == 0]
     refused = [row for row in rows if row["exit"] == 2]
     print(
-        f"{count} configurations: {len(admitted)} admitted, {sum(row['right'] for row in admitted)} within their budget; "
+        f"{count} configurations: "
+        f"{len(admitted)} admitted, {sum(row['right'] for row in admitted)} within their budget; "
         f"{len(refused)} refused, {sum(row['right'] for row in refused)} rightly; "
         f"{len(rows) - len(admitted) - len(refused)} failed"
     )

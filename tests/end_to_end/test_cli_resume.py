@@ -1,14 +1,15 @@
 """The same run twice, and the same run in two parts: every byte and every number the same."""
 
+import shutil
 from collections.abc import Mapping
 
 import pytest
 
-from mlx_ppo import reward_training, sft, train
+from mlx_ppo import checkpoint, reward_training, sft, train
 from mlx_ppo.config import TrainConfig
 from mlx_ppo.config_file import read_config
 from mlx_ppo.config_supervised import RewardConfig, SFTConfig
-from mlx_ppo.runs import Run, create_run
+from mlx_ppo.runs import RESULTS, SAMPLES, Run, create_run
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
 
 JOBS = {
@@ -52,24 +53,29 @@ def stop(project, job, config, name, *, at, phase=""):
 def same(project, first, second):
     """Both runs have the same metrics and samples and, bit for bit, the same checkpoints."""
     assert project.metrics(first) == project.metrics(second)
-    assert project.samples(first) == project.samples(second)
+    if (project.run(first) / SAMPLES).exists():  # supervised jobs have none
+        assert project.samples(first) == project.samples(second)
     one, two = project.checkpoints(first), project.checkpoints(second)
     assert one.keys() == two.keys()
     assert [name for name in one if one[name] != two[name]] == []
 
 
+PINNED = {"budget_gb": 2.0}  # or what is free at each start would have a say
 GROUPS = {"rollout": {"prompts": 2, "samples_per_prompt": 3}}
 CASES = {
     "critic adapters": {},
     "critic head": {"critic": {"kind": "head"}},
     "critic model": {"critic": {"kind": "model"}, "ppo": {"micro_batch": 1}},
-    "adaptive kl": {"kl": {"controller": "adaptive", "coef": 0.2, "target": 0.1, "horizon": 30.0}},
-    "warm-ups and schedule": {
+    "full, critic head": {"model": {"train": "full"}, "critic": {"kind": "head"}},
+}
+EVERYWHERE = {
+    "gae": {"kl": {"controller": "adaptive", "coef": 0.2, "target": 0.1, "horizon": 30.0}},
+    "gae, full": {
+        "model": {"train": "full"},
         "critic": {"warmup_iterations": 1},
+        "ppo": {"gradient_checkpointing": "on"},
         "optimizer": {"schedule": "cosine", "warmup_steps": 5, "weight_decay": 0.1},
     },
-    "full": {"model": {"train": "full"}},
-    "full, critic head": {"model": {"train": "full"}, "critic": {"kind": "head"}},
     "grpo": {"ppo": {"advantage": "grpo"}, **GROUPS},
     "rloo": {"ppo": {"advantage": "rloo"}, **GROUPS},
     "dr_grpo, full": {"ppo": {"advantage": "dr_grpo", "aggregate": "constant"}, "model": {"train": "full"}, **GROUPS},
@@ -77,7 +83,8 @@ CASES = {
 
 
 def config_of(project, changes):
-    return project.config(**{"run": {"iterations": 4, "keep_last": 4, "evaluate_every": 3}, **changes})
+    run = {"iterations": 4, "keep_last": 4, "evaluate_every": 3}
+    return project.config(**{"run": run, "memory": PINNED, **changes})
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(project):
@@ -96,13 +103,59 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(project):
 def test_training_in_parts_is_training_at_once(project, case):
     config = config_of(project, CASES[case])
     project.done("train", config)
-    assert len({row["entropy"] for row in project.metrics()}) == 4  # the policy moves
-    for at in (1, 2, 3, 4) if case == "critic adapters" else (2,):
-        stop(project, "train", config, f"at{at}", at=at)
-        assert project.steps(f"at{at}") == list(range(1, at + 1))
-        shown = project.done("resume", f"runs/at{at}")
-        assert f"resuming after iteration {at} of 4" in shown
-        same(project, "a", f"at{at}")
+    stop(project, "train", config, "b", at=2)
+    assert project.steps("b") == [1, 2]
+    assert "resuming after iteration 2 of 4" in project.done("resume", "runs/b")
+    same(project, "a", "b")
+
+
+def results(project, name):
+    """Finished folders and their report, byte for byte."""
+    files = [file for file in project.run(name).rglob("*") if file.is_file()]
+    own = [file for file in files if file.parent.name in RESULTS or file.name == "report.json"]
+    return {str(file.relative_to(project.run(name))): file.read_bytes() for file in own}
+
+
+def resumed_everywhere(project):
+    """Go on from each checkpoint of a finished run, as after a kill: later rows and results are there, and wrong."""
+    steps = project.steps()
+    for at in (0, *steps):
+        copy = project.run("b")
+        shutil.copytree(project.run(), copy)
+        for step in steps[at:]:
+            shutil.rmtree(checkpoint.folder_of(copy, step))
+        for result in (copy / name for name in RESULTS):
+            shutil.rmtree(result, ignore_errors=True)
+        project.done("resume", "runs/b")
+        same(project, "a", "b")
+        assert results(project, "a") == results(project, "b")
+        shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_going_on_from_every_iteration(project, case):
+    run = {"iterations": 6, "keep_last": 6, "evaluate_every": 4}
+    project.done("train", project.config(run=run, memory=PINNED, **EVERYWHERE[case]))
+    assert project.steps() == [1, 2, 3, 4, 5, 6]
+    assert len({row["entropy"] for row in project.metrics()}) == 6  # the policy moves
+    resumed_everywhere(project)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("job", ["sft", "reward"])
+def test_supervised_jobs_from_every_step(project, job, full):
+    section, size = {"sft": ("sft", 2), "reward": ("reward_training", 5)}[job]
+    config = project.config(
+        job,
+        run={"save_every": 1, "keep_last": 100},
+        model={"train": "full" if full else "lora"},
+        optimizer={"schedule": "linear"},
+        **{section: {"epochs": 2, "batch_size": size, "token_dropout": 0.2, "dropout": 0.1}},
+    )
+    project.done(job, config)
+    assert project.steps() == list(range(1, project.steps()[-1] + 1)) and len(project.steps()) >= 6
+    assert len(results(project, "a")) >= 2
+    resumed_everywhere(project)
 
 
 @pytest.mark.parametrize(("phase", "at", "saved"), [("score", 1, 0), ("rollout", 3, 2), ("score", 3, 2)])
@@ -141,30 +194,19 @@ def test_with_a_reward_model_and_a_critic_that_starts_from_it(project, reward_fo
         same(project, name, f"{name}2")
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize("job", ["sft", "reward"])
-def test_supervised_jobs_in_parts(project, job, full):
-    section, noise = {"sft": "sft", "reward": "reward_training"}[job], {"token_dropout": 0.2, "dropout": 0.1}
+def test_supervised_jobs_in_parts(project, job):
+    """Stopped by a signal, with held-out data."""
     held_out = project.jsonl("held.jsonl", [{"text": "a good film", "rating": 5}, {"text": "a bad film", "rating": 1}])
-    config = project.config(
-        job,
-        run={"save_every": 2, "keep_last": 1000},
-        data={"validation": str(held_out)},
-        model={"train": "full" if full else "lora"},
-        optimizer={"schedule": "linear"},
-        **{section: noise},
-    )
+    config = project.config(job, run={"save_every": 2, "keep_last": 1000}, data={"validation": str(held_out)})
     project.done(job, config)
-    result = project.run() / ("reward" if job == "reward" else "model" if full else "adapters")
-    whole = {file.name: file.read_bytes() for file in result.iterdir()}
     for at in (1, 5):
         stop(project, job, config, f"at{at}", at=at)
         project.done("resume", f"runs/at{at}")
         assert project.metrics(f"at{at}") == project.metrics("a")
         files = project.checkpoints(f"at{at}")
         assert all(files[name] == data for name, data in project.checkpoints("a").items())
-        parts = {file.name: file.read_bytes() for file in (project.run(f"at{at}") / result.name).iterdir()}
-        assert parts == whole
+        assert results(project, f"at{at}") == results(project, "a")
 
 
 def test_resuming_a_finished_run_changes_nothing(project):

