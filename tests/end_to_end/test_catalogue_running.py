@@ -10,8 +10,8 @@ import pytest
 
 from mlx_ppo import checkpoint
 from mlx_ppo.cli.display import Display, harmless
-from mlx_ppo.evaluate import Completion, Evaluation
-from mlx_ppo.runs import sha256
+from mlx_ppo.cli.work import Answers
+from mlx_ppo.provenance import sha256
 
 ESCAPES = "\x1b[2J\x1b]0;x\x07\u202e[red]\r"
 
@@ -113,8 +113,7 @@ def test_nothing_of_a_model_or_a_file_acts_on_the_terminal(project, monkeypatch)
 
 
 def test_displays_show_markup_as_it_is(capsys):
-    written = Completion(f"[red]{ESCAPES}", f"[/bold] {ESCAPES}", 1.0, {})
-    found = Evaluation((written,), 1.0, {"[/x]\x1b": 1.0}, kl=0.0, distinct_2=0.0, length=1.0, finished=1.0)
+    found = Answers({"points_[/x]\x1b": 1.0}, [(f"[red]{ESCAPES}", f"[/bold] {ESCAPES}", 1.0)])
     display = Display()
     display.message(f"[/red] {ESCAPES}")
     display.before_and_after(found, found)
