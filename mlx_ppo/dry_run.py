@@ -28,7 +28,7 @@ class Measured:
     peaks: dict[str, int]  # bytes in mlx, by phase
     seconds: dict[str, float]  # by phase
     states: tuple[int, int]  # bytes of optimizer states before and after it
-    overhead: int  # bytes of the process that mlx knows nothing of
+    overhead: int  # bytes of the process beside mlx's arrays
 
 
 class _Endless:
@@ -66,7 +66,7 @@ def dry_run(config: TrainConfig, plan: Plan, shapes: Shapes, *, iterations: int)
             for number in range(iterations):
                 before = state.moments
                 _iterate(config, roles, state, shapes, number)
-                found.append(Measured(meter.peaks, meter.seconds, (before, state.moments), meter.overhead))
+                found.append(Measured(meter.peaks, meter.seconds, (before, state.moments), meter.overhead()))
                 meter.take()
             return found
         finally:

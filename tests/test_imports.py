@@ -56,7 +56,7 @@ TABLE = {
     "mlx_ppo.memory": {
         "mlx", "mlx_lm", "numpy", "psutil",
         "mlx_ppo.config", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.memory", "mlx_ppo.networks", "mlx_ppo.records",
-        "mlx_ppo.rollout", "mlx_ppo.runs", "mlx_ppo.scoring", "mlx_ppo.update",
+        "mlx_ppo.rollout", "mlx_ppo.runs", "mlx_ppo.runtime", "mlx_ppo.scoring", "mlx_ppo.update",
     },
     "mlx_ppo.memory.choices": {"mlx_ppo.config", "mlx_ppo.errors"},
     "mlx_ppo.runtime": {"mlx", "mlx_ppo.runtime"},

@@ -14,6 +14,7 @@ from mlx_ppo.networks.device import on_cpu
 
 NEAR = 0.97  # of the budget; a plan ends at 0.95
 _STATES = "optimizer states"
+_SPARE = 32 << 20  # bytes beside arrays that come and go
 _LOWEST, _HIGHEST = 0.75, 1.5  # bounds of a correction
 
 
@@ -59,7 +60,7 @@ class Keeper:
         if self.record.factors or self.plan.budget is None:
             return
         factors = self._factors(lengths, states)
-        overhead = max(self.meter.overhead, RUNTIME // 2) if on_cpu() else RUNTIME
+        overhead = self.meter.overhead() + _SPARE if on_cpu() else RUNTIME
         self.record = replace(self.record, factors=factors, overhead=overhead)
         self.plan = make_plan(
             self.accountant,
@@ -84,7 +85,7 @@ class Keeper:
         """Bytes of the process at its largest in the update so far."""
         outside = {phase.name: phase.outside for phase in self.plan.phases}
         found = [peak + outside.get(name, 0) for name, peak in self.meter.peaks.items() if name.startswith("update")]
-        return max(found, default=0) + (self.record.overhead or max(self.meter.overhead, 0))
+        return max(found, default=0) + self.plan.overhead
 
     def _change(self, choices: Choices, why: str) -> None:
         before = self.record.latest

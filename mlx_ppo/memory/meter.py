@@ -8,6 +8,8 @@ from contextvars import ContextVar
 import mlx.core as mx
 import psutil
 
+from mlx_ppo.runtime.allocator import give_back
+
 _active: ContextVar["Meter | None"] = ContextVar("meter", default=None)
 
 
@@ -25,7 +27,6 @@ class Meter:
         self.clearing = clearing
         self.peaks: dict[str, int] = {}
         self.seconds: dict[str, float] = {}  # spent in each phase
-        self.overhead = 0  # largest seen: resident memory of the process that mlx knows nothing of
         self._process = psutil.Process()
         self._last = ""
         self._began = 0.0
@@ -35,10 +36,15 @@ class Meter:
         taken, self.peaks, self.seconds = self.peaks, {}, {}
         return taken
 
+    def overhead(self) -> int:
+        """Resident bytes of the process beside mlx's arrays; what is only kept for later is given back first."""
+        give_back()
+        return int(self._process.memory_info().rss) - mx.get_active_memory()
+
     def begin(self, name: str) -> None:
         """A phase begins."""
         if self.clearing and name != self._last:
-            mx.clear_cache()
+            give_back()
         self._last = name
         self._began = time.monotonic()
         mx.reset_peak_memory()
@@ -47,8 +53,6 @@ class Meter:
         """A phase has ended."""
         self.peaks[name] = max(self.peaks.get(name, 0), mx.get_peak_memory())
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - self._began
-        known = mx.get_active_memory() + mx.get_cache_memory()
-        self.overhead = max(self.overhead, self._process.memory_info().rss - known)
         mx.reset_peak_memory()
 
 

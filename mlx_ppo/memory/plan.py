@@ -10,7 +10,7 @@ from mlx_ppo.errors import ConfigError
 from mlx_ppo.memory.choices import Choices, Possible, Shapes, concede
 from mlx_ppo.memory.phases import Accountant, Phase
 
-RUNTIME = 400 << 20  # bytes of the process beside arrays: Python, libraries, tokenizers
+RUNTIME = 220 << 20  # bytes of the process beside arrays: Python, libraries, tokenizers; measured: 140 to 190
 RESERVE = 0.05  # of the budget, for what a prediction misses
 _ROLLOUT, _SCORE = 64, 32  # larger batches gain little
 _LONGEST = 1 << 15  # tokens of a response that are looked at

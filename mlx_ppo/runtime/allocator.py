@@ -1,7 +1,10 @@
-"""How much freed memory mlx keeps for its next arrays."""
+"""Freed memory: how much mlx keeps for its next arrays, and giving it back to the system."""
 
+import ctypes
+import functools
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _MOST = 2 << 30  # bytes
@@ -28,3 +31,22 @@ def keeping_buffers() -> Iterator[None]:
     finally:
         mx.set_cache_limit(before)
         mx.clear_cache()
+
+
+def give_back() -> None:
+    """Return freed memory to the system: mlx's cache and, on Linux, what the C library keeps of numpy's arrays."""
+    import mlx.core as mx
+
+    mx.clear_cache()
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    """glibc's malloc_trim; None where the C library has none."""
+    if not sys.platform.startswith("linux"):
+        return None
+    found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return found

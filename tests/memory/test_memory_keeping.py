@@ -112,7 +112,7 @@ def test_the_record_survives_its_file(config: TrainConfig, tmp_path: Path) -> No
 def keeper(config: TrainConfig, folder: Path, budget_bytes: int) -> Any:
     planned = plan_run(config, [24], folder)
     plan = replace(planned.plan, budget=budget_bytes)
-    meter = SimpleNamespace(peaks={}, overhead=100 << 20, limits={})
+    meter = SimpleNamespace(peaks={}, overhead=lambda: 100 << 20, limits={})
     return Keeper(config, planned._replace(plan=plan), folder, meter)  # type: ignore[arg-type]
 
 
@@ -120,9 +120,10 @@ def test_passes_get_smaller_near_the_budget_and_a_resumed_run_does_the_same(
     config: TrainConfig, tmp_path: Path
 ) -> None:
     own = keeper(config, tmp_path, 200 << 20)
+    own.plan = replace(own.plan, overhead=100 << 20)
     own.begin(4, 0)
     assert own.pass_size() == 8
-    own.meter.peaks = {"update policy": 99 << 20}  # 199 of 200 MiB
+    own.meter.peaks = {"update policy": (199 << 20) - own.plan.overhead}
     assert own.pass_size() == 4
     own.meter.peaks = {"update policy": 40 << 20}
     assert own.pass_size() == 4
