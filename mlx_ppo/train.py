@@ -25,7 +25,7 @@ from mlx_ppo.memory.watchdog import watching
 from mlx_ppo.networks.folder import check_model_folder
 from mlx_ppo.networks.roles import Roles, load_roles
 from mlx_ppo.networks.tokenizer import completion_text, load_tokenizer
-from mlx_ppo.records import number
+from mlx_ppo.records import Rollout, Scored, number
 from mlx_ppo.rollout import generate, sampling
 from mlx_ppo.runs import MEMORY, METRICS, SAMPLES, Run
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
@@ -229,10 +229,17 @@ def _iterate(
     state.kl.update(metrics["kl"], len(rollout.prompts))
     state.iteration = number_
     state.cursor += len(taken)
-    row = int(np.argsort(np.array(scored.scores))[len(rollout.prompts) // 2])  # the median
+    return metrics, _median(roles, config, taken, rollout, scored), rollout.lengths
+
+
+def _median(
+    roles: Roles, config: TrainConfig, taken: Sequence[tuple[int, Prompt]], rollout: Rollout, scored: Scored
+) -> tuple[str, str, float]:
+    """The response with the median score: prompt, completion, score."""
+    row = int(np.argsort(np.array(scored.scores))[len(rollout.prompts) // 2])
     text = completion_text(roles.trunk.tokenizer, rollout.prompts[row], rollout.responses[row])
     asked = taken[row // config.rollout.samples_per_prompt][1].text
-    return metrics, (asked, text, number(scored.scores[row])), rollout.lengths
+    return asked, text, number(scored.scores[row])
 
 
 def _evaluate_and_save(config: TrainConfig, run: Run, roles: Roles, state: State, held_out: Sequence[Prompt]) -> None:

@@ -3,7 +3,6 @@
 import mlx_ppo  # noqa: F401  before mlx: it loads the BLAS and switches libraries offline
 
 # isort: split
-import importlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tiny_models import COMMON, KINDS, write_weights, write_word_tokenizer
 
 from mlx_ppo.config import OptimizerSection, PPOSection, ScoreSection
 from mlx_ppo.networks.adapters import Weights, new_adapters
@@ -31,59 +30,6 @@ from mlx_ppo.update import Learner, UpdateStats, update
 
 MakeModel = Callable[..., Path]
 
-_WORDS = ("▁the", "▁a", "▁film", "▁is", "▁of", "▁good", "▁bad", "▁and", "▁it", "▁was", "▁story", "▁very", "▁not", "▁in")
-_PIECES = ("<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(97, 123)), *_WORDS)
-VOCABULARY = 304  # the pieces (300), what transformers may add for a model type, and unused rows
-
-_COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_KINDS: dict[str, dict[str, Any]] = {
-    "llama": {"head_dim": 8, "tie_word_embeddings": False},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
-    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0},
-    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6, "sliding_window_pattern": 2},
-}
-
-
-def _write_tokenizer(folder: Path) -> None:
-    """A unigram tokenizer with byte fallback, like that of `models/reviews`."""
-    scores = [-10.0 if piece.startswith("<") else -float(6 - len(piece)) for piece in _PIECES]
-    tokenizer = Tokenizer(models.Unigram(list(zip(_PIECES, scores, strict=True)), unk_id=0, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    document = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(document), "utf-8")
-
-
-def _write_weights(folder: Path, config: dict[str, Any], seed: int, deviation: float) -> None:
-    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
-    model = module.Model(module.ModelArgs.from_dict(config))
-    names = [name for name, _ in tree_flatten(model.parameters())]
-    keys = dict(zip(names, mx.random.split(mx.random.key(seed), len(names)), strict=True))
-    arrays = {}
-    for name, array in tree_flatten(model.parameters()):
-        noise = deviation * mx.random.normal(array.shape, key=keys[name])
-        arrays[name] = noise if array.ndim > 1 or name.endswith("bias") else array + noise
-    mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
-
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
@@ -91,13 +37,13 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     made: dict[str, Path] = {}
 
     def make(kind: str = "llama", *, seed: int = 0, deviation: float = 0.25, **changes: Any) -> Path:
-        config = {"model_type": kind, **_COMMON, **_KINDS[kind], **changes}
+        config = {"model_type": kind, **COMMON, **KINDS[kind], **changes}
         key = json.dumps([config, seed, deviation])
         if key not in made:
             folder = tmp_path_factory.mktemp(kind)
             (folder / "config.json").write_text(json.dumps(config), "utf-8")
-            _write_tokenizer(folder)
-            _write_weights(folder, config, seed, deviation)
+            write_word_tokenizer(folder)
+            write_weights(folder, config, seed, deviation)
             made[key] = folder
         return made[key]
 

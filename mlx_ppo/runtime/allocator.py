@@ -45,7 +45,7 @@ def give_back() -> None:
 
 @functools.cache
 def _trim() -> Callable[[int], int] | None:
-    """glibc's malloc_trim; None where the C library has none."""
+    """Glibc's malloc_trim; None where the C library has none."""
     if not sys.platform.startswith("linux"):
         return None
     found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)

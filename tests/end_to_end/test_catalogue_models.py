@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from project import Project
 
 Spoil = Callable[[Path], None]
 READERS = ("train", "train --dry-run", "sft", "reward", "sample", "compare", "import", "export", "plan", "resume")
@@ -21,8 +22,6 @@ READERS = ("train", "train --dry-run", "sft", "reward", "sample", "compare", "im
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, model_folder):
     """A project whose model is a folder of its own, with a run of one iteration."""
-    from conftest import Project
-
     folder = tmp_path_factory.mktemp("catalogue") / "project"
     folder.mkdir()
     project = Project(folder, model_folder)
@@ -34,8 +33,6 @@ def trained(tmp_path_factory, model_folder):
 @pytest.fixture
 def home(trained, tmp_path, model_folder, reward_folders):
     """A copy of it: a run's paths are absolute, and its record has their SHA-256."""
-    from conftest import Project
-
     folder = tmp_path / "project"
     shutil.copytree(trained.folder, folder, symlinks=True)
     (folder / "model").unlink()

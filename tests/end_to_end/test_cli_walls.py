@@ -7,6 +7,7 @@ import sys
 from functools import cache
 
 import pytest
+from project import Project
 
 from mlx_ppo.cli.main import main
 
@@ -63,8 +64,6 @@ def commands(project) -> dict[str, list[object]]:
 @pytest.fixture(scope="module")
 def done(request, tmp_path_factory):
     """Every command's exit code, output and trace, behind as many walls as there are."""
-    from conftest import Project
-
     if not namespace() and not tracer():
         return None
     folder = tmp_path_factory.mktemp("walls") / "project"

@@ -12,9 +12,9 @@ from typing import Any
 import gguf
 import gguf_models
 import mlx.core as mx
-from conftest import _COMMON, _KINDS, _write_tokenizer, _write_weights
 from fuzz_inputs import edited, json_values, jsonl_files, replaced, safetensors_files, toml_files
 from hypothesis import strategies as st
+from tiny_models import COMMON, KINDS, write_weights, write_word_tokenizer
 
 from mlx_ppo.bundle import bundle_root
 from mlx_ppo.config import TrainConfig
@@ -278,17 +278,17 @@ def check_lines(error: UserError) -> None:
 
 
 def _config() -> dict[str, Any]:
-    return {"model_type": "llama", **_COMMON, **_KINDS["llama"]}
+    return {"model_type": "llama", **COMMON, **KINDS["llama"]}
 
 
 def _tiny(folder: Path) -> Path:
     model = folder / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(_config()))
-    _write_tokenizer(model)
+    write_word_tokenizer(model)
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": _TEMPLATE}))
-    _write_weights(model, _config(), 0, 0.25)
+    write_weights(model, _config(), 0, 0.25)
     return model
 
 
