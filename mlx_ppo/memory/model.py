@@ -10,13 +10,14 @@ import mlx.nn as nn
 from mlx_ppo.config import RewardSource, TrainConfig
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.memory.stand_ins import weightless
+from mlx_ppo.memory.trace import trace
 from mlx_ppo.networks.activations import use_fast_gates
 from mlx_ppo.networks.adapters import Weights, load_adapters, new_adapters
 from mlx_ppo.networks.compact import keep_compact
 from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.folder import check_model_folder
 from mlx_ppo.networks.heads import REWARD_FILE, RewardFacts, RewardModel, new_head, read_reward_facts
-from mlx_ppo.networks.load import DTYPES, empty_model
+from mlx_ppo.networks.load import DTYPES, computing_with, empty_model
 from mlx_ppo.networks.roles import Loading, Roles, load_roles
 from mlx_ppo.networks.trunk import Trunk, placeholder
 
@@ -53,7 +54,7 @@ def weightless_trunk(config: dict[str, Any], name: str, *, dtype: str, compact: 
         dtype: as in `load_trunk`.
         compact: as in `load_trunk`.
     Raises:
-        ModelError: mlx-lm doesn't know the architecture, or the config is incomplete.
+        ModelError: mlx-lm doesn't know the architecture, or the config is incomplete or can't be computed with.
     """
     model = empty_model(config, name)
     quantised = any(isinstance(module, nn.QuantizedLinear) for module in model.modules())
@@ -66,7 +67,10 @@ def weightless_trunk(config: dict[str, Any], name: str, *, dtype: str, compact: 
     model.set_dtype(DTYPES.get(dtype, mx.float32 if on_cpu() else stored))
     use_fast_gates(model)
     tokenizer: Tokenizer = _NoTokenizer(1000)
-    return Trunk(weightless(model), tokenizer, name, checked=False)
+    trunk = Trunk(weightless(model), tokenizer, name, checked=False)
+    with computing_with(name):
+        trace(trunk.hidden, mx.zeros((1, 2), mx.int32))
+    return trunk
 
 
 def weightless_roles(

@@ -1,6 +1,7 @@
 """A checked local folder into a trunk: model, tokenizer, compute type. Nothing is ever looked up elsewhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,27 @@ def load_trunk(
     use_fast_gates(model)
     tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
     _check_vocabulary(folder, model, tokenizer.vocab_size, tokenizer.eos_id)
-    try:
+    with computing_with(str(path)):
         trunk = Trunk(model, tokenizer, str(path))
-    except ModelError:
-        raise
-    except Exception as error:  # numbers in config.json that fit the weights' shapes and nothing else
-        raise ModelError(f"{path}: mlx-lm cannot compute with this model ({_said(error)})") from None
     trunk.remark = remark
     if random_seed is None:
         trunk.reload = _reload(folder, dtype, classifier=classifier, compact=compact)
     return trunk
+
+
+@contextmanager
+def computing_with(name: str) -> Iterator[None]:
+    """Say that a model can't be computed with: its config.json has numbers that fit the weights' shapes, no more.
+
+    Raises:
+        ModelError: whatever mlx or mlx-lm raises within.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{name}: mlx-lm cannot compute with this model ({_said(error)})") from None
 
 
 def _read(
