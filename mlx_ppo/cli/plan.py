@@ -29,8 +29,10 @@ _VARIANTS: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
     ("critic.kind = 'head'", {"critic": {"kind": "head"}}),
     ("critic.kind = 'model'", {"critic": {"kind": "model", "path": None}}),
     ("lora.layers = 8", {"lora": {"layers": 8}}),
-    ("ppo.gradient_checkpointing = 'on'", {"ppo": {"gradient_checkpointing": "on"}}),
-    ("ppo.micro_batch = 1", {"ppo": {"micro_batch": 1}}),
+)
+_CHOICES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("ppo.gradient_checkpointing = 'on'", {"checkpointing": True}),
+    ("ppo.micro_batch = 1", {"micro_batch": 1}),
 )
 
 
@@ -66,7 +68,7 @@ def show(
             "prompt_tokens": longest,
             "longest_response_that_fits": longest_response(accountant, config, budget),
             "most_responses_in_a_pass": _most(accountant, config, budget),
-            "variants_gib": _variants(config, given, longest, plan),
+            "variants_gib": _variants(config, accountant, given, plan),
         }
     measured = None
     if measure:
@@ -109,8 +111,13 @@ def _most(accountant: Accountant, config: TrainConfig, budget: int) -> int:
     return int(1 + room / each) if room >= 0 else 0
 
 
-def _variants(config: TrainConfig, given: dict[str, Any] | None, longest: int, plan: Plan) -> dict[str, float]:
-    """GiB that other configurations would need, by what is changed; those that are the same already are left out."""
+def _variants(
+    config: TrainConfig, accountant: Accountant, given: dict[str, Any] | None, plan: Plan
+) -> dict[str, float]:
+    """GiB that other configurations would need, by what is changed; those that are the same already are left out.
+
+    The rest is as chosen, and smaller where the variant would not fit.
+    """
     found: dict[str, float] = {}
     for name, change in _VARIANTS:
         sections = {key: getattr(config, key).model_copy(update=values) for key, values in change.items()}
@@ -118,10 +125,16 @@ def _variants(config: TrainConfig, given: dict[str, Any] | None, longest: int, p
             continue
         other = config.model_copy(update=sections)
         try:
-            variant = make_plan(accountant_of(other, given, longest), other, plan.budget)
+            variant = make_plan(
+                accountant_of(other, given, accountant.shapes.prompt), other, plan.budget, start=plan.choices
+            )
         except (ConfigError, ModelError):
             continue
         found[name] = round(variant.process / GIB, 3)
+    for name, chosen in _CHOICES:
+        choices = replace(plan.choices, **chosen)
+        if choices != plan.choices:
+            found[name] = round(plan_of(accountant, choices, plan.budget).process / GIB, 3)
     return found
 
 

@@ -16,7 +16,15 @@ from mlx_ppo.networks.adapters import Weights, load_adapters, new_adapters
 from mlx_ppo.networks.compact import keep_compact
 from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.folder import check_model_folder
-from mlx_ppo.networks.heads import REWARD_FILE, RewardFacts, RewardModel, new_head, read_reward_facts
+from mlx_ppo.networks.heads import (
+    RewardFacts,
+    RewardModel,
+    check_classifier,
+    check_lies_on,
+    is_classifier,
+    new_head,
+    read_reward_facts,
+)
 from mlx_ppo.networks.load import DTYPES, computing_with, empty_model
 from mlx_ppo.networks.roles import Loading, Roles, load_roles
 from mlx_ppo.networks.trunk import Trunk, placeholder
@@ -99,13 +107,16 @@ def weightless_roles(
         if not path.exists():  # not trained yet: what `mlx-ppo reward` makes with the same [lora]
             facts = RewardFacts("adapters", "last", 0.0, 1.0)
             return RewardModel(shared, adapters.holding({**adapters.arrays, **new_head(shared.width)}), facts)
-        if not (path / REWARD_FILE).is_file():
+        if is_classifier(path):
+            check_classifier(path)
             facts = RewardFacts("folder", "last", 0.0, 1.0)
         else:
             facts = read_reward_facts(path)
         if facts.placement == "adapters":
-            weights = load_adapters(path, shared.adapted) if model_config is None else adapters
-            return RewardModel(shared, weights.holding({**weights.arrays, **new_head(shared.width)}), facts)
+            if model_config is None:
+                check_lies_on(path, shared)
+                adapters = load_adapters(path, shared.adapted)
+            return RewardModel(shared, adapters.holding({**adapters.arrays, **new_head(shared.width)}), facts)
         own = trunk(path, dtype=dtype)
         return RewardModel(own, Weights(new_head(own.width)), facts)
 

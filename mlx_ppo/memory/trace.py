@@ -110,18 +110,24 @@ def _pauses(operations: list[Operation], marks: Sequence[Work]) -> tuple[Pause, 
     """The places that `stand_ins.outside` marked, in the order of calls; the marks themselves are taken away."""
     found: dict[int, Pause] = {}
     graphs: dict[Hashable, Graph] = {}
-    for operation in list(operations):
+    readers_of: dict[Tensor, list[int]] = {}
+    for place, operation in enumerate(operations):
+        for tensor in operation.inputs:
+            readers_of.setdefault(tensor, []).append(place)
+    removed: set[Operation] = set()
+    for operation in operations:
         number = mark_of(operation.name, operation.arguments)
         if number is None:
             continue
-        reads = _unmarked(operation, operations)
-        readers = _readers(operation.outputs[0], operations)
+        reads = _unmarked(operation, removed)
+        readers = _readers(operation.outputs[0], operations, readers_of, removed)
         (result,) = [other for other in readers if any(tensor in other.inputs for tensor in reads)]
         gradients = tuple(other for other in readers if other is not result)
         forward, gradient, forward_arrays, gradient_arrays, inside = marks[number]
         work, arrays = (forward, gradient), (forward_arrays, gradient_arrays)
         nested = (_inside(inside[0], graphs), _inside(inside[1], graphs))
         found[number] = Pause(reads, result, gradients, work, arrays, nested)
+    operations[:] = [operation for operation in operations if operation not in removed]
     return tuple(found[number] for number in sorted(found))
 
 
@@ -134,25 +140,31 @@ def _inside(inside: Inside | None, known: dict[Hashable, Graph]) -> tuple[Graph,
     return known[key], inside.beside
 
 
-def _unmarked(operation: Operation, operations: list[Operation]) -> tuple[Tensor, ...]:
+def _unmarked(operation: Operation, removed: set[Operation]) -> tuple[Tensor, ...]:
     """Remove a mark, and return what it waited for: the arrays that the code outside reads."""
-    operations.remove(operation)
+    removed.add(operation)
     while operation.name != "Depends":
         maker = operation.inputs[0].operation
         assert maker is not None, "a mark always follows a Depends"
         operation = maker
-        operations.remove(operation)
+        removed.add(operation)
     return operation.inputs[1:]
 
 
-def _readers(mark: Tensor, operations: list[Operation]) -> list[Operation]:
+def _readers(
+    mark: Tensor, operations: Sequence[Operation], readers_of: Mapping[Tensor, Sequence[int]], removed: set[Operation]
+) -> list[Operation]:
     """Remove a mark, and conditions derived from it, from what reads them; returns that."""
-    marks = {mark}
-    for operation in list(operations):
-        if operation.name in ("AsType", "LogicalNot") and operation.inputs[0] in marks:
-            marks.add(operation.outputs[0])
-            operations.remove(operation)
-    readers = [operation for operation in operations if not marks.isdisjoint(operation.inputs)]
+    marks, places = [mark], set()
+    for tensor in marks:
+        for place in readers_of.get(tensor, ()):
+            operation = operations[place]
+            if operation.name in ("AsType", "LogicalNot"):
+                marks.append(operation.outputs[0])
+                removed.add(operation)
+            elif operation not in removed:
+                places.add(place)
+    readers = [operations[place] for place in sorted(places)]
     for operation in readers:
         operation.inputs = tuple(tensor for tensor in operation.inputs if tensor not in marks)
     return readers

@@ -147,12 +147,31 @@ class RewardModel:
         return raw * self.facts.slope + self.facts.intercept
 
 
-def _load_classifier(folder: Path, dtype: str) -> RewardModel:
-    """A sequence classifier with one label, as transformers exports it: its `score.weight` reads the last state."""
-    tensors = check_model_folder(folder).tensors
-    found = tensors.get(_SCORE)
+def is_classifier(folder: Path) -> bool:
+    """Whether a folder has to be a sequence classifier, if it is a reward model at all."""
+    return not (folder / REWARD_FILE).is_file() and (folder / "config.json").is_file()
+
+
+def check_classifier(folder: Path) -> None:
+    """Raises ModelError where a model folder is no sequence classifier with one label."""
+    found = check_model_folder(folder).tensors.get(_SCORE)
     if found is None or found[1][:1] != (1,):
         raise ModelError(f"{folder}: not a reward model (no {REWARD_FILE}, and no {_SCORE} with one label)")
+
+
+def check_lies_on(folder: Path, trunk: Trunk) -> None:
+    """Raises ModelError where adapters were trained on other weights than those of this trunk."""
+    if not lies_on(folder, trunk):
+        raise ModelError(
+            f"{folder}: these adapters were trained on other weights than those in {trunk.name}; "
+            "train the reward model on these (if they are the same in another type, delete 'trunk' in "
+            f"{REWARD_FILE})"
+        )
+
+
+def _load_classifier(folder: Path, dtype: str) -> RewardModel:
+    """A sequence classifier with one label, as transformers exports it: its `score.weight` reads the last state."""
+    check_classifier(folder)
     trunk = load_trunk(folder, dtype=dtype, classifier=True)
     file = next(file for file in sorted(folder.glob("model*.safetensors")) if _SCORE in read_arrays(file))
     weight = read_arrays(file)[_SCORE][0].astype(mx.float32)
@@ -166,18 +185,13 @@ def load_reward_model(folder: Path, shared: Trunk | None, *, dtype: str = "auto"
     Raises:
         ModelError: it is damaged, or its adapters have no trunk here that they fit.
     """
-    if not (folder / REWARD_FILE).is_file() and (folder / "config.json").is_file():
+    if is_classifier(folder):
         return _load_classifier(folder, dtype)
     facts = read_reward_facts(folder)
     if facts.placement == "adapters":
         if shared is None:
             raise ModelError(f"{folder}: these are adapters for a trunk; give the trunk's folder as the model")
-        if not lies_on(folder, shared):
-            raise ModelError(
-                f"{folder}: these adapters were trained on other weights than those in {shared.name}; "
-                "train the reward model on these (if they are the same in another type, delete 'trunk' in "
-                f"{REWARD_FILE})"
-            )
+        check_lies_on(folder, shared)
         trunk, weights = shared, load_adapters(folder, shared.adapted)
     else:
         trunk, weights = load_trunk(folder, dtype=dtype), Weights({})

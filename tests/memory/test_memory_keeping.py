@@ -119,16 +119,16 @@ def keeper(config: TrainConfig, folder: Path, budget_bytes: int) -> Any:
 def test_passes_get_smaller_near_the_budget_and_a_resumed_run_does_the_same(
     config: TrainConfig, tmp_path: Path
 ) -> None:
-    own = keeper(config, tmp_path, 200 << 20)
+    own = keeper(config, tmp_path, 400 << 20)
     own.plan = replace(own.plan, overhead=100 << 20)
     own.begin(4, 0)
     assert own.pass_size() == 8
-    own.meter.peaks = {"update policy": (199 << 20) - own.plan.overhead}
+    own.meter.peaks = {"update policy": (399 << 20) - own.plan.overhead}
     assert own.pass_size() == 4
     own.meter.peaks = {"update policy": 40 << 20}
     assert own.pass_size() == 4
     assert len(own.messages()) == 1 and own.messages() == []
-    again = keeper(config, tmp_path, 200 << 20)
+    again = keeper(config, tmp_path, 400 << 20)
     assert [again.begin(3, 0).ppo.micro_batch, again.begin(4, 0).ppo.micro_batch] == [8, 8]
     assert [again.pass_size() for _ in range(3)] == [8, 4, 4]
     assert again.begin(5, 0).ppo.micro_batch == 4

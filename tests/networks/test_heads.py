@@ -26,7 +26,7 @@ from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.records import make_sequences
 from mlx_ppo.reward_figures import pair_figures, rating_figures
 from mlx_ppo.reward_training import train_reward_model
-from mlx_ppo.runs import Run
+from mlx_ppo.runs import Run, create_run
 from mlx_ppo.runtime.signals import Interrupts
 
 Tokens = tuple[int, ...]
@@ -120,8 +120,7 @@ def test_a_reward_model_scores_after_reload_as_it_was_trained(
             "optimizer": {"learning_rate": 1e-2},
         }
     )
-    (tmp_path / "run").mkdir()
-    with Run(tmp_path / "run") as run:
+    with Run(create_run(config, tmp_path, "run")) as run:
         folder = train_reward_model(config, run, Silent(), Interrupts())
     report = json.loads((tmp_path / "run" / "report.json").read_text())["validation"]
 
