@@ -1,17 +1,24 @@
 """AdamW over a role's flat weights: schedule, clipping by global norm, and a state that can be saved exactly."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.optimizers import AdamW
 
 from mlx_ppo.config import OptimizerSection
 from mlx_ppo.errors import RunError
 from mlx_ppo.networks.adapters import Weights
+from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.records import number
 
 Arrays = dict[str, mx.array]
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+_PIECE = 1 << 16  # elements at once: a handful of such arrays fits a core's cache
+_THREADS = 2
 
 
 def finite_norm(gradients: Mapping[str, mx.array], *, what: str) -> float:
@@ -20,7 +27,10 @@ def finite_norm(gradients: Mapping[str, mx.array], *, what: str) -> float:
     Raises:
         RunError: it is not finite.
     """
-    norm = number(mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), mx.zeros(()))))
+    if on_cpu():
+        norm = math.sqrt(sum(_by_pieces(_square, [(np.asarray(g),) for g in gradients.values()])))
+    else:
+        norm = number(mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), mx.zeros(()))))
     if not math.isfinite(norm):
         raise RunError(f"the {what}'s gradient is not finite; the update was not applied")
     return norm
@@ -69,12 +79,56 @@ class Optimizer:
         """
         norm = finite_norm(gradients, what=what)
         factor = min(1.0, self._section.gradient_clip / (norm + 1e-6))
-        clipped = {name: gradient * factor for name, gradient in gradients.items()}
-        self._adam.learning_rate = mx.array(self.rate(self.steps))
-        arrays: Arrays = self._adam.apply_gradients(clipped, dict(weights.arrays))
-        mx.eval(arrays, self._adam.state)
+        arrays = (self._step_on_cpu if on_cpu() else self._step)(weights.arrays, gradients, factor)
         self.steps += 1
         return weights.holding(arrays), norm
+
+    def _step(self, weights: Mapping[str, mx.array], gradients: Mapping[str, mx.array], factor: float) -> Arrays:
+        clipped = {name: gradient * factor for name, gradient in gradients.items()}
+        self._adam.learning_rate = mx.array(self.rate(self.steps))
+        arrays: Arrays = self._adam.apply_gradients(clipped, dict(weights))
+        mx.eval(arrays, self._adam.state)
+        return arrays
+
+    def _step_on_cpu(self, weights: Mapping[str, mx.array], gradients: Mapping[str, mx.array], factor: float) -> Arrays:
+        """The same in numpy; the moments change where they are.
+
+        mlx's elementwise operations run on one core and unvectorised there.
+        """
+        if not self._adam._initialized:
+            self._adam.init(dict(weights))
+            mx.eval(self._adam.state)
+        section, time = self._section, self.steps + 1
+        rate = self.rate(self.steps)
+        scale = rate / (1 - section.beta1**time)
+        root = 1 / math.sqrt(1 - section.beta2**time)
+        decay = 1 - rate * section.weight_decay
+
+        def change(weight: Floats, given: Floats, m: Floats, v: Floats) -> float:
+            gradient = given * np.float32(factor)
+            m *= np.float32(section.beta1)
+            m += gradient * np.float32(1 - section.beta1)
+            np.square(gradient, out=gradient)
+            gradient *= np.float32(1 - section.beta2)
+            v *= np.float32(section.beta2)
+            v += gradient
+            np.sqrt(v, out=gradient)
+            gradient *= np.float32(root)
+            gradient += np.float32(section.eps)
+            np.divide(m, gradient, out=gradient)
+            gradient *= np.float32(scale)
+            if decay != 1:
+                weight *= np.float32(decay)
+            weight -= gradient
+            return 0.0
+
+        new = {name: mx.array(np.asarray(weights[name])) for name in gradients}
+        rows = []
+        for name, array in new.items():
+            moments = self._adam.state[name]
+            rows.append(tuple(np.asarray(part) for part in (array, gradients[name], moments["m"], moments["v"])))
+        _by_pieces(change, rows)
+        return new
 
     def state(self) -> Arrays:
         """Moments by `m/<name>` and `v/<name>`; empty before the first step."""
@@ -96,3 +150,21 @@ class Optimizer:
             self._adam.state = state
             self._adam._initialized = True
         self.steps = steps
+
+
+def _square(values: Floats) -> float:
+    with np.errstate(over="ignore"):  # too large for a step: the norm is infinite then
+        return float(np.square(values).sum(dtype=np.float64))
+
+
+def _by_pieces(function: Callable[..., float], rows: Sequence[tuple[Floats, ...]]) -> list[float]:
+    """Call a function with flat pieces of the arrays of each row, on several threads; what it returns, in order."""
+    pieces = []
+    for row in rows:
+        flat = [array.reshape(-1) for array in row]
+        for start in range(0, flat[0].size, _PIECE):
+            pieces.append([array[start : start + _PIECE] for array in flat])
+    if len(pieces) <= len(rows):  # small ones only
+        return [function(*piece) for piece in pieces]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(lambda piece: function(*piece), pieces))

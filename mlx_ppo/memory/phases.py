@@ -12,6 +12,7 @@ from mlx_ppo.memory.choices import Choices, Possible, Shapes
 from mlx_ppo.memory.replay import Peak, predict
 from mlx_ppo.memory.trace import trace
 from mlx_ppo.networks.adapters import Weights
+from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.heads import RewardModel
 from mlx_ppo.networks.kv_cache import FULL, new_caches
 from mlx_ppo.networks.roles import Roles, evictable
@@ -213,7 +214,10 @@ class Accountant:
             states = {"gradients so far": own + (others if several else 0), "policy's states": self._states(rows)}
             found.append(_phase("update critic", resident | states, self._critic(rows, choices)))
         largest = max((array.nbytes for array in {**self.policy.arrays, **self._critic_arrays()}.values()), default=0)
-        stepping = {"new weights and optimizer states": 2 * max(own, others) + largest}
+        if on_cpu():  # there the moments change where they are
+            stepping = {"new weights": max(own, others)}
+        else:
+            stepping = {"new weights and optimizer states": 2 * max(own, others) + largest}
         return [*found, _phase("update step", step | {"gradients so far": own + others}, _Cost(stepping))]
 
     def _policy(self, rows: int, choices: Choices) -> _Cost:

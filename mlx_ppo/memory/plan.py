@@ -1,5 +1,6 @@
 """From a budget to choices: the fastest first, smaller ones as needed, and what to change if none fits."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -132,7 +133,8 @@ def require_fit(plan: Plan, accountant: Accountant, config: TrainConfig) -> None
     if plan.fits:
         return
     assert plan.budget is not None
-    wanted = plan.process / (1 - RESERVE) / GIB
+    has = math.floor(100 * plan.budget / GIB) / 100
+    wanted = math.ceil(100 * plan.process / (1 - RESERVE) / GIB) / 100  # rounded up: what is said has to be enough
     resident = plan.overhead + sum(plan.largest.resident.values())
     what, size = max(plan.largest.resident.items(), key=lambda item: item[1])
     if resident > plan.budget * (1 - RESERVE):
@@ -144,8 +146,7 @@ def require_fit(plan: Plan, accountant: Accountant, config: TrainConfig) -> None
         mend = f"the phase {plan.largest.name!r} takes most; "
         mend += f"rollout.max_tokens = {longest} would fit" if longest else "lower data.max_prompt_tokens"
     raise ConfigError(
-        f"memory.budget_gb: the run needs {wanted:.2f} GiB and has {plan.budget / GIB:.2f}: {mend}, "
-        f"or allow it {wanted:.2f}"
+        f"memory.budget_gb: the run needs {wanted:.2f} GiB and has {has:.2f}: {mend}, or allow it {wanted:.2f}"
     )
 
 
