@@ -12,7 +12,7 @@ from typing import Any
 import click
 import mlx.core as mx
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import mlx_ppo
 from mlx_ppo.bundle import example_config
@@ -212,9 +212,9 @@ def _print(result: Document) -> None:
         f"responses, {shapes['prompt tokens']} + {shapes['rollout.max_tokens']} tokens, {shapes['ppo.epochs']} epochs"
     )
     console.print(title, markup=False, highlight=False)
-    table = Table("phase")
-    for column in ("seconds", "range", "tokens/s", "GFLOP/s, of peak", "GB/s, of memory"):
-        table.add_column(column, justify="right")
+    columns = ("seconds", "range", "tokens/s", "GFLOP/s (peak)", "GB/s (memory)")
+    cells = [Column(column, justify="right", no_wrap=column == "range") for column in columns]
+    table = Table(Column("phase", no_wrap=True), *cells)
     for name, row in result["phases"].items():
         table.add_row(name, *_cells(row), style="bold" if name == ITERATION else "")
     console.print(table)
@@ -233,7 +233,7 @@ def _cells(row: Mapping[str, float]) -> list[str]:
     cells = [seconds, f"{fastest}-{slowest}"]
     cells.append(f"{row['tokens_per_second']:.0f}" if "tokens_per_second" in row else "")
     for speed, share in (("gflops_per_second", "share_of_peak"), ("gb_per_second", "share_of_bandwidth")):
-        cells.append(f"{row[speed]:.1f} {row[share]:4.0%}" if speed in row else "")
+        cells.append(f"{row[speed]:.1f} {row[share]:.0%}" if speed in row else "")
     return cells
 
 
