@@ -97,7 +97,7 @@ def bench(
             length = prompt_tokens or longest_prompt(config)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-ppo-bench-")))
-            config, length = _config_of_folder(target, overrides, folder), prompt_tokens or _PROMPT
+            config, length = config_of_folder(target, overrides, folder), prompt_tokens or _PROMPT
         if sys.stderr.isatty():
             click.echo(f"{1 + iterations} iterations ...", err=True)
         result = measure(config, length, iterations)
@@ -120,7 +120,7 @@ def _require_place(output: Path) -> None:
         read_result(output)
 
 
-def _config_of_folder(model: Path, overrides: Sequence[str], folder: Path) -> TrainConfig:
+def config_of_folder(model: Path, overrides: Sequence[str], folder: Path) -> TrainConfig:
     """A usual run of a model: LoRA on its upper layers, critic and reward model as adapters on the same trunk."""
     model = Path(os.path.realpath(model)) if model.exists() else model
     content = config_of(model)
