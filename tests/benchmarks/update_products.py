@@ -3,9 +3,9 @@
     python tests/benchmarks/update_products.py SMOLLM2_FOLDER [--json FILE] [--iterations N]
 
 PPO with LoRA on the upper 8 layers, critic as adapters; and with all weights trained, critic as a head. 16 prompts of
-32 tokens, responses of 48, 4 minibatches, 1 epoch. The update is timed as a run does it. Then its products alone: those of
-a trace of the run's own losses and gradients, of the same shapes, layouts and order, by mlx on the same BLAS, one at a
-time. The peak is that of a float32 product of 2048 x 2048, measured before and after.
+32 tokens, responses of 48, 4 minibatches, 1 epoch. The update is timed as a run does it. Then its products alone: those
+of a trace of the run's own losses and gradients, of the same shapes, layouts and order, by mlx on the same BLAS, one at
+a time. The peak is that of a float32 product of 2048 x 2048, measured before and after.
 """
 
 import argparse
