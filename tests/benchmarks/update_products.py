@@ -137,11 +137,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             config = config_of_folder(given.model, (*COMMON, *changes), Path(folder))
             rows[name] = measured(config, given.iterations)
+        if given.json is not None:
+            given.json.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
     print("| update | " + " | ".join(rows) + " |\n|---|" + "---|" * len(rows))
     for key in next(iter(rows.values())):
         print(f"| {key} | " + " | ".join(f"{row[key]:.2f}" for row in rows.values()) + " |")
-    if given.json is not None:
-        given.json.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
