@@ -1,5 +1,6 @@
 """Iterations at the largest shapes of a run, whose results are thrown away: what they really need, and how long."""
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from mlx_ppo.estimation import advantages
 from mlx_ppo.memory.budget import keeping_to
 from mlx_ppo.memory.choices import Shapes, applied
 from mlx_ppo.memory.keeping import is_tight, limits_of
-from mlx_ppo.memory.meter import metering, phase
+from mlx_ppo.memory.meter import Meter, metering, phase
 from mlx_ppo.memory.plan import Plan
 from mlx_ppo.networks.roles import Roles, load_roles
 from mlx_ppo.rollout import generate, sampling
@@ -27,8 +28,24 @@ class Measured:
 
     peaks: dict[str, int]  # bytes in mlx, by phase
     seconds: dict[str, float]  # by phase
+    prefill: float  # seconds of the phase "rollout" until each batch has its first tokens
+    total: float  # seconds of all of it, also between the phases
     states: tuple[int, int]  # bytes of optimizer states before and after it
-    overhead: int  # bytes of the process beside mlx's arrays
+
+
+class _FirstTokens:
+    """Adds up how long the batches of a rollout waited for their first tokens."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._batch = 0.0  # when the batch began that has its first tokens
+        self.seconds = 0.0
+
+    def __call__(self, count: int) -> None:
+        """Tokens have been sampled."""
+        if self._meter.began != self._batch:
+            self._batch = self._meter.began
+            self.seconds += time.monotonic() - self._batch
 
 
 class _Endless:
@@ -64,16 +81,17 @@ def dry_run(config: TrainConfig, plan: Plan, shapes: Shapes, *, iterations: int)
             del policy, critic
             found = []
             for number in range(iterations):
-                before = state.moments
-                _iterate(config, roles, state, shapes, number)
-                found.append(Measured(meter.peaks, meter.seconds, (before, state.moments), meter.overhead()))
+                before, started, first = state.moments, time.monotonic(), _FirstTokens(meter)
+                _iterate(config, roles, state, shapes, number, first)
+                total = time.monotonic() - started
+                found.append(Measured(meter.peaks, meter.seconds, first.seconds, total, (before, state.moments)))
                 meter.take()
             return found
         finally:
             roles.close()
 
 
-def _iterate(config: TrainConfig, roles: Roles, state: State, shapes: Shapes, number: int) -> None:
+def _iterate(config: TrainConfig, roles: Roles, state: State, shapes: Shapes, number: int, first: _FirstTokens) -> None:
     count = config.rollout.prompts
     drawn = philox("dry run", number).integers(0, roles.trunk.tokenizer.vocab_size, (count, shapes.prompt))
     rollout = generate(
@@ -84,6 +102,7 @@ def _iterate(config: TrainConfig, roles: Roles, state: State, shapes: Shapes, nu
         seed_parts=("dry run", number),
         positions=range(count),
         records=[{"prompt": ""}] * count,
+        on_tokens=first,
         **sampling(config.rollout),
     )
     scored, _ = score(

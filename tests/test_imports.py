@@ -40,6 +40,8 @@ TABLE = {
         "mlx_ppo.runs",
     },
     "mlx_ppo.metrics": set(),
+    "mlx_ppo.machine": {"mlx", "numpy", "mlx_ppo.networks.device"},
+    "mlx_ppo.throughput": {"mlx_ppo.config", "mlx_ppo.errors", "mlx_ppo.files", "mlx_ppo.memory.products"},
     "mlx_ppo.algo": {"mlx", "mlx_ppo.algo"},
     "mlx_ppo.data": {"mlx", "numpy", "sentencepiece", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.files"},
     "mlx_ppo.networks": {

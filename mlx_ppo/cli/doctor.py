@@ -23,6 +23,7 @@ import psutil
 import mlx_ppo
 from mlx_ppo.cli.proof import NOWHERE, Surroundings
 from mlx_ppo.errors import RunError
+from mlx_ppo.machine import SIDE, gigaflops, processors
 from mlx_ppo.memory.budget import cgroup_room, default_budget
 from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.runs import METRICS
@@ -30,7 +31,6 @@ from mlx_ppo.runtime import offline
 
 _GIB = 1 << 30
 _SLOW = 15.0  # GFLOP/s; the reference BLAS has 2 to 6, OpenBLAS some 50 a core
-_SIDE, _TRIALS = 1024, 3
 _FILES = 256  # a training run opens some tens
 _PROOF_SECONDS = 600.0
 _SANDBOX = "(version 1)(allow default)(deny network*)"
@@ -91,7 +91,7 @@ def _memory() -> Finding:
 
 
 def _threads() -> Finding:
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    mine = processors()
     given = os.environ.get("OPENBLAS_NUM_THREADS")
     value = f"{mine} of {os.cpu_count()} processors" + (f", OPENBLAS_NUM_THREADS={given}" if given else "")
     few = given is not None and given.isdecimal() and 0 < int(given) < mine
@@ -99,25 +99,14 @@ def _threads() -> Finding:
 
 
 def _products() -> Finding:
-    speed = _gigaflops()
-    value = f"{speed:.0f} GFLOP/s in a product of {_SIDE} x {_SIDE} float32 matrices"
+    speed = gigaflops()
+    value = f"{speed:.0f} GFLOP/s in a product of {SIDE} x {SIDE} float32 matrices"
     if mlx_ppo.BLAS.library is not None:
         value += f", by {mlx_ppo.BLAS.library.name}"
     problem = mlx_ppo.BLAS.problem
     if not problem and speed < _SLOW:
         problem = "as slow as mlx's reference BLAS: another program takes the processors, or OpenBLAS isn't in use"
     return Finding("matrix products", value, problem)
-
-
-def _gigaflops() -> float:
-    left = mx.random.normal((_SIDE, _SIDE), key=mx.random.key(0))
-    mx.eval(left @ left)
-    seconds = []
-    for _ in range(_TRIALS):
-        started = time.perf_counter()
-        mx.eval(left @ left)
-        seconds.append(time.perf_counter() - started)
-    return 2 * _SIDE**3 / min(seconds) / 1e9
 
 
 def _open_files() -> Finding:

@@ -130,6 +130,31 @@ def plan(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
 
 
 @main.command()
+@click.argument("target", type=_FILE, required=False)
+@_SET
+@click.option("--prompt-tokens", type=click.IntRange(2), help="Length of the prompts; default: the config's longest.")
+@click.option("--iterations", type=click.IntRange(1), default=3, show_default=True, help="Timed, after a first one.")
+@click.option("--output", type=_FILE, help="Keep the result in this file.")
+@click.option("--compare", "earlier", type=_FILE, help="Show what changed since a result that was kept.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def bench(target: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
+    """How fast training is here, phase by phase; nothing is trained or changed.
+
+    TARGET is a configuration, or a model folder: then with LoRA on the upper 8 layers, 16 prompts of 32 tokens and
+    responses of 48. Without TARGET, the bundled example. --set changes any shape.
+
+    \b
+    Examples:
+      mlx-ppo bench --output before.json
+      mlx-ppo bench --compare before.json
+      mlx-ppo bench my-model --set rollout.prompts=32 --set lora.layers=16 --prompt-tokens 64
+    """
+    from mlx_ppo.cli.bench import bench as measure
+
+    measure(target, overrides, **options)
+
+
+@main.command()
 @click.argument("config", type=_FILE)
 @_SET
 @_DRY_RUN

@@ -58,7 +58,7 @@ def show(
     if measure and (given is not None or metal != (not on_cpu())):
         raise ConfigError("--measure runs the model of the configuration on this machine; leave out the other options")
     with as_on_metal() if metal and on_cpu() else nullcontext():
-        longest = config.data.max_prompt_tokens if given is not None else _longest_prompt(config)
+        longest = config.data.max_prompt_tokens if given is not None else longest_prompt(config)
         accountant = accountant_of(config, given, longest)
         plan = make_plan(accountant, config, budget)
         facts = {
@@ -83,7 +83,7 @@ def show(
     _print(plan, facts, metal, measured)
 
 
-def _longest_prompt(config: TrainConfig) -> int:
+def longest_prompt(config: TrainConfig) -> int:
     """Tokens of the longest prompt; the configured bound where the tokenizer or the prompts aren't there."""
     from mlx_ppo.train import load_data, tokenizer_of
 

@@ -29,7 +29,7 @@ class Meter:
         self.seconds: dict[str, float] = {}  # spent in each phase
         self._process = psutil.Process()
         self._last = ""
-        self._began = 0.0
+        self.began = 0.0  # when the last phase began, as `time.monotonic` has it
 
     def take(self) -> dict[str, int]:
         """The peaks since the last call; seconds begin anew too."""
@@ -46,13 +46,13 @@ class Meter:
         if self.clearing and name != self._last:
             give_back()
         self._last = name
-        self._began = time.monotonic()
+        self.began = time.monotonic()
         mx.reset_peak_memory()
 
     def end(self, name: str) -> None:
         """A phase has ended."""
         self.peaks[name] = max(self.peaks.get(name, 0), mx.get_peak_memory())
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - self._began
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - self.began
         mx.reset_peak_memory()
 
 

@@ -47,12 +47,15 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class _Cost:
+class Cost:
+    """What a phase needs beside what is there before and after it."""
+
     passing: Terms = field(default_factory=dict)
     outside: int = 0
 
     @property
     def transient(self) -> int:
+        """What of it is mlx's."""
         return sum(self.passing.values())
 
 
@@ -87,7 +90,7 @@ class Accountant:
         self._dtype = next(array.dtype for array in trunk.base.values() if mx.issubdtype(array.dtype, mx.floating))
         state = mx.zeros((1, 1, self._width), self._dtype)
         self._vocabulary = trace(trunk.logits, state).outputs[0].shape[-1]
-        self._seen: dict[tuple[object, ...], _Cost] = {}
+        self._seen: dict[tuple[object, ...], Cost] = {}
 
     def with_shapes(self, shapes: Shapes) -> "Accountant":
         """The same for other shapes."""
@@ -113,7 +116,7 @@ class Accountant:
             if trunk is not None and any(trunk is other for other in away):
                 there[f"weights of the {self._trunks()[id(trunk)][0]}"] = _bytes(trunk.base)
                 passing = max(passing, {"a tensor as it is read": _reading(trunk)}, key=lambda part: sum(part.values()))
-            found.append(_phase(name, there, _Cost(passing, cost.outside)))
+            found.append(_phase(name, there, Cost(passing, cost.outside)))
         return found + self._update(resident, choices)
 
     def _resident(self, away: Sequence[Trunk]) -> Terms:
@@ -144,9 +147,9 @@ class Accountant:
         weights = {name: size for name, size in self._resident(away).items() if name.startswith("weights")}
         gone = max((_bytes(trunk.base) for trunk in away), default=0)
         reading = {"weights that are evicted again": gone, "a tensor as it is read": _reading(self.roles.trunk)}
-        return _phase("load", weights, _Cost(reading))
+        return _phase("load", weights, Cost(reading))
 
-    def _rollout(self, choices: Choices) -> _Cost:
+    def _rollout(self, choices: Choices) -> Cost:
         """The larger of reading the prompts, and of a token at full length on top of the cache."""
         shapes, trunk = self.shapes, self.roles.trunk
         rows = min(choices.rollout_batch, shapes.responses)
@@ -177,10 +180,10 @@ class Accountant:
         longer = cache * shapes.response // (shapes.prompt + shapes.response)  # the cache is made in its full length
         outside = max(rows * self._vocabulary * 4, prompts.outside)
         if prompts.transient + longer > cache + step.transient:
-            return _Cost({**prompts.passing, "keys and values (KV cache)": longer}, outside)
-        return _Cost({**step.passing, "keys and values (KV cache)": cache}, outside)
+            return Cost({**prompts.passing, "keys and values (KV cache)": longer}, outside)
+        return Cost({**step.passing, "keys and values (KV cache)": cache}, outside)
 
-    def _scores(self, choices: Choices) -> list[tuple[str, Trunk | None, _Cost]]:
+    def _scores(self, choices: Choices) -> list[tuple[str, Trunk | None, Cost]]:
         """Name, the trunk whose frozen weights are read (None: the role brings its own), and cost."""
         roles, critic, temperature = self.roles, self.critic, self.config.rollout.temperature
         head = critic if roles.critic is not None and roles.critic.kind == "head" else None
@@ -218,9 +221,9 @@ class Accountant:
             stepping = {"new weights": max(own, others)}
         else:
             stepping = {"new weights and optimizer states": 2 * max(own, others) + largest}
-        return [*found, _phase("update step", step | {"gradients so far": own + others}, _Cost(stepping))]
+        return [*found, _phase("update step", step | {"gradients so far": own + others}, Cost(stepping))]
 
-    def _policy(self, rows: int, choices: Choices) -> _Cost:
+    def _policy(self, rows: int, choices: Choices) -> Cost:
         targets = PolicyTargets(_there(rows, self.shapes.response), _there(rows, self.shapes.response), 1.0)
         temperature = self.config.rollout.temperature
 
@@ -230,7 +233,7 @@ class Accountant:
 
         return self._gradient("policy", rows, choices, loss, self.policy)
 
-    def _critic(self, rows: int, choices: Choices) -> _Cost:
+    def _critic(self, rows: int, choices: Choices) -> Cost:
         critic, weights = self.roles.critic, self.critic
         assert critic is not None and weights is not None
         targets = CriticTargets(_there(rows, self.shapes.response), _there(rows, self.shapes.response), 1.0)
@@ -244,7 +247,7 @@ class Accountant:
 
     def _gradient(
         self, role: str, rows: int, choices: Choices, loss: Callable[..., mx.array], weights: Weights
-    ) -> _Cost:
+    ) -> Cost:
         key = (role, rows, choices.positions, choices.kv_cache, choices.checkpointing)
         return self._predict(key, mx.value_and_grad(loss), dict(weights.arrays))
 
@@ -266,10 +269,10 @@ class Accountant:
     def _states(self, rows: int) -> int:
         return rows * self.shapes.response * self._width * self._dtype.size
 
-    def _predict(self, key: tuple[object, ...], function: Callable[..., Any], *arrays: Any) -> _Cost:
+    def _predict(self, key: tuple[object, ...], function: Callable[..., Any], *arrays: Any) -> Cost:
         if key not in self._seen:
             peak = predict(function, *arrays, thorough=False)
-            self._seen[key] = _Cost(self._named(peak), peak.outside)
+            self._seen[key] = Cost(self._named(peak), peak.outside)
         return self._seen[key]
 
     def _named(self, peak: Peak) -> Terms:
@@ -300,7 +303,7 @@ def _is_plain(cache: Any) -> bool:
     return isinstance(cache, BatchKVCache)
 
 
-def _phase(name: str, resident: Mapping[str, int], cost: _Cost) -> Phase:
+def _phase(name: str, resident: Mapping[str, int], cost: Cost) -> Phase:
     there = {what: size for what, size in resident.items() if size}
     return Phase(name, there, {what: size for what, size in cost.passing.items() if size}, cost.outside)
 

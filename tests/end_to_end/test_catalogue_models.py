@@ -16,7 +16,19 @@ import pytest
 from project import Project
 
 Spoil = Callable[[Path], None]
-READERS = ("train", "train --dry-run", "sft", "reward", "sample", "compare", "import", "export", "plan", "resume")
+READERS = (
+    "train",
+    "train --dry-run",
+    "sft",
+    "reward",
+    "sample",
+    "compare",
+    "import",
+    "export",
+    "plan",
+    "bench",
+    "resume",
+)
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +75,7 @@ def arguments(reader: str, own: str = "own") -> tuple[str, ...]:
         "import": ("import", own, "out"),
         "export": ("export", "runs/made", "out", "--format", "fused"),
         "plan": ("plan", "train.toml"),
+        "bench": ("bench", own, "--iterations", "1"),
         "resume": ("resume", "runs/made"),
     }[reader]
 
@@ -287,6 +300,7 @@ def test_names_of_the_hub_are_explained(home, name):
     for job in ("train", "sft", "reward"):
         home.refused(3, "nothing is ever downloaded", job, home.config(job, model={"path": name}))
     home.refused(3, "nothing is ever downloaded", "plan", home.config(model={"path": name}))
+    home.refused(3, "nothing is ever downloaded", "bench", name)
     home.refused(3, "nothing is ever downloaded", "sample", name, "--prompt", "it")
     home.refused(3, "nothing is ever downloaded", "compare", name, "own", "--prompts", "prompts.jsonl")
     home.refused(3, "no such file or folder", "import", name, "out")
@@ -294,7 +308,7 @@ def test_names_of_the_hub_are_explained(home, name):
 
 def test_a_missing_model_names_its_neighbour(home):
     missing(home.folder / "own")
-    for reader in ("train", "sft", "reward", "sample", "compare", "export", "plan"):
+    for reader in ("train", "sft", "reward", "sample", "compare", "export", "plan", "bench"):
         assert "Did you mean '" in home.refused(3, "owns'?", *arguments(reader))
     home.refused(3, "no such file or folder (did you mean 'owns'?)", *arguments("import"))
 
@@ -332,7 +346,7 @@ def test_names_that_no_file_has(home, name):
     """One printable line, whatever the code."""
     (home.folder / "loop").symlink_to("loop")
     for command in (
-        ("train", name), ("sft", name), ("reward", name), ("resume", name), ("plan", name),
+        ("train", name), ("sft", name), ("reward", name), ("resume", name), ("plan", name), ("bench", name),
         ("sample", name, "--prompt", "it"),
         ("compare", name, "own", "--prompts", "prompts.jsonl"), ("import", name, "out"),
         ("compare", "own", "own", "--reward", name, "--prompts", "prompts.jsonl"), ("sample", "own", "--prompts", name),

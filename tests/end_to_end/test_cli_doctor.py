@@ -87,10 +87,10 @@ def test_a_guard_with_a_hole_is_an_error(shown, monkeypatch):
 
 
 def test_what_is_slow_or_open_is_flagged(shown, monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "_gigaflops", lambda: 60.0)
+    monkeypatch.setattr(doctor, "gigaflops", lambda: 60.0)
     found, _ = shown()
     assert found["matrix products"]["problem"] == "" and found["mlx's temporary folder"]["problem"] == ""
-    monkeypatch.setattr(doctor, "_gigaflops", lambda: 3.0)
+    monkeypatch.setattr(doctor, "gigaflops", lambda: 3.0)
     tmp_path.chmod(0o755)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(doctor, "default_budget", lambda: 1 << 29)

@@ -54,6 +54,7 @@ def commands(project) -> dict[str, list[object]]:
         "compare": ["model", "runs/a", "--reward", "runs/r/reward", "--count", 2, "--max-tokens", 2],
         "verify": ["runs/a"],
         "plan": [train, "--memory-gb", 1],
+        "bench": [train, "--iterations", 1],
         "export": ["runs/a", "exported", "--format", "gguf", "--dtype", "f16"],
         "import": ["exported/exported.gguf", "imported"],
         "doctor": [],
