@@ -84,7 +84,9 @@ def parser(text: str, *, rounds: int) -> argparse.ArgumentParser:
     options.add_argument("--rounds", type=int, default=rounds, help="measured rounds, after one to warm up")
     options.add_argument("--threads", type=int, default=2, help="threads of every side")
     options.add_argument("--only", default="", help="comma-separated sides to run, by their names' beginnings")
-    options.add_argument("--lock", type=Path, help="hold this file's lock (flock) in each round: machines shared by several")
+    options.add_argument(
+        "--lock", type=Path, help="hold this file's lock (flock) in each round: machines shared by several"
+    )
     return options
 
 
@@ -158,8 +160,14 @@ def report(
     """Print the table and keep it, with everything that was measured, as `name.json` and `name.md`."""
     found = machine()
     by_side = {side.name: versions(side.python) for side in sides}
-    lines = [f"## {title}", "", f"{found['cores']} cores, {found['cpu']}, {found['memory_gib']} GiB, Python {found['python']}."]
-    lines += [f"- {name}: " + ", ".join(f"{key} {value}" for key, value in own.items()) for name, own in by_side.items()]
+    lines = [
+        f"## {title}",
+        "",
+        f"{found['cores']} cores, {found['cpu']}, {found['memory_gib']} GiB, Python {found['python']}.",
+    ]
+    lines += [
+        f"- {name}: " + ", ".join(f"{key} {value}" for key, value in own.items()) for name, own in by_side.items()
+    ]
     lines += ["", *markdown(table), ""]
     lines += [f"- {side.name} lacks: {side.lacks}" for side in sides if side.lacks]
     text = "\n".join(lines).rstrip() + "\n"

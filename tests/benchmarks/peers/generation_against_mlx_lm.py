@@ -33,7 +33,7 @@ def main() -> None:
         peer, worker = python_of(folder, "mlx-lm"), "worker_generation.py"
         sides = [
             Side("mlx-ppo", python_of(folder, "mlx-ppo"), worker, order | {"by": "mlx-ppo"}),
-            Side("mlx-lm, same BLAS", peer, worker, order | {"by": "mlx-lm", "same_blas": True}),
+            Side("mlx-lm with our BLAS", peer, worker, order | {"by": "mlx-lm", "same_blas": True}),
             Side("mlx-lm as installed", peer, worker, order | {"by": "mlx-lm", "same_blas": False}),
         ]
         sides[0].lacks = "a bound of its own for each response"

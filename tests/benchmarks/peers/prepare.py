@@ -31,7 +31,8 @@ def beginnings(model: Path, target: Path, lengths: list[int]) -> None:
     texts = _reviews()
     prompts: list[dict[str, str]] = []
     for length in lengths:
-        for text in texts:
+        while True:
+            text = " ".join(next(texts) for _ in range(4))
             ids = tokenizer.encode(text, add_special_tokens=False)[:length]
             short = tokenizer.decode(ids)
             if len(ids) == length and tokenizer.encode(short, add_special_tokens=False) == ids:
@@ -48,7 +49,7 @@ def beginnings(model: Path, target: Path, lengths: list[int]) -> None:
 
 def _reviews() -> Iterator[str]:
     for line in (DATA / "ratings-train.jsonl").read_text("utf-8").splitlines():
-        yield json.loads(line)["completion"]
+        yield json.loads(line)["completion"].strip()
 
 
 def chats(model: Path, target: Path, count: int) -> None:

@@ -33,6 +33,10 @@ class Turns:
         self.marks, self._mark = {}, ("", 0.0)
         return task.strip()
 
+    def note(self, text: str) -> None:
+        """A line for the log."""
+        print(text, file=sys.stderr, flush=True)
+
     def phase(self, name: str) -> None:
         """A phase begins, and the one before it ends."""
         now = time.monotonic()

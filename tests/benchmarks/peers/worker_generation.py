@@ -62,7 +62,12 @@ class Theirs:
         mx.random.seed(seed)
         self.tokenizer._eos_token_ids = self.eos_ids if stopping else set()
         found = batch_generate(
-            self.model, self.tokenizer, prompts, max_tokens=max_tokens, sampler=make_sampler(temp=1.0), return_token_ids=True
+            self.model,
+            self.tokenizer,
+            prompts,
+            max_tokens=max_tokens,
+            sampler=make_sampler(temp=1.0),
+            return_token_ids=True,
         )
         return sum(len(row) for row in found.token_ids)
 
