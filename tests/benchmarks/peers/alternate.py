@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from environments import machine, versions
 
+DISTURBED = 0.15  # cores kept busy by other processes during a round
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -50,9 +51,12 @@ class Side:
 
     def turn(self, task: str) -> dict[str, Any]:
         """Do one round."""
+        busy, own = cpu_seconds("/proc/stat"), cpu_seconds(f"/proc/{self.process.pid}/stat")
         self.process.stdin.write(f"{task}\n")
         self.process.stdin.flush()
         answer = self._answer("seconds") | {"task": task}
+        busy, own = cpu_seconds("/proc/stat") - busy, cpu_seconds(f"/proc/{self.process.pid}/stat") - own
+        answer["others"] = max(0.0, busy - own) / answer["seconds"]  # cores that other processes kept busy
         self.rounds.append(answer)
         self._answer("ready")
         return answer
@@ -61,6 +65,11 @@ class Side:
         """No more turns."""
         self.process.stdin.close()
         self.process.wait()
+
+    @property
+    def disturbed(self) -> int:
+        """Rounds in which other processes kept the machine busy, too."""
+        return sum(row["others"] >= DISTURBED for row in self.rounds)
 
     def _answer(self, key: str) -> dict[str, Any]:
         line = self.process.stdout.readline()
@@ -72,8 +81,22 @@ class Side:
         return answer
 
     def counted(self, task: str = "") -> list[dict[str, Any]]:
-        """The rounds after the warm-up."""
-        return [row for row in self.rounds if row["task"] == task][self.warm :]
+        """The rounds after the warm-up; without disturbed ones, where there are others."""
+        found = [row for row in self.rounds if row["task"] == task][self.warm :]
+        return [row for row in found if row["others"] < DISTURBED] or found
+
+
+def cpu_seconds(file: str) -> float:
+    """CPU seconds of the machine (`/proc/stat`) or of a process and its ended children; 0 where there is no /proc."""
+    if not Path(file).exists():
+        return 0.0
+    text = Path(file).read_text("utf-8")
+    if file == "/proc/stat":
+        user, nice, system, _, _, *interrupts = text.splitlines()[0].split()[1:8]
+        ticks = [user, nice, system, *interrupts[:2]]
+    else:
+        ticks = text.rpartition(")")[2].split()[11:15]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def parser(text: str, *, rounds: int) -> argparse.ArgumentParser:
@@ -128,7 +151,11 @@ def alternate(
                     for side in sides:
                         if number < side.limit and (side.tasks is None or task in side.tasks):
                             answer = side.turn(task)
-                            told = {key: answer[key] for key in ("seconds", "score", "tokens") if key in answer}
+                            told = {
+                                key: round(answer[key], 3)
+                                for key in ("seconds", "score", "tokens", "others")
+                                if key in answer
+                            }
                             print(f"round {number} {task}: {side.name}: {told}", file=sys.stderr, flush=True)
         for side in sides:
             side.end()
@@ -170,6 +197,9 @@ def report(
     ]
     lines += ["", *markdown(table), ""]
     lines += [f"- {side.name} lacks: {side.lacks}" for side in sides if side.lacks]
+    lines += [
+        f"- {side.name}: {count} rounds disturbed by other processes" for side in sides if (count := side.disturbed)
+    ]
     text = "\n".join(lines).rstrip() + "\n"
     document: Mapping[str, Any] = {
         "title": title,

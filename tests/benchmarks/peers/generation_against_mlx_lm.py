@@ -3,8 +3,8 @@
     python tests/benchmarks/peers/generation_against_mlx_lm.py --folder /somewhere
 
 `equal`: prompts of 8 to 64 tokens, no end of sequence, so that everybody's responses have the same length. `natural`:
-chats, responses that end where the model ends them, bounded at twice that length. Only sampled tokens count; reading the
-prompts is part of the time. mlx-lm runs with the project's BLAS loaded before it, and as pip installs it.
+chats, responses that end where the model ends them, bounded at twice that length. Only sampled tokens count; reading
+the prompts is part of the time. mlx-lm runs with the project's BLAS loaded before it, and as pip installs it.
 """
 
 import statistics

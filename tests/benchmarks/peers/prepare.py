@@ -65,9 +65,11 @@ def reward_models(model: Path, target: Path) -> None:
     adapters = new_adapters(trunk.adapted, layers=8, rank=8, scale=2.0, targets=(), key="reward", seed=0)
     write_adapters(target / "reward-adapters", adapters, trunk.blocks)
     shutil.copytree(model, target / "reward-folder")
+    key = mx.random.key(0)
+    head = {name: mx.random.normal(array.shape, key=key) * 0.02 for name, array in new_head(trunk.width).items()}
     for placement in ("adapters", "folder"):
         folder = target / f"reward-{placement}"
-        mx.save_safetensors(str(folder / HEAD_FILE), new_head(trunk.width))
+        mx.save_safetensors(str(folder / HEAD_FILE), head)
         RewardFacts(placement, "last", 0.0, 1.0).write(folder)  # type: ignore[arg-type]
 
 
