@@ -37,7 +37,7 @@ class Side:
 
     def start(self, threads: int, log: IO[bytes]) -> None:
         """Start the process; returns when everything is loaded."""
-        script = Path(__file__).with_name(self.worker)
+        script = Path(__file__).parent / self.worker
         environment = os.environ | dict.fromkeys(THREADS, str(threads)) | {"HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [self.python, script, json.dumps(self.order)],
@@ -65,6 +65,7 @@ class Side:
         """No more turns."""
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
     @property
     def disturbed(self) -> int:
