@@ -37,7 +37,7 @@ def test_sides_take_turns_and_answer_with_what_they_measured(alternation: Any, t
     sides[1].limit = 2
     options = argparse.Namespace(only="", lock=None, threads=1, rounds=2)
     alternation.alternate(sides, options, tmp_path, "log", tasks=("1", "2"))
-    assert journal.read_text("utf-8").split() == "a1 b1 a2 b2 a1 b1 a2 b2 a1 a2".split()
+    assert journal.read_text("utf-8").split() == ["a1", "b1", "a2", "b2", "a1", "b1", "a2", "b2", "a1", "a2"]
     assert [row["tokens"] for row in sides[0].rounds if row["task"] == "2"] == [1, 3, 5]
     assert set(sides[0].rounds[0]["phases"]) == {"work"} and sides[0].rounds[0]["peak_rss"] > 1 << 20
     assert b"chatter" in (tmp_path / "log.log").read_bytes()
@@ -48,7 +48,7 @@ def test_a_worker_that_ends_is_named(alternation: Any, tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text("raise SystemExit(3)", "utf-8")
     side = alternation.Side("theirs", Path(sys.executable), str(worker), {})
-    with open(tmp_path / "log", "wb") as log, pytest.raises(SystemExit, match="theirs ended .exit code 3"):
+    with open(tmp_path / "log", "wb") as log, pytest.raises(SystemExit, match=r"theirs ended .exit code 3"):
         side.start(1, log)
     side.end()
 
