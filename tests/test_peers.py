@@ -35,7 +35,7 @@ def test_sides_take_turns_and_answer_with_what_they_measured(alternation: Any, t
     worker.write_text(WORKER.format(peers=str(PEERS), journal=str(journal)), "utf-8")
     sides = [alternation.Side(name, Path(sys.executable), str(worker), {"name": name}) for name in ("a", "b")]
     sides[1].limit = 2
-    options = argparse.Namespace(only="", lock=None, threads=1, rounds=2)
+    options = argparse.Namespace(only="", lock=None, threads=1, rounds=2, warm=1)
     alternation.alternate(sides, options, tmp_path, "log", tasks=("1", "2"))
     assert journal.read_text("utf-8").split() == ["a1", "b1", "a2", "b2", "a1", "b1", "a2", "b2", "a1", "a2"]
     assert [row["tokens"] for row in sides[0].rounds if row["task"] == "2"] == [1, 3, 5]

@@ -105,7 +105,8 @@ def parser(text: str, *, rounds: int) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--folder", type=Path, help="environments, model and results; kept (default: temporary)")
     options.add_argument("--model", type=Path, help="SmolLM2-135M-Instruct in float32, where it is there already")
-    options.add_argument("--rounds", type=int, default=rounds, help="measured rounds, after one to warm up")
+    options.add_argument("--rounds", type=int, default=rounds, help="measured rounds")
+    options.add_argument("--warm", type=int, default=1, help="rounds before them, which don't count")
     options.add_argument("--threads", type=int, default=2, help="threads of every side")
     options.add_argument("--only", default="", help="comma-separated sides to run, by their names' beginnings")
     options.add_argument(
@@ -144,9 +145,10 @@ def alternate(
         sides = [side for side in sides if side.name.startswith(tuple(options.only.split(",")))]
     with open(folder / f"{name}.log", "wb") as log:
         for side in sides:
+            side.warm = min(side.warm, options.warm)
             with holding(options.lock):
                 side.start(options.threads, log)
-        for number in range(options.rounds + 1):
+        for number in range(options.rounds + max(side.warm for side in sides)):
             for task in tasks:
                 with holding(options.lock):
                     for side in sides:
