@@ -70,7 +70,7 @@ def the_sides(chosen: argparse.Namespace, folder: Path) -> list[Side]:
     for name, adapted, checkpointing in (
         ("TRL LoRA", lora, False),
         ("TRL full", None, False),
-        ("TRL full, checkpointing", None, True),
+        ("TRL checkpointing", None, True),
     ):
         rate = chosen.lora_rate if adapted else chosen.full_rate
         own = order | {"lora": adapted, "checkpointing": checkpointing, "learning_rate": rate}
