@@ -22,6 +22,7 @@ from environments import model_of, prepare, python_of
 
 RULE = Path(__file__).with_name("rule.py")
 GIB = 2**30
+LORA = {"rank": 8, "scale": 2.0}
 
 
 def our_config(order: dict[str, Any], *, full: bool, reward: dict[str, Any]) -> dict[str, Any]:
@@ -42,8 +43,8 @@ def our_config(order: dict[str, Any], *, full: bool, reward: dict[str, Any]) -> 
     }
 
 
-def the_sides(chosen: argparse.Namespace, folder: Path) -> list[Side]:
-    """Ours with LoRA and in full, TRL's with LoRA, in full, and in full with gradient checkpointing (its default)."""
+def the_order(chosen: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], Path]:
+    """What every side is asked for, and the folder with the reward models."""
     model = (chosen.model or model_of(folder)).resolve()
     lengths = [chosen.prompt_tokens] * (64 if chosen.reward else chosen.batch)
     kind = f"ppo-{chosen.prompt_tokens}x{len(lengths)}"
@@ -58,26 +59,41 @@ def the_sides(chosen: argparse.Namespace, folder: Path) -> list[Side]:
         "seed": chosen.seed,
         "rule": f"{RULE}:score" if chosen.reward else "",
     }
-    lora = {"rank": 8, "scale": 2.0}
+    return order, prepared
+
+
+def our_sides(chosen: argparse.Namespace, order: dict[str, Any], prepared: Path, python: Path) -> list[Side]:
+    """With LoRA, in full, and in full within a memory budget."""
     sides = []
-    for name, full in (("mlx-ppo LoRA", False), ("mlx-ppo full", True)):
-        own = order | {"lora": lora, "learning_rate": chosen.full_rate if full else chosen.lora_rate}
+    for name, full, budget in (
+        ("mlx-ppo LoRA", False, 0.0),
+        ("mlx-ppo full", True, 0.0),
+        ("mlx-ppo within budget", True, chosen.budget_gb),
+    ):
+        own = order | {"lora": LORA, "learning_rate": chosen.full_rate if full else chosen.lora_rate}
         reward: dict[str, Any] = {"kind": "model", "path": str(prepared / f"reward-{'folder' if full else 'adapters'}")}
         if chosen.reward:
             reward = {"kind": "function", "function": order["rule"]}
-        config = our_config(own, full=full, reward=reward)
-        sides.append(Side(name, python_of(folder, "mlx-ppo"), "worker_ppo.py", own | {"config": config}))
+        config = our_config(own, full=full, reward=reward) | {"memory": {"budget_gb": budget}}
+        sides.append(Side(name, python, "worker_ppo.py", own | {"config": config}))
+    return sides
+
+
+def their_sides(chosen: argparse.Namespace, order: dict[str, Any], python: Path) -> list[Side]:
+    """With LoRA, in full, and in full with gradient checkpointing (TRL's default)."""
+    sides = []
     for name, adapted, checkpointing in (
-        ("TRL LoRA", lora, False),
+        ("TRL LoRA", LORA, False),
         ("TRL full", None, False),
         ("TRL checkpointing", None, True),
     ):
         rate = chosen.lora_rate if adapted else chosen.full_rate
         own = order | {"lora": adapted, "checkpointing": checkpointing, "learning_rate": rate}
+        models = "three models with LoRA" if adapted else "four models"
         lacks = (
-            "a shared trunk (four models, or three with LoRA), states kept from the rollout, LoRA on the value model"
+            f"one trunk for all roles ({models}), states kept from the rollout, LoRA on the value model, a memory plan"
         )
-        sides.append(Side(name, python_of(folder, "trl"), "worker_trl_ppo.py", own, lacks))
+        sides.append(Side(name, python, "worker_trl_ppo.py", own, lacks))
     return sides
 
 
@@ -139,12 +155,16 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=4)
     options.add_argument("--lora-rate", type=float, default=1e-4, help="learning rate with LoRA, of every side")
     options.add_argument("--full-rate", type=float, default=1e-5, help="learning rate without, of every side")
+    options.add_argument("--budget-gb", type=float, default=3.5, help="GiB of the full fine-tuning within a budget")
     options.add_argument("--kl-coef", type=float, default=0.05)
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
     with working_folder(chosen.folder) as folder:
         name = "ppo-reward" if chosen.reward else "ppo"
-        sides = alternate(the_sides(chosen, folder), chosen, folder, name)
+        order, prepared = the_order(chosen, folder)
+        sides = our_sides(chosen, order, prepared, python_of(folder, "mlx-ppo"))
+        sides += their_sides(chosen, order, python_of(folder, "trl"))
+        sides = alternate(sides, chosen, folder, name)
         if chosen.reward:
             compare_rewards(sides, folder, chosen.target, chosen.window)
         else:
