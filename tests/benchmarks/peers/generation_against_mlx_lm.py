@@ -13,7 +13,7 @@ from typing import Any
 from alternate import Side, alternate, parser, report, said, working_folder
 from environments import model_of, prepare, python_of
 
-COUNTS, KINDS = (8, 32), ("equal", "natural")
+TASKS = ("equal-8", "equal-32", "natural-8", "natural-32")
 LENGTHS = [8, 64, 16, 48, 24, 56, 32, 40] * 4
 
 
@@ -25,10 +25,12 @@ def speeds(side: Side, task: str) -> list[float]:
 def main() -> None:
     options = parser(__doc__, rounds=5)
     options.add_argument("--tokens", type=int, default=64, help="response length")
+    options.add_argument("--tasks", default=",".join(TASKS), help="comma-separated: kind, and number of sequences")
     chosen = options.parse_args()
+    tasks = chosen.tasks.split(",")
     with working_folder(chosen.folder) as folder:
         model = (chosen.model or model_of(folder)).resolve()
-        prepared = prepare(folder, model, "generation", lengths=LENGTHS, chats=max(COUNTS))
+        prepared = prepare(folder, model, "generation", lengths=LENGTHS, chats=len(LENGTHS))
         order: dict[str, Any] = {"model": str(model), "prepared": str(prepared), "tokens": chosen.tokens}
         peer, worker = python_of(folder, "mlx-lm"), "worker_generation.py"
         sides = [
@@ -40,8 +42,7 @@ def main() -> None:
         sides[1].lacks = sides[2].lacks = "log-probabilities of the sampled tokens unless asked for"
         for side in sides:
             side.warm = 0  # the workers warm up before the first round
-        sides[2].limit, sides[2].tasks = 1, tuple(f"equal-{count}" for count in COUNTS)
-        tasks = [f"{kind}-{count}" for kind in KINDS for count in COUNTS]
+        sides[2].limit, sides[2].tasks = 1, tuple(task for task in tasks if task.startswith("equal"))
         sides = alternate(sides, chosen, folder, "generation", tasks)
         table = [["task", "side", "tokens/s, median (range)", "mlx-ppo is faster by"]]
         ratios = {}
