@@ -58,7 +58,7 @@ def main() -> None:
             Side("mlx-lm-lora as installed", peer, worker, order | {"same_blas": False}, lacks, warm=0, limit=1),
         ]
         sides = alternate(sides, chosen, folder, "grpo")
-        table = [["side", "s a step, median (range)", "phases, median s", "peak GiB", "mlx-ppo is faster by"]]
+        table = [["side", "s a step, median (range)", "phases, median s", "peak GiB", f"{sides[0].name} is faster by"]]
         own = statistics.median(row["seconds"] for row in sides[0].counted())
         for side in sides:
             seconds = [row["seconds"] for row in side.counted()]
