@@ -155,7 +155,7 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=4)
     options.add_argument("--lora-rate", type=float, default=1e-4, help="learning rate with LoRA, of every side")
     options.add_argument("--full-rate", type=float, default=1e-5, help="learning rate without, of every side")
-    options.add_argument("--budget-gb", type=float, default=3.5, help="GiB of the full fine-tuning within a budget")
+    options.add_argument("--budget-gb", type=float, default=3.6, help="GiB of the full fine-tuning within a budget")
     options.add_argument("--kl-coef", type=float, default=0.05)
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
