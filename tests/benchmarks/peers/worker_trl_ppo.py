@@ -99,6 +99,42 @@ def rows(prompts: list[list[int]], count: int) -> Any:
     return Dataset.from_dict({"input_ids": (prompts * (count // len(prompts) + 1))[: max(count, len(prompts))]})
 
 
+def the_arguments(output: str) -> PPOConfig:
+    """As ordered; one minibatch of one micro-batch."""
+    return PPOConfig(
+        output_dir=output,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=ORDER["checkpointing"],
+        learning_rate=ORDER["learning_rate"],
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=ORDER["batch"],
+        gradient_accumulation_steps=1,
+        num_mini_batches=1,
+        num_ppo_epochs=ORDER["epochs"],
+        total_episodes=ORDER["batch"] * 100_000,
+        response_length=ORDER["tokens"],
+        temperature=1.0,
+        kl_coef=ORDER["kl_coef"],
+        num_sample_generations=0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=ORDER["seed"],
+    )
+
+
+def the_adapters() -> Any:
+    """LoRA on every linear layer of the policy, where it is ordered."""
+    if not ORDER["lora"]:
+        return None
+    from peft import LoraConfig
+
+    rank, scale = ORDER["lora"]["rank"], ORDER["lora"]["scale"]
+    return LoraConfig(r=rank, lora_alpha=rank * scale, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 def main() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     mark_phases()
@@ -111,52 +147,17 @@ def main() -> None:
     def classifier() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
 
-    peft_config = None
-    if ORDER["lora"]:
-        from peft import LoraConfig
-
-        lora = ORDER["lora"]
-        peft_config = LoraConfig(
-            r=lora["rank"],
-            lora_alpha=lora["rank"] * lora["scale"],
-            target_modules="all-linear",
-            layers_to_transform=lora.get("layers_to_transform"),
-            task_type="CAUSAL_LM",
-        )
-    callback = Alternating()
     with tempfile.TemporaryDirectory() as output:
-        arguments = PPOConfig(
-            output_dir=output,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=ORDER["checkpointing"],
-            learning_rate=ORDER["learning_rate"],
-            lr_scheduler_type="constant",
-            per_device_train_batch_size=len(prompts[: ORDER["batch"]]),
-            gradient_accumulation_steps=1,
-            num_mini_batches=1,
-            num_ppo_epochs=ORDER["epochs"],
-            total_episodes=ORDER["batch"] * 100_000,
-            response_length=ORDER["tokens"],
-            temperature=1.0,
-            kl_coef=ORDER["kl_coef"],
-            num_sample_generations=0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=ORDER["seed"],
-        )
         trainer = PPOTrainer(
-            args=arguments,
+            args=the_arguments(output),
             processing_class=tokenizer,
             model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
             ref_model=None,
             reward_model=RuleReward(tokenizer, ORDER["rule"], len(prompts[0])) if ORDER["rule"] else classifier(),
             value_model=classifier(),
             train_dataset=rows(prompts, ORDER["batch"]),
-            callbacks=[callback],
-            peft_config=peft_config,
+            callbacks=[Alternating()],
+            peft_config=the_adapters(),
         )
         trainer.train()
 
