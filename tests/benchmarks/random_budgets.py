@@ -8,7 +8,6 @@ than the budget less 15 %.
 """
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -26,6 +25,14 @@ from mlx_ppo.memory.plan import GIB, make_plan, smallest
 from mlx_ppo.memory.starting import accountant_of
 from mlx_ppo.runs import to_toml
 
+# A new process's largest resident set begins with that of the process that starts it: so one that is small does.
+LAUNCH = """
+import os, subprocess, sys
+with open(sys.argv[1], "w") as errors:
+    process = subprocess.Popen(sys.argv[2:], stdout=subprocess.DEVNULL, stderr=errors)
+    _, status, used = os.wait4(process.pid, 0)
+print([os.waitstatus_to_exitcode(status), used.ru_maxrss])
+"""
 PROMPT = "The film is about a man who reads a great many long books and forgets what they said, "
 
 
@@ -56,14 +63,11 @@ def run(config: TrainConfig, folder: Path) -> tuple[int, int, str]:
     file = folder / "job.toml"
     file.write_text(to_toml(config), "utf-8")
     command = [sys.executable, "-c", "from mlx_ppo.cli.main import main; main()", "train", str(file)]
-    with open(folder / "errors", "w+", encoding="utf-8") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        errors.seek(0)
-        said = errors.read().strip().split("\n")[-1]
+    measured = [sys.executable, "-S", "-c", LAUNCH, str(folder / "errors"), *command]
+    code, used = json.loads(subprocess.run(measured, capture_output=True, check=True).stdout)
+    said = (folder / "errors").read_text("utf-8").strip().split("\n")[-1]
     # The command's own process waits for a child that trains: the kernel reports the larger of both.
-    return process.returncode, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024), said
+    return code, used * (1 if sys.platform == "darwin" else 1024), said
 
 
 def main(arguments: list[str]) -> None:
