@@ -11,7 +11,7 @@ from mlx_ppo.errors import ConfigError
 from mlx_ppo.memory.choices import Choices, Possible, Shapes, concede
 from mlx_ppo.memory.phases import Accountant, Phase
 
-RUNTIME = 220 << 20  # bytes of the process beside arrays: Python, libraries, tokenizers; measured: 140 to 190
+RUNTIME = 170 << 20  # bytes of Python, libraries and what mlx and numpy hold beside arrays; 124 to 182 MiB measured
 RESERVE = 0.05  # of the budget, for what a prediction misses
 _ROLLOUT, _SCORE = 64, 32  # larger batches gain little
 _LONGEST = 1 << 15  # tokens of a response that are looked at
@@ -137,7 +137,9 @@ def require_fit(plan: Plan, accountant: Accountant, config: TrainConfig) -> None
     wanted = math.ceil(100 * plan.process / (1 - RESERVE) / GIB) / 100  # rounded up: what is said has to be enough
     resident = plan.overhead + sum(plan.largest.resident.values())
     what, size = max(plan.largest.resident.items(), key=lambda item: item[1])
-    if resident > plan.budget * (1 - RESERVE):
+    if plan.overhead > max(size, plan.budget // 2):
+        mend = f"Python and its libraries alone take {plan.overhead / GIB:.2f} GiB; train a smaller model"
+    elif resident > plan.budget * (1 - RESERVE):
         mend = f"the {what} alone take {size / GIB:.2f} GiB; choose a smaller or quantised model"
         if accountant.possible.evict and not plan.choices.evict:
             mend += ", or memory.residency = 'evict'"
