@@ -203,7 +203,7 @@ def test_the_command_plans_for_the_bundled_example() -> None:
         p["name"] for p in document["phases"]
     }
     assert document["variants_gib"]["no critic (ppo.advantage = 'rloo')"] <= document["needs_gib"]
-    shown = CliRunner().invoke(main, ["plan", str(config), "--memory-gb", "0.2"])
+    shown = CliRunner().invoke(main, ["plan", str(config), "--memory-gb", "0.17"])
     assert shown.exit_code == 0 and "does NOT fit" in shown.output
 
 
