@@ -61,6 +61,7 @@ def show(
         longest = config.data.max_prompt_tokens if given is not None else longest_prompt(config)
         accountant = accountant_of(config, given, longest)
         plan = make_plan(accountant, config, budget)
+        served, saved = accountant.shared()
         facts = {
             "fits": plan.fits,
             "needs_gib": round(plan.process / GIB, 3),
@@ -68,6 +69,8 @@ def show(
             "prompt_tokens": longest,
             "longest_response_that_fits": longest_response(accountant, config, budget),
             "most_responses_in_a_pass": _most(accountant, config, budget),
+            "shared": {"by": served, "saved_gib": round(saved / GIB, 3)},
+            "made_smaller": [{"what": what, "saved_gib": round(size / GIB, 3)} for what, size in plan.concessions],
             "variants_gib": _variants(config, accountant, given, plan),
         }
     measured = None
@@ -151,7 +154,11 @@ def _print(plan: Plan, facts: Mapping[str, Any], metal: bool, measured: Measured
     console = Console()
     _print_phases(console, plan, metal, measured)
     if plan.concessions:
-        console.print(f"made smaller to fit: {', '.join(plan.concessions)}")
+        told = (f"{what} ({-saved / GIB:+.2f} GiB)" if saved > 0 else what for what, saved in plan.concessions)
+        console.print(f"made smaller to fit: {', '.join(told)}")
+    served = facts["shared"]["by"]
+    if len(served) > 1:
+        console.print(f"one trunk serves {', '.join(served)}: {facts['shared']['saved_gib']:.2f} GiB of copies saved")
     choices = plan.choices
     console.print(
         f"decoded together {choices.rollout_batch}, scored {choices.score_batch}, updated {choices.micro_batch}; "

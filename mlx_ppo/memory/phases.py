@@ -119,6 +119,19 @@ class Accountant:
             found.append(_phase(name, there, Cost(passing, cost.outside)))
         return found + self._update(resident, choices)
 
+    def shared(self) -> tuple[list[str], int]:
+        """The roles that one trunk serves, and the bytes that a copy for each of the others would take."""
+        trunk, critic = self.roles.trunk, self.roles.critic
+        served = ["policy", "reference"] if self.config.model.train == "lora" else ["reference"]
+        if critic is not None and critic.trunk is trunk:
+            served.append("critic")
+        served += [
+            f"reward model {source.name}"
+            for source in self.roles.sources
+            if isinstance(source.scorer, RewardModel) and source.scorer.trunk is trunk
+        ]
+        return served, (len(served) - 1) * _bytes(trunk.base)
+
     def _resident(self, away: Sequence[Trunk]) -> Terms:
         """What stays in memory all through training."""
         trunks = {what: trunk for what, trunk in self._trunks().values() if not any(trunk is one for one in away)}

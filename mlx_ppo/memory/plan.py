@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,13 @@ _LONGEST = 1 << 15  # tokens of a response that are looked at
 GIB = 1 << 30
 
 
+class Concession(NamedTuple):
+    """What was made smaller to fit."""
+
+    what: str  # key and value
+    saved: int  # bytes of the process at its largest; 0 where another phase needs as much
+
+
 @dataclass(frozen=True)
 class Plan:
     """Choices, what they need, and whether that is within the budget."""
@@ -25,7 +33,7 @@ class Plan:
     choices: Choices
     phases: tuple[Phase, ...]
     budget: int | None  # bytes of the process; None: no bound
-    concessions: tuple[str, ...] = ()  # what was made smaller, in the order of the search
+    concessions: tuple[Concession, ...] = ()  # in the order of the search
     overhead: int = RUNTIME  # bytes of the process beside arrays
 
     @property
@@ -100,15 +108,16 @@ def make_plan(
     """
     shapes = accountant.shapes
     choices = start or fastest(config, shapes)
-    concessions: list[str] = []
-    while True:
-        plan = plan_of(accountant, choices, budget, factors=factors, overhead=overhead)
-        plan = replace(plan, concessions=tuple(concessions))
-        smaller = None if plan.fits else concede(plan.largest.name, choices, config, shapes, accountant.possible)
+    concessions: tuple[Concession, ...] = ()
+    plan = plan_of(accountant, choices, budget, factors=factors, overhead=overhead)
+    while not plan.fits:
+        smaller = concede(plan.largest.name, choices, config, shapes, accountant.possible)
         if smaller is None:
-            return plan
+            break
         choices, said = smaller
-        concessions.append(said)
+        before, plan = plan, plan_of(accountant, choices, budget, factors=factors, overhead=overhead)
+        concessions += (Concession(said, before.process - plan.process),)
+    return replace(plan, concessions=concessions)
 
 
 def plan_of(

@@ -137,6 +137,7 @@ def test_a_smaller_budget_means_smaller_batches_and_then_a_refusal(make_config: 
         seen.append(plan)
         budget -= (budget - RUNTIME) // 6
     assert len({plan.choices for plan in seen}) >= 3
+    assert sum(saved for _, saved in seen[-1].concessions) == free.process - seen[-1].process
     assert seen[-1].choices.checkpointing
     assert all(b.process <= a.process for a, b in itertools.pairwise(seen))
     with pytest.raises(ConfigError, match=r"memory.budget_gb: the run needs \S+ GiB and has \S+: .*"):
@@ -202,6 +203,9 @@ def test_the_command_plans_for_the_bundled_example() -> None:
     assert {"load", "rollout", "score reward", "update policy", "update critic"} <= {
         p["name"] for p in document["phases"]
     }
+    assert document["shared"]["by"] == ["policy", "reference", "critic"]  # its reward model has a trunk of its own
+    weights = document["phases"][0]["resident"]["weights of the shared trunk"]
+    assert document["shared"]["saved_gib"] == pytest.approx(2 * weights / GIB, abs=1e-3)
     assert document["variants_gib"]["no critic (ppo.advantage = 'rloo')"] <= document["needs_gib"]
     shown = CliRunner().invoke(main, ["plan", str(config), "--memory-gb", "0.17"])
     assert shown.exit_code == 0 and "does NOT fit" in shown.output
