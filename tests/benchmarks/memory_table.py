@@ -8,6 +8,9 @@ two shapes of batch. Each is planned from its config.json, then run for three it
 The first iteration calibrates; "after" compares the calibrated prediction with the third one.
 """
 
+import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
+
+# isort: split
 import json
 import sys
 import tempfile
@@ -19,7 +22,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
 from mlx_ppo.config import TrainConfig
 from mlx_ppo.dry_run import Measured, dry_run
 from mlx_ppo.memory.choices import shapes_of

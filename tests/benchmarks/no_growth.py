@@ -7,6 +7,9 @@ seconds, the process's resident bytes, and bytes in mlx's arrays. The table has 
 quarter. The policy learns, so lengths of responses change; seconds a token are given as well.
 """
 
+import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
+
+# isort: split
 import argparse
 import json
 import tempfile
@@ -17,7 +20,6 @@ from statistics import median
 import mlx.core as mx
 import psutil
 
-import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx; isort: skip
 from mlx_ppo.bundle import example_config
 from mlx_ppo.config import TrainConfig
 from mlx_ppo.config_file import read_config

@@ -11,6 +11,9 @@ The least possible for the shared trunk: its weights, and one response's activat
 formulas of Chen et al. 2016 (arXiv:1604.06174), section 4: what enters each block, and one block's own.
 """
 
+import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
+
+# isort: split
 import json
 import shutil
 import sys
@@ -21,7 +24,6 @@ from typing import Any
 
 import mlx.core as mx
 
-import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
 from mlx_ppo.config import TrainConfig
 from mlx_ppo.dry_run import dry_run
 from mlx_ppo.memory.choices import shapes_of

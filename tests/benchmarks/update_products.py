@@ -8,6 +8,9 @@ of a trace of the run's own losses and gradients, of the same shapes, layouts an
 a time. The peak is that of a float32 product of 2048 x 2048, measured before and after.
 """
 
+import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
+
+# isort: split
 import argparse
 import json
 import tempfile
@@ -20,7 +23,6 @@ from typing import Any
 
 import mlx.core as mx
 
-import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx; isort: skip
 from mlx_ppo.cli.bench import config_of_folder
 from mlx_ppo.config import TrainConfig
 from mlx_ppo.dry_run import dry_run

@@ -3,6 +3,9 @@
 The prompts are beginnings of film reviews, of exactly as many tokens as asked for, in the model's own tokenizer.
 """
 
+import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
+
+# isort: split
 import json
 import shutil
 import sys
@@ -11,7 +14,6 @@ from pathlib import Path
 
 import mlx.core as mx
 
-import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
 from mlx_ppo.data.prompts import load_prompts
 from mlx_ppo.networks.adapters import new_adapters
 from mlx_ppo.networks.export import write_adapters
