@@ -69,13 +69,12 @@ def config(smollm2: Path, folder: Path, reward: Path, *, separate: bool, residen
 def measured(name: str, asked: TrainConfig, plan: Plan, weights: int, least: int) -> None:
     """Run two iterations by a plan, and print a row."""
     found = dry_run(asked, plan, shapes_of(asked, PROMPT), iterations=2)
-    phases = {phase: max(one.peaks.get(phase, 0) for one in found) for phase in found[-1].peaks}
+    names = {phase for one in found for phase in one.peaks}  # loading is in the first only
+    phases = {phase: max(one.peaks.get(phase, 0) for one in found) for phase in names}
     largest = max(phases, key=lambda phase: phases[phase])
     peak, seconds = phases[largest], sum(found[-1].seconds.values())
-    predicted = max(phase.peak for phase in plan.phases)
     cells = [
         name,
-        f"{predicted / 1e6:.0f}",
         f"{peak / 1e6:.0f} ({largest})",
         f"{peak / weights:.2f}",
         f"{peak / least:.2f}",
@@ -112,8 +111,8 @@ def main(smollm2: Path) -> None:
         block = tokens * (5 * hidden + 4 * width + 2 * queries) + 3 * scores
         least = weights + 4 * ((8 + 2) * tokens * width + block)
         print(f"weights {weights / 1e6:.0f} MB; with the least activations of one response {least / 1e6:.0f} MB\n")
-        print("| | predicted, MB | measured peak, MB | of the weights | of the least | s an iteration |")
-        print("|---|---|---|---|---|---|")
+        print("| | peak, MB (phase) | of the weights | of the least | s an iteration |")
+        print("|---|---|---|---|---|")
         measured("one shared trunk", shared, make_plan(accountant, shared, None), weights, least)
         tight = plan_of(accountant, smallest(shared, accountant.shapes, accountant.possible), None)
         measured("the same, smallest choices", shared, tight, weights, least)
