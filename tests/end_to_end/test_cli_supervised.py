@@ -52,13 +52,14 @@ def journal(project, name="a"):
     return [json.loads(line) for line in (project.run(name) / "journal.jsonl").read_text().splitlines()]
 
 
-def since_start(project):
-    """The last iteration that this process has begun; 0 where it hasn't."""
+def since_start(project, start):
+    """The last iteration that the start-th process of this run has begun; 0 where it hasn't."""
     if not (project.run() / "journal.jsonl").exists():
         return 0
     rows = journal(project)
-    last = max(at for at, row in enumerate(rows) if row.get("event") == "started")
-    return max((row["iteration"] for row in rows[last:] if "iteration" in row), default=0)
+    starts = [at for at, row in enumerate(rows) if row.get("event") == "started"]
+    begun = rows[starts[start] :] if start < len(starts) else []
+    return max((row["iteration"] for row in begun if "iteration" in row), default=0)
 
 
 def family(process):
@@ -88,9 +89,9 @@ def test_a_killed_trainer_is_told_in_a_line_and_the_run_goes_on(slow):
     project, draw = slow, random.Random(os.urandom(8))
     process = project.start("train", project.config(run={**RUN, "iterations": 16, "save_every": 2}))
     saved = 0
-    for _ in range(3):
+    for start in range(3):
         reached = saved + draw.choice((2, 3))
-        until(lambda reached=reached: since_start(project) >= reached, process)
+        until(lambda start=start, reached=reached: since_start(project, start) >= reached, process)
         time.sleep(draw.uniform(0, 0.3))
         trainer, below = family(process)
         assert len(below) == 2  # with the reward function's
