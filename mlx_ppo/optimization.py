@@ -1,7 +1,7 @@
 """AdamW over a role's flat weights: schedule, clipping by global norm, and a state that can be saved exactly."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -105,7 +105,7 @@ class Optimizer:
         decay = 1 - rate * section.weight_decay
 
         def change(weight: Floats, given: Floats, m: Floats, v: Floats) -> float:
-            gradient = given * np.float32(factor)
+            gradient = np.multiply(given, np.float32(factor), order="C")
             m *= np.float32(section.beta1)
             m += gradient * np.float32(1 - section.beta1)
             np.square(gradient, out=gradient)
@@ -158,13 +158,22 @@ def _square(values: Floats) -> float:
 
 
 def _by_pieces(function: Callable[..., float], rows: Sequence[tuple[Floats, ...]]) -> list[float]:
-    """Call a function with flat pieces of the arrays of each row, on several threads; what it returns, in order."""
-    pieces = []
-    for row in rows:
-        flat = [array.reshape(-1) for array in row]
-        for start in range(0, flat[0].size, _PIECE):
-            pieces.append([array[start : start + _PIECE] for array in flat])
+    """Call a function with pieces of the arrays of each row, on several threads; what it returns, in order."""
+    pieces = [piece for row in rows for piece in _pieces(row)]
     if len(pieces) <= len(rows):  # small ones only
         return [function(*piece) for piece in pieces]
     with ThreadPoolExecutor(_THREADS) as threads:
         return list(threads.map(lambda piece: function(*piece), pieces))
+
+
+def _pieces(arrays: tuple[Floats, ...]) -> Iterator[list[Floats]]:
+    """The same pieces of arrays of one shape: flat ones, or rows where some lie transposed, as mlx's gradients do."""
+    if all(array.flags.f_contiguous for array in arrays):
+        arrays = tuple(array.T for array in arrays)
+    size = _PIECE
+    if all(array.flags.c_contiguous for array in arrays):
+        arrays = tuple(array.reshape(-1) for array in arrays)
+    else:
+        size = max(1, _PIECE // arrays[0][0].size)
+    for start in range(0, len(arrays[0]), size):
+        yield [array[start : start + size] for array in arrays]

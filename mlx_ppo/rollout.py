@@ -224,6 +224,9 @@ class _Decoder:
 
     def _advance(self, tokens: Ints, cache: list[Any], rows: Ints, columns: Ints) -> mx.array:
         """Read one more token of each row; returns the states [rows, D] after it."""
+        from mlx_ppo.networks.kv_cache import share_offsets
+
+        share_offsets(cache)
         states, entering = self._read(mx.array(tokens[:, None]), cache)
         if entering is not None:
             mx.eval(entering)

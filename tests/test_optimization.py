@@ -137,3 +137,22 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value: float, earlier: in
     for before, now in ((arrays, weights.arrays), (state, optimizer.state())):
         for name, array in before.items():
             np.testing.assert_array_equal(np.array(now[name]), array)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1 << 16])
+def test_gradients_that_lie_transposed_are_stepped_as_others_are(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As mlx makes them for a linear layer's matrix; one of three axes too."""
+    monkeypatch.setattr("mlx_ppo.optimization._PIECE", piece)
+    generator = np.random.default_rng(3)
+    draw = {name: generator.normal(size=shape).astype(np.float32) for name, shape in (("a", (6, 5)), ("c", (2, 3, 4)))}
+    found = []
+    for transposed in (False, True):
+        weights, optimizer = Weights({name: mx.zeros(array.shape) for name, array in draw.items()}), make()
+        for _ in range(2):
+            grads = {name: mx.array(array.T).T if transposed else mx.array(array) for name, array in draw.items()}
+            mx.eval(grads)
+            weights, norm = optimizer.step(weights, grads, what="x")
+        found.append((weights.arrays, norm))
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+    for name in draw:
+        np.testing.assert_allclose(np.array(found[0][0][name]), np.array(found[1][0][name]), rtol=1e-6)

@@ -27,6 +27,7 @@ from mlx_ppo.networks.heads import (
 )
 from mlx_ppo.networks.load import DTYPES, computing_with, empty_model
 from mlx_ppo.networks.roles import Loading, Roles, load_roles
+from mlx_ppo.networks.rotary import share_turns
 from mlx_ppo.networks.trunk import Trunk, placeholder
 
 
@@ -74,6 +75,7 @@ def weightless_trunk(config: dict[str, Any], name: str, *, dtype: str, compact: 
     stored = DTYPES.get(str(config.get("torch_dtype") or config.get("dtype")), mx.float32)
     model.set_dtype(DTYPES.get(dtype, mx.float32 if on_cpu() else stored))
     use_fast_gates(model)
+    share_turns(model)
     tokenizer: Tokenizer = _NoTokenizer(1000)
     trunk = Trunk(weightless(model), tokenizer, name, checked=False)
     with computing_with(name):

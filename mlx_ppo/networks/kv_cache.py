@@ -35,6 +35,13 @@ def new_caches(model: nn.Module, form: str, rows: int) -> list[Any]:
     return found
 
 
+def share_offsets(caches: Sequence[Any]) -> None:
+    """Let the plain caches of a model's layers, which are equally far, hold one array that says how far."""
+    plain = [cache for cache in caches if isinstance(cache, BatchKVCache)]
+    for cache in plain[1:]:
+        cache.offset = plain[0].offset
+
+
 class EightBitCache(BatchKVCache):
     """mlx-lm's `BatchKVCache`, whose `keys` and `values` are each a list: numbers, scales, offsets [B, K, S, ...].
 

@@ -18,6 +18,7 @@ from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.folder import ModelFolder, check_depth, check_model_folder
 from mlx_ppo.networks.model_files import read_arrays
 from mlx_ppo.networks.open_files import open_files_limit_kept
+from mlx_ppo.networks.rotary import share_turns
 from mlx_ppo.networks.tokenizer import load_tokenizer
 from mlx_ppo.networks.trunk import BRANCH_ENDS, Trunk
 
@@ -59,6 +60,7 @@ def load_trunk(
             _take_embeddings(model, embeddings)
     _settle(model, _target(dtype), path)
     use_fast_gates(model)
+    share_turns(model)
     tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
     _check_vocabulary(folder, model, tokenizer.vocab_size, tokenizer.eos_id)
     with computing_with(str(path)):

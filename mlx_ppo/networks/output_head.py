@@ -92,7 +92,7 @@ def _by_chunks(
         if ahead and not by_entropy.any().item():
             return _apart((by_logprob[:, None] * outputs[2]).astype(states.dtype)), mx.zeros_like(tokens)
         found: list[Sequence[mx.array]] = []
-        totals = [mx.zeros(array.shape) for array in arrays]
+        totals: Sequence[mx.array] = ()
         for part, chunk in _chunks(_apart(states), size, found):
             by_part = [by_logprob[part], by_entropy[part]]
             slopes, totals = _pulled_back(_for(statistics, tokens[part]), [chunk, *arrays], by_part, totals)
@@ -140,9 +140,10 @@ def _pulled_back(
     cotangents: list[mx.array],
     totals: Sequence[mx.array],
 ) -> tuple[mx.array, list[mx.array]]:
-    """The gradient by the states, and those by the arrays added to totals; nothing else outlives the call."""
+    """The gradient by the states, and those by the arrays added to totals, if any; nothing else outlives the call."""
     slopes, *others = mx.vjp(function, given, cotangents)[1]
-    return _apart(slopes), [*map(_added, totals, others)]
+    before: Sequence[mx.array | None] = totals or [None] * len(others)
+    return _apart(slopes), [*map(_added, before, others)]
 
 
 def _chunks(states: mx.array, size: int, found: Sequence[Sequence[mx.array]]) -> Iterator[tuple[slice, mx.array]]:
@@ -158,12 +159,16 @@ def _apart(array: mx.array) -> mx.array:
     return copied(array) if on_cpu() else array
 
 
-def _added(total: mx.array, part: mx.array) -> mx.array:
-    """The sum; on the CPU in the memory of the total, which nobody else has seen."""
+def _added(total: mx.array | None, part: mx.array) -> mx.array:
+    """The sum in float32; on the CPU in the memory of the total, which nobody else has seen."""
+    part = part.astype(mx.float32)
     if not on_cpu():
-        return total + part
+        return part if total is None else total + part
+    given = np.asarray(part)
+    if total is None:  # it lies as the parts do, transposed or not, or adding would take four times as long
+        return mx.array(given.T).T if given.flags.f_contiguous else mx.array(given)
     values = np.asarray(total)
-    values += np.asarray(part.astype(mx.float32))
+    values += given
     return total
 
 
