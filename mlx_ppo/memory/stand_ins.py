@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_ppo.networks import activations, checkpointing, compact, output_head, vocabulary
+from mlx_ppo.networks import activations, attention, checkpointing, compact, output_head, vocabulary
 from mlx_ppo.networks.device import assuming, on_cpu
 from mlx_ppo.networks.trunk import placeholder
 
@@ -242,6 +242,13 @@ def _gate_on_cpu(gate: mx.array, up: mx.array) -> mx.array:
     return mx.where(outside(anywhere, [gate, up], Work(gate.nbytes, 2 * gate.nbytes)), gate, up)
 
 
+def _attention_on_cpu(scores: mx.array, mask: mx.array, scale: mx.array) -> mx.array:
+    """For `attention._weights`; selecting has a gradient of the same shape. Numpy holds what it returns as well."""
+    anywhere = mx.broadcast_to(mx.array(True), scores.shape)
+    work = Work(scores.nbytes, scores.nbytes + scores.nbytes // len(scores))
+    return mx.where(outside(anywhere, [scores, mask, scale], work), scores, mx.zeros(()))
+
+
 def _compact_on_cpu(x: mx.array, packed: compact.Packed) -> mx.array:
     """For `compact._on_cpu`; gathering makes an array as the product does, its gradient one like x.
 
@@ -261,6 +268,7 @@ _STAND_INS: tuple[tuple[ModuleType, str, Callable[..., Any]], ...] = (
     (vocabulary, "_summed", _summed_vocabulary),
     (output_head, "_by_chunks", _head_by_chunks),
     (activations, "_on_cpu", _gate_on_cpu),
+    (attention, "_weights", _attention_on_cpu),
     (compact, "_on_cpu", _compact_on_cpu),
     (checkpointing, "twice", _block_twice),
 )

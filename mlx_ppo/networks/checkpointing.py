@@ -13,6 +13,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_ppo.networks.adapters import parameters_of
+from mlx_ppo.networks.attention import fast_attention
 from mlx_ppo.networks.device import on_cpu
 
 
@@ -35,7 +36,7 @@ def checkpointed(block: nn.Module) -> Callable[..., mx.array]:
             pairs = [arrays[at : at + 2] for at in range(0, 2 * len(layers), 2)]
             attached = [(a, b, scale) for (a, b), scale in zip(pairs, scales, strict=True)]
             parameters = tree_unflatten(list(zip(names, arrays[2 * len(layers) :], strict=True)))
-            with _carrying(block, layers, attached, parameters if names else {}):
+            with _carrying(block, layers, attached, parameters if names else {}), fast_attention():
                 after: mx.array = block(states, *given, **named)
             return after
 

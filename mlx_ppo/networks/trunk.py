@@ -13,6 +13,7 @@ from mlx.utils import tree_unflatten
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import HEAD, AdaptedEmbedding, Weights, layer_of, make_adaptable, parameters_of, plain
+from mlx_ppo.networks.attention import fast_attention
 from mlx_ppo.networks.checkpointing import checkpointed
 from mlx_ppo.networks.parts import Entered, InPlace, States
 from mlx_ppo.records import Sequences
@@ -152,10 +153,11 @@ class Trunk:
         """
         inner = self._owner[self._inner_name]
         if kept is not None and self.split:
-            with self._instead({block: lambda *_, **__: kept for block in range(self.split)}):
+            with self._instead({block: lambda *_, **__: kept for block in range(self.split)}), fast_attention():
                 states: mx.array = inner(tokens)
             return states
-        states = inner(tokens) if cache is None else inner(tokens, cache=cache)
+        with fast_attention():
+            states = inner(tokens) if cache is None else inner(tokens, cache=cache)
         return states
 
     def hidden_and_entering(self, tokens: mx.array, cache: list[Any]) -> tuple[mx.array, mx.array | None]:
