@@ -16,17 +16,35 @@ def number(scalar: mx.array) -> float:
     return float(value)
 
 
+_WORTH_SHARING = 0.8  # of the positions of whole rows; more are not worth attention's longer way
+
+
+class SharedPrompts(NamedTuple):
+    """Rows of which several have one prompt: G prompts of up to P tokens, each once, and B responses of up to R."""
+
+    prompts: mx.array  # [G, P] int32, padded on the right
+    lengths: mx.array  # [G] int32, their tokens
+    level: bool  # all of them have P tokens
+    owners: mx.array  # [B] int32, each response's prompt
+    responses: mx.array  # [B, R] int32, padded on the right
+    kept: tuple[mx.array, mx.array] | None = None  # [G, P, D] and [B, R, D], as in `Sequences`
+
+
 class Sequences(NamedTuple):
-    """Prompts and responses as the training forward reads them: compact, right-padded, causal, no padding mask."""
+    """Prompts and responses as the training forward reads them: compact, right-padded, causal, no padding mask.
+
+    Positions are in the flattened [B * S] or, where prompts are shared, in [G * P] and then [B * R].
+    """
 
     tokens: mx.array  # [B, S] int32, prompt then response, then padding
-    predicting: mx.array  # [N] int32, positions in the flattened [B * S] whose state predicts a counted token
+    predicting: mx.array  # [N] int32, positions whose state predicts a counted token
     targets: mx.array  # [N] int32, those tokens, row by row
     slots: mx.array  # [B, T] int32, index into N of each response slot, 0 where not counted
     mask: mx.array  # [B, T] bool, response tokens that count, end-of-sequence included
-    last: mx.array  # [B] int32, position in the flattened [B * S] of the last token
+    last: mx.array  # [B] int32, position of the last token
     lengths: mx.array  # [B] int32, prompt and response tokens
     kept: mx.array | None = None  # [B, S, D], the states that enter the trunk's `split` block
+    shared: SharedPrompts | None = None
 
     def spread(self, counted: mx.array) -> mx.array:
         """Values of the N counted tokens at their slots: [N] -> [B, T], 0 where masked."""
@@ -34,33 +52,62 @@ class Sequences(NamedTuple):
 
 
 def make_sequences(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, slots: int | None = None
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    slots: int | None = None,
+    sharing: bool = False,
 ) -> Sequences:
-    """Arrange token rows for the training forward; `slots` is T, by default the longest response's length.
+    """Arrange token rows for the training forward.
 
+    Args:
+        prompts: B rows.
+        responses: B rows.
+        slots: T, by default the longest response's length.
+        sharing: prompts that several rows have may be read once, where that is worth it.
     Raises:
         ValueError: an empty prompt (its first response token would have nothing to be predicted from).
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt has no tokens")
     tokens, lengths = pad_right([(*prompt, *response) for prompt, response in zip(prompts, responses, strict=True)])
-    width = tokens.shape[1]
     starts = np.array([len(prompt) for prompt in prompts])
     counts = np.array([len(response) for response in responses])
     columns = np.arange(slots if slots is not None else max(1, int(counts.max())))
     mask = columns[None, :] < counts[:, None]
     rows = np.arange(len(prompts))[:, None]
-    predicting = (rows * width + starts[:, None] - 1 + columns[None, :])[mask]
+    shared = _shared(prompts, responses, tokens.size) if sharing else None
+    if shared is None:
+        first = rows * tokens.shape[1] + starts[:, None]  # of the responses
+        before = first - 1
+    else:
+        (many, wide), owners = shared.prompts.shape, np.asarray(shared.owners)[:, None]
+        first = many * wide + rows * shared.responses.shape[1]
+        before = owners * wide + starts[:, None] - 1
+    predicting = np.where(columns == 0, before, first - 1 + columns)[mask]
     index = np.where(mask, np.cumsum(mask.reshape(-1)).reshape(mask.shape) - 1, 0)
     return Sequences(
         tokens=mx.array(tokens),
         predicting=mx.array(predicting.astype(np.int32)),
-        targets=mx.array(tokens.reshape(-1)[predicting + 1]),
+        targets=mx.array(tokens.reshape(-1)[(rows * tokens.shape[1] + starts[:, None] + columns)[mask]]),
         slots=mx.array(index.astype(np.int32)),
         mask=mx.array(mask),
-        last=mx.array((rows[:, 0] * width + lengths - 1).astype(np.int32)),
+        last=mx.array(np.where(counts, first[:, 0] + counts - 1, before[:, 0]).astype(np.int32)),
         lengths=mx.array(lengths),
+        shared=shared,
     )
+
+
+def _shared(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], whole: int) -> SharedPrompts | None:
+    """Every distinct prompt once; None where that leaves nearly as many positions as the `whole` rows have."""
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    read, lengths = pad_right(list(places))
+    answers, _ = pad_right(responses)
+    if not answers.size or read.size + answers.size > _WORTH_SHARING * whole:
+        return None
+    owners = np.array([places[tuple(prompt)] for prompt in prompts], np.int32)
+    level = bool((lengths == read.shape[1]).all())
+    return SharedPrompts(mx.array(read), mx.array(lengths), level, mx.array(owners), mx.array(answers))
 
 
 class Rollout(NamedTuple):
@@ -80,15 +127,29 @@ class Rollout(NamedTuple):
         """Tokens of the prompt and of the response, of each row."""
         return [(len(p), len(r)) for p, r in zip(self.prompts, self.responses, strict=True)]
 
-    def sequences(self, rows: Sequence[int] | None = None) -> Sequences:
-        """Some rows (by default all) for the training forward, with all T slots."""
+    def sequences(self, rows: Sequence[int] | None = None, *, sharing: bool = False) -> Sequences:
+        """Some rows (by default all) for the training forward, with all T slots; see `make_sequences`."""
         chosen = list(range(len(self.prompts)) if rows is None else rows)
         made = make_sequences(
-            [self.prompts[row] for row in chosen], [self.responses[row] for row in chosen], slots=self.mask.shape[1]
+            [self.prompts[row] for row in chosen],
+            [self.responses[row] for row in chosen],
+            slots=self.mask.shape[1],
+            sharing=sharing,
         )
         if self.kept is None:
             return made
-        return made._replace(kept=self.kept[mx.array(chosen), : made.tokens.shape[1]])
+        if made.shared is None:
+            return made._replace(kept=self.kept[mx.array(chosen), : made.tokens.shape[1]])
+        shared, index = made.shared, np.array(chosen)
+        owners, (_, count) = np.asarray(shared.owners), shared.responses.shape
+        starts = np.asarray(shared.lengths)[owners, None]
+        columns = np.minimum(starts + np.arange(count)[None, :], self.kept.shape[1] - 1)
+        firsts = index[np.unique(owners, return_index=True)[1]]
+        kept = (
+            self.kept[mx.array(firsts), : shared.prompts.shape[1]],
+            self.kept[mx.array(index[:, None]), mx.array(columns)],
+        )
+        return made._replace(shared=shared._replace(kept=kept))
 
 
 class Scored(NamedTuple):

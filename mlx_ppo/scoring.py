@@ -39,7 +39,7 @@ def raw_scores(roles: Roles, rollout: Rollout, *, batch_size: int) -> RawScores:
             read = _read_anew(model, roles, rollout) if source.own_tokens else rollout
             with phase("score reward"):
                 roles.bring(model.trunk)
-                raw = _by_rows(read, batch_size, raw_of(model))[0]
+                raw = _by_rows(read, batch_size, raw_of(model), sharing=model.shares_prompts)[0]
             values = model.normalised(raw)
             in_points = model.points(raw)
             if in_points is not None:
@@ -130,11 +130,13 @@ def score(
     head = critic if roles.critic is not None and roles.critic.kind == "head" else None
 
     with phase("score policy"):
-        old, entropy, *rest = _by_rows(rollout, size, policy_columns(roles, policy, head, temperature))
+        columns = policy_columns(roles, policy, head, temperature)
+        old, entropy, *rest = _by_rows(rollout, size, columns, sharing=roles.trunk.shares_prompts)
     values = rest[0] if rest else None
     if roles.critic is not None and critic is not None and head is None:
         with phase("score critic"):
-            values = _by_rows(rollout, size, critic_values(roles.critic, critic))[0]
+            of_critic = critic_values(roles.critic, critic)
+            values = _by_rows(rollout, size, of_critic, sharing=roles.critic.trunk.shares_prompts)[0]
     raw = raw_scores(roles, rollout, batch_size=size)
     scores = combined_scores(raw, roles, rollout, section, max_tokens)
     with phase("score reference"):
@@ -178,7 +180,7 @@ def policy_logprobs(
             states = roles.trunk.response_states(sequences)
             return [token_statistics(roles.trunk, states, sequences, temperature=temperature)[0]]
 
-    return _by_rows(rollout, batch_size, under_weights)[0]
+    return _by_rows(rollout, batch_size, under_weights, sharing=roles.trunk.shares_prompts)[0]
 
 
 def reference_logprobs(roles: Roles, rollout: Rollout, *, temperature: float, batch_size: int) -> mx.array:
@@ -187,12 +189,17 @@ def reference_logprobs(roles: Roles, rollout: Rollout, *, temperature: float, ba
     return policy_logprobs(roles, roles.reference, rollout, temperature=temperature, batch_size=batch_size)
 
 
-def _by_rows(rollout: Rollout, batch_size: int, function: Callable[[Sequences], list[mx.array]]) -> list[mx.array]:
-    """Apply a function to batches of rows of similar length, and put its results back in the rollout's order."""
+def _by_rows(
+    rollout: Rollout, batch_size: int, function: Callable[[Sequences], list[mx.array]], *, sharing: bool
+) -> list[mx.array]:
+    """Apply a function to batches of rows of similar length, and put its results back in the rollout's order.
+
+    `sharing`: the function may be given shared prompts.
+    """
     order: list[int] = []
     parts: list[list[mx.array]] = []
     for rows in _row_batches(rollout, batch_size):
-        found = function(rollout.sequences(rows))
+        found = function(rollout.sequences(rows, sharing=sharing))
         mx.eval(found)
         parts.append(found)
         order.extend(rows)

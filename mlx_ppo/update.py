@@ -117,7 +117,9 @@ class _Step:
     pass_size: Callable[[], int]
 
     def run(self, rows: Sequence[int], stats: UpdateStats, *, first: bool, train_policy: bool) -> None:
-        size = self.pass_size() or len(rows)
+        size, sharing = self.pass_size() or len(rows), self._shares_prompts()
+        if sharing:  # rows of one prompt side by side
+            rows = sorted(rows, key=self.rollout.prompts.__getitem__)
         micro = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
         mask = self.rollout.mask[mx.array(list(rows))]
         tokens = number(mask.sum())
@@ -134,7 +136,7 @@ class _Step:
         logprobs: list[mx.array] = []
         ratios: list[mx.array] = []
         for part in micro:
-            sequences = self.rollout.sequences(part)
+            sequences = self.rollout.sequences(part, sharing=sharing)
             with phase("update policy"):
                 loss, (now, ratio, states), gradients = self._policy(sequences, part, denominator, train_policy)
             policy_loss += loss
@@ -164,6 +166,14 @@ class _Step:
                 applied = self.critic.optimizer.step(self.critic.weights, critic_gradients, what="critic")
             self.critic.weights, norm = applied
             stats.critic_norm.append(norm)
+
+    def _shares_prompts(self) -> bool:
+        """Several responses have one prompt, and can be read on top of it; a checkpointed block knows no such thing."""
+        several = len(set(self.rollout.prompts)) < len(self.rollout.prompts)
+        critic = self.roles.critic
+        trunks = [self.roles.trunk, *([critic.trunk] if critic is not None else [])]
+        checkpointing = self.section.gradient_checkpointing == "on"
+        return several and not checkpointing and all(trunk.shares_prompts for trunk in trunks)
 
     def _policy(
         self, sequences: Sequences, rows: list[int], denominator: float, train: bool

@@ -44,6 +44,39 @@ def test_make_sequences(data: list[tuple[list[int], list[int]]], spare: int) -> 
     brute_force(make_sequences(prompts, responses, slots=longest + spare), prompts, responses, longest + spare)
 
 
+def unshared(sequences: Sequences) -> np.ndarray:
+    """The token at every position, prompts once and then responses; those of padding are 0."""
+    assert sequences.shared is not None
+    parts = (sequences.shared.prompts, sequences.shared.responses)
+    return np.concatenate([np.array(part).reshape(-1) for part in parts])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.data())
+def test_shared_prompts_are_there_once(owners: list[int], data: st.DataObject) -> None:
+    """Positions, by their tokens and one at a time; whatever doesn't depend on them is as in whole rows."""
+    known = [[7, 8, 9, 10, 11, 12], [5], [1, 2, 3, 4]]
+    prompts = [known[owner] for owner in owners]
+    lengths = data.draw(st.lists(st.integers(0, 4), min_size=len(owners), max_size=len(owners)))
+    responses = [list(range(100 * (row + 1), 100 * (row + 1) + n)) for row, n in enumerate(lengths)]
+    whole, shared = (make_sequences(prompts, responses, sharing=sharing) for sharing in (False, True))
+    worth = sum(map(len, {tuple(prompt) for prompt in prompts})) + sum(lengths) < 0.5 * whole.tokens.size
+    if shared.shared is None:
+        shapes = max(map(len, prompts)) * len(set(owners)) + max(lengths) * len(owners)
+        assert not any(lengths) or shapes > 0.8 * whole.tokens.size
+        assert whole.shared is None and not (worth and shapes < 0.5 * whole.tokens.size)
+        return
+    for name in ("tokens", "targets", "slots", "mask", "lengths"):
+        assert mx.array_equal(getattr(shared, name), getattr(whole, name))
+    at = unshared(shared)
+    assert len(np.array(shared.shared.prompts)) == len(set(owners))
+    before = np.array(whole.tokens).reshape(-1)[np.array(whole.predicting)]
+    assert at[np.array(shared.predicting)].tolist() == before.tolist()
+    last = np.array(whole.tokens).reshape(-1)[np.array(whole.last)]
+    assert at[np.array(shared.last)].tolist() == last.tolist()
+    assert shared.shared.level == (len({len(prompt) for prompt in prompts}) == 1)
+
+
 def test_spread_puts_counted_values_at_their_slots() -> None:
     sequences = make_sequences([[1], [1, 2], [3]], [[4, 5], [6], [7, 8, 9]], slots=4)
     spread = sequences.spread(mx.array([1.0, 2.0, np.nan, 4.0, 5.0, 6.0]))

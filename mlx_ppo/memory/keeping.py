@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlx_ppo.config import TrainConfig
 from mlx_ppo.memory.choices import Change, Choices, Possible, Shapes, applied
-from mlx_ppo.memory.meter import Meter
+from mlx_ppo.memory.meter import Limit, Meter
 from mlx_ppo.memory.phases import Phase
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, plan_of
 from mlx_ppo.memory.starting import Planned, keep
@@ -125,12 +125,12 @@ def shapes_of_rows(shapes: Shapes, lengths: Sequence[tuple[int, int]]) -> Shapes
     return shapes._replace(prompt=max(1, longest - response), response=response, responses=len(lengths))
 
 
-def limits_of(phases: Sequence[Phase]) -> Mapping[str, int]:
+def limits_of(phases: Sequence[Phase]) -> Mapping[str, Limit]:
     """Where mlx is to wait for what it has begun: at a phase's predicted peak, on the CPU; on a GPU, the run's budget.
 
     By default mlx runs some hundred operations ahead, and peaks are up to twice as high as they need to be.
     """
-    return {phase.name: phase.peak for phase in phases} if on_cpu() else {}
+    return {phase.name: Limit(phase.peak, phase.transient) for phase in phases} if on_cpu() else {}
 
 
 def is_tight(plan: Plan) -> bool:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import mlx.core as mx
 import psutil
@@ -13,14 +14,29 @@ from mlx_ppo.runtime.allocator import give_back
 _active: ContextVar["Meter | None"] = ContextVar("meter", default=None)
 
 
+_SPARE = 64  # a limit is this share of itself higher: at the limit itself decoding would take several times as long
+
+
+class Limit(NamedTuple):
+    """Bytes that a phase was predicted to need."""
+
+    peak: int  # in all
+    transient: int  # of it, on top of what was there before
+
+    def now(self) -> int:
+        """From where on mlx is to wait; a little more may be there than was thought."""
+        most = max(self.peak, mx.get_active_memory() + self.transient)
+        return most + most // _SPARE
+
+
 class Meter:
     """The highest peak of each phase in bytes, without mlx's cache of freed buffers; and what lies beside arrays."""
 
-    def __init__(self, limits: Mapping[str, int], *, clearing: bool) -> None:
+    def __init__(self, limits: Mapping[str, Limit], *, clearing: bool) -> None:
         """Nothing is seen yet.
 
         Args:
-            limits: bytes above which mlx waits for what it has begun before it begins more, by phase.
+            limits: above which mlx waits for what it has begun before it begins more, by phase.
             clearing: give the cache of freed buffers back where another phase begins, which won't fit into them.
         """
         self.limits = limits
@@ -57,7 +73,7 @@ class Meter:
 
 
 @contextmanager
-def metering(limits: Mapping[str, int] | None = None, *, clearing: bool = False) -> Iterator[Meter]:
+def metering(limits: Mapping[str, Limit] | None = None, *, clearing: bool = False) -> Iterator[Meter]:
     """Let `phase` measure within a `with` block."""
     meter = Meter(limits or {}, clearing=clearing)
     before = _active.set(meter)
@@ -75,7 +91,7 @@ def phase(name: str) -> Iterator[None]:
         yield
         return
     limit = meter.limits.get(name)
-    before = mx.set_memory_limit(limit) if limit is not None else None
+    before = mx.set_memory_limit(limit.now()) if limit is not None else None
     meter.begin(name)
     try:
         yield

@@ -1,6 +1,7 @@
 """What each phase of an iteration needs, by tracing the run's own functions on roles without weights."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import mlx.core as mx
 from mlx_ppo.config import PPOSection, TrainConfig
 from mlx_ppo.memory.choices import Choices, Possible, Shapes
 from mlx_ppo.memory.replay import Peak, predict
+from mlx_ppo.memory.stand_ins import present
 from mlx_ppo.memory.trace import trace
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.device import on_cpu
@@ -200,30 +202,33 @@ class Accountant:
         """Name, the trunk whose frozen weights are read (None: the role brings its own), and cost."""
         roles, critic, temperature = self.roles, self.critic, self.config.rollout.temperature
         head = critic if roles.critic is not None and roles.critic.kind == "head" else None
-        policy = ("score policy", None, policy_columns(roles, self.policy, head, temperature))
-        reference = ("score reference", roles.trunk, policy_columns(roles, roles.reference, None, temperature))
-        functions: list[tuple[str, Trunk | None, Callable[[Sequences], list[mx.array]]]] = [policy]
+        of_policy = policy_columns(roles, self.policy, head, temperature)
+        of_reference = policy_columns(roles, roles.reference, None, temperature)
+        sharing = roles.trunk.shares_prompts
+        functions: list[tuple[str, Trunk | None, Callable[[Sequences], list[mx.array]], bool]]
+        functions = [("score policy", None, of_policy, sharing)]
         if roles.critic is not None and critic is not None and head is None:
-            functions.append(("score critic", None, critic_values(roles.critic, critic)))
-        functions += [("score reward", model.trunk, raw_of(model)) for model in self._rewards()]
-        functions.append(reference)
-        rows = min(choices.score_batch, self.shapes.responses)
-        return [
-            (
-                name,
-                trunk,
-                self._predict(
-                    (name, at, rows, choices.positions, choices.kv_cache), function, self._sequences(rows, choices)
-                ),
+            of_critic = critic_values(roles.critic, critic)
+            functions.append(("score critic", None, of_critic, roles.critic.trunk.shares_prompts))
+        anew = {id(source.scorer) for source in roles.sources if source.own_tokens}
+        for model in self._rewards():
+            functions.append(
+                ("score reward", model.trunk, raw_of(model), model.shares_prompts and id(model) not in anew)
             )
-            for at, (name, trunk, function) in enumerate(functions)
-        ]
+        functions.append(("score reference", roles.trunk, of_reference, sharing))
+        rows = min(choices.score_batch, self.shapes.responses)
+        found = []
+        for at, (name, trunk, function, sharing) in enumerate(functions):
+            given = self._sequences(rows, choices, self.shapes.distinct if sharing else None)
+            key = (name, at, rows, choices.positions, choices.kv_cache)
+            found.append((name, trunk, self._predict(key, function, given)))
+        return found
 
     def _update(self, resident: Terms, choices: Choices) -> list[Phase]:
         rows = min(choices.micro_batch, self.shapes.minibatch)
         step, resident = resident, resident | self._taken(rows, choices)
-        several = rows < self.shapes.minibatch
         own, others = _bytes(self.policy.arrays), _bytes(self._critic_arrays())
+        several = rows < self.shapes.minibatch
         before = {"gradients so far": own + others if several else 0}
         found = [_phase("update policy", resident | before, self._policy(rows, choices))]
         if self.critic is not None:
@@ -237,11 +242,11 @@ class Accountant:
         return [*found, _phase("update step", step | {"gradients so far": own + others}, Cost(stepping))]
 
     def _policy(self, rows: int, choices: Choices) -> Cost:
-        targets = PolicyTargets(_there(rows, self.shapes.response), _there(rows, self.shapes.response), 1.0)
+        targets = PolicyTargets(present(rows, self.shapes.response), present(rows, self.shapes.response), 1.0)
         temperature = self.config.rollout.temperature
 
         def loss(arrays: Mapping[str, mx.array]) -> mx.array:
-            sequences, section = self._sequences(rows, choices), _with(self.config.ppo, choices)
+            sequences, section = self._updated(rows, choices), _with(self.config.ppo, choices)
             return policy_loss(self.roles.trunk, self.policy, sequences, targets, section, temperature)(arrays)[0]
 
         return self._gradient("policy", rows, choices, loss, self.policy)
@@ -249,11 +254,11 @@ class Accountant:
     def _critic(self, rows: int, choices: Choices) -> Cost:
         critic, weights = self.roles.critic, self.critic
         assert critic is not None and weights is not None
-        targets = CriticTargets(_there(rows, self.shapes.response), _there(rows, self.shapes.response), 1.0)
-        states = _there(rows * self.shapes.response, self._width) if critic.kind == "head" else None
+        targets = CriticTargets(present(rows, self.shapes.response), present(rows, self.shapes.response), 1.0)
+        states = present(rows * self.shapes.response, self._width) if critic.kind == "head" else None
 
         def loss(arrays: Mapping[str, mx.array]) -> mx.array:
-            sequences, section = self._sequences(rows, choices), _with(self.config.ppo, choices)
+            sequences, section = self._updated(rows, choices), _with(self.config.ppo, choices)
             return critic_loss(critic, weights, sequences, targets, section, states)(arrays)
 
         return self._gradient("critic", rows, choices, loss, weights)
@@ -264,17 +269,33 @@ class Accountant:
         key = (role, rows, choices.positions, choices.kv_cache, choices.checkpointing)
         return self._predict(key, mx.value_and_grad(loss), dict(weights.arrays))
 
-    def _sequences(self, rows: int, choices: Choices) -> Sequences:
-        made = make_sequences([[0] * self.shapes.prompt] * rows, [[0] * self.shapes.response] * rows)
-        if self.roles.trunk.split and choices.kv_cache == FULL:
-            made = made._replace(kept=_there(*made.tokens.shape, self._width, dtype=self._dtype))
-        return made
+    def _updated(self, rows: int, choices: Choices) -> Sequences:
+        """The rows of a pass of the update. Those of one prompt lie side by side, so that few prompts are in a pass."""
+        section, minibatch = self.config.rollout, self.shapes.minibatch
+        trunks = {self.roles.trunk, *([self.roles.critic.trunk] if self.roles.critic is not None else [])}
+        if choices.checkpointing or not all(trunk.shares_prompts for trunk in trunks):
+            return self._sequences(rows, choices, None)
+        left_out = 1 - minibatch / (section.prompts * section.samples_per_prompt)
+        prompts = section.prompts * (1 - left_out**section.samples_per_prompt)  # expected in a minibatch
+        return self._sequences(rows, choices, math.ceil(prompts * rows / minibatch) + (rows < minibatch))
+
+    def _sequences(self, rows: int, choices: Choices, distinct: int | None) -> Sequences:
+        """Rows of full length, of so many different prompts where these may be shared."""
+        prompts = [[row % (distinct or rows), *[0] * (self.shapes.prompt - 1)] for row in range(rows)]
+        made = make_sequences(prompts, [[0] * self.shapes.response] * rows, sharing=distinct is not None)
+        if not self.roles.trunk.split or choices.kv_cache != FULL:
+            return made
+        if made.shared is None:
+            return made._replace(kept=present(*made.tokens.shape, self._width, dtype=self._dtype))
+        first, second = made.shared.prompts.shape, made.shared.responses.shape
+        kept = present(*first, self._width, dtype=self._dtype), present(*second, self._width, dtype=self._dtype)
+        return made._replace(shared=made.shared._replace(kept=kept))
 
     def _taken(self, rows: int, choices: Choices) -> Terms:
         """The rows of a batch, out of the kept states."""
-        return (
-            {"of them, this batch's": self._kept(rows)} if self.roles.trunk.split and choices.kv_cache == FULL else {}
-        )
+        made = self._updated(rows, choices)
+        kept = [made.kept] if made.shared is None else made.shared.kept
+        return {"of them, this batch's": sum(part.nbytes for part in kept or [] if part is not None)}
 
     def _kept(self, responses: int) -> int:
         return responses * (self.shapes.prompt + self.shapes.response) * self._width * self._dtype.size
@@ -301,13 +322,6 @@ class Accountant:
                 found["gradients"] += size
         rest = peak.transient - sum(found.values())
         return {"activations": rest, **found} if rest >= 0 else {"activations": peak.transient}
-
-
-def _there(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """An array that is in memory already, as far as a trace can see; it takes no more than an element."""
-    array = mx.broadcast_to(mx.zeros((), dtype), shape)
-    mx.eval(array)
-    return array
 
 
 def _is_plain(cache: Any) -> bool:

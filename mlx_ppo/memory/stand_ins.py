@@ -84,6 +84,13 @@ def weightless(model: nn.Module) -> nn.Module:
     return model
 
 
+def present(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """An array that is in memory already, as far as a trace can see; it takes no more than an element."""
+    array = mx.broadcast_to(mx.zeros((), dtype), shape)
+    mx.eval(array)
+    return array
+
+
 @contextmanager
 def standing_in() -> Iterator[list[Work]]:
     """Replace this project's own numpy code for the length of a `with` block; the marks that are made are collected."""

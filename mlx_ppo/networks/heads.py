@@ -131,10 +131,18 @@ class RewardModel:
         self.facts = facts
 
     def raw(self, sequences: Sequences) -> mx.array:
-        """Raw outputs [B] for whole texts."""
+        """Raw outputs [B] for whole texts; prompts may be shared where only the last token's state is read."""
         with self.trunk.using(self.weights):
+            if sequences.shared is not None:
+                last = self.trunk.states(sequences)[sequences.last].astype(mx.float32)
+                return apply_head(self.weights.arrays, last)
             states = self.trunk.hidden(sequences.tokens, kept=sequences.kept)
             return apply_head(self.weights.arrays, pooled(states, sequences, self.facts.pooling))
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether `raw` may be given shared prompts."""
+        return self.facts.pooling == "last" and self.trunk.shares_prompts
 
     def normalised(self, raw: mx.array) -> mx.array:
         """Scores of mean 0 and deviation 1 on the reference texts."""

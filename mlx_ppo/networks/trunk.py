@@ -16,6 +16,7 @@ from mlx_ppo.networks.adapters import HEAD, AdaptedEmbedding, Weights, layer_of,
 from mlx_ppo.networks.attention import fast_attention
 from mlx_ppo.networks.checkpointing import checkpointed
 from mlx_ppo.networks.parts import Entered, InPlace, States
+from mlx_ppo.networks.shared_prompts import LayerCache, Reading
 from mlx_ppo.records import Sequences
 
 _INNER_NAMES = ("model", "backbone", "transformer")
@@ -63,37 +64,14 @@ class Trunk:
         model.eval()
         if checked:
             self._check_split()
+        self.shares_prompts = self._shares_prompts()  # prompts of several rows can be read once
 
     @functools.cached_property
     def decodes_batches(self) -> bool:
-        """Whether rows of different length, decoded together, get the states that they get alone.
+        """Whether rows of different length, decoded together, get the states that they get alone."""
+        from mlx_ppo.networks.probes import decodes_batches
 
-        Some architectures of mlx-lm broadcast a batch's padding mask along the wrong axis; some of those raise, others
-        are silently wrong.
-        """
-        from mlx_lm.models.cache import make_prompt_cache
-
-        rows = [[1, 2, 3], [3, 1, 2, 2, 1], [2, 2]]
-        rows = [[token % self.tokenizer.vocab_size for token in row] for row in rows]
-        alone = [self.hidden(mx.array([row]))[0, -1] for row in rows]
-        for count in (2, 3):
-            lengths = [len(row) - 1 for row in rows[:count]]
-            padding = [max(lengths) - length for length in lengths]
-            empty = [make_prompt_cache(self.model) for _ in lengths]
-            try:
-                cache = [layers[0].merge(list(layers)) for layers in zip(*empty, strict=True)]
-                for layer in cache:
-                    layer.prepare(lengths=lengths, right_padding=padding)
-                self.hidden(mx.array([row[:-1] + [0] * pad for row, pad in zip(rows, padding, strict=False)]), cache)
-                for layer in cache:
-                    layer.finalize()
-                states = self.hidden(mx.array([[row[-1]] for row in rows[:count]]), cache)[:, -1]
-                wanted = mx.stack(alone[:count])
-                if not mx.allclose(states.astype(mx.float32), wanted.astype(mx.float32), rtol=0.05, atol=0.05).item():
-                    return False
-            except (ValueError, AttributeError, TypeError):
-                return False
-        return True
+        return decodes_batches(self)
 
     def evict(self) -> None:
         """Free the frozen weights until `restore`; meanwhile only a role that brings all weights itself can use this.
@@ -152,12 +130,9 @@ class Trunk:
                 below are left out. Not read where `split` is 0.
         """
         inner = self._owner[self._inner_name]
-        if kept is not None and self.split:
-            with self._instead({block: lambda *_, **__: kept for block in range(self.split)}), fast_attention():
-                states: mx.array = inner(tokens)
-            return states
-        with fast_attention():
-            states = inner(tokens) if cache is None else inner(tokens, cache=cache)
+        below = {} if kept is None else {block: functools.partial(_given, kept) for block in range(self.split)}
+        with self._instead(below), fast_attention():
+            states: mx.array = inner(tokens) if cache is None else inner(tokens, cache=cache)
         return states
 
     def hidden_and_entering(self, tokens: mx.array, cache: list[Any]) -> tuple[mx.array, mx.array | None]:
@@ -199,10 +174,24 @@ class Trunk:
             dict.__setitem__(self._owner, self._inner_name, inner)
         return logits if hidden.ndim == 3 else logits.squeeze(0)  # an index would copy
 
+    def states(self, sequences: Sequences) -> mx.array:
+        """Hidden states [n, D] of all positions, in the order that `Sequences` tells."""
+        shared = sequences.shared
+        if shared is None:
+            states = self.hidden(sequences.tokens, kept=sequences.kept)
+            return states.reshape(-1, states.shape[-1])
+        reading = Reading(shared)
+        caches = [LayerCache(reading) for _ in self.model.layers]
+        of_prompts, of_responses = shared.kept or (None, None)
+        before = self.hidden(shared.prompts, caches, kept=of_prompts)
+        reading.answer()
+        after = self.hidden(shared.responses, caches, kept=of_responses)
+        width = before.shape[-1]
+        return mx.concatenate([before.reshape(-1, width), after.reshape(-1, width)])
+
     def response_states(self, sequences: Sequences) -> mx.array:
         """Hidden states [N, D] from which each of the N counted response tokens is predicted."""
-        states = self.hidden(sequences.tokens, kept=sequences.kept)
-        return states.reshape(-1, states.shape[-1])[sequences.predicting]
+        return self.states(sequences)[sequences.predicting]
 
     @contextmanager
     def using(self, weights: Weights) -> Iterator[None]:
@@ -292,6 +281,11 @@ class Trunk:
             return False
         return bool(mx.allclose(whole, started, rtol=1e-3, atol=1e-3).item())
 
+    def _shares_prompts(self) -> bool:
+        from mlx_ppo.networks.probes import shares_prompts
+
+        return shares_prompts(self, computing=self._checked)
+
     def _put(self, arrays: Mapping[str, mx.array]) -> None:
         if arrays:
             self.model.update(tree_unflatten(list(arrays.items())))
@@ -303,6 +297,10 @@ class Trunk:
         split = self.logits(self.hidden(probe))
         if not mx.allclose(whole.astype(mx.float32), split.astype(mx.float32), rtol=1e-3, atol=1e-3).item():
             raise ModelError(f"{self.name}: this architecture's logits don't follow from its final hidden states")
+
+
+def _given(states: mx.array, *_: Any, **__: Any) -> mx.array:
+    return states
 
 
 def placeholder(array: mx.array) -> mx.array:

@@ -27,7 +27,7 @@ from mlx_ppo.memory.choices import (
     read_record,
 )
 from mlx_ppo.memory.keeping import Keeper, limits_of
-from mlx_ppo.memory.meter import metering, phase
+from mlx_ppo.memory.meter import Limit, metering, phase
 from mlx_ppo.memory.starting import plan_run
 from mlx_ppo.memory.watchdog import danger, watching
 from mlx_ppo.networks.load import load_trunk
@@ -160,17 +160,25 @@ def test_the_first_iteration_corrects_the_plan(config: TrainConfig, tmp_path: Pa
 
 
 def test_limits_of_phases_come_back() -> None:
-    before = mx.set_memory_limit(1 << 40)
+    before, limit = mx.set_memory_limit(1 << 40), Limit(1 << 38, 1 << 20)
     try:
-        with metering({"a": 12345}), pytest.raises(KeyboardInterrupt), phase("a"):
-            assert mx.set_memory_limit(12345) == 12345
+        with metering({"a": limit}), pytest.raises(KeyboardInterrupt), phase("a"):
+            now = mx.set_memory_limit(12345)
+            assert 1 << 38 < now < 1.02 * (1 << 38)
             raise KeyboardInterrupt
         assert mx.set_memory_limit(1 << 40) == 1 << 40
-        with metering({"a": 12345}), phase("b"):
+        with metering({"a": limit}), phase("b"):
             assert mx.set_memory_limit(1 << 40) == 1 << 40
     finally:
         mx.set_memory_limit(before)
     assert limits_of([]) == {}
+
+
+def test_a_limit_leaves_room_for_what_a_phase_needs_on_top_of_what_is_there() -> None:
+    there = mx.zeros((1 << 20,))
+    mx.eval(there)
+    assert Limit(0, 1 << 20).now() > there.nbytes + (1 << 20)
+    assert Limit(1 << 40, 1 << 20).now() > 1 << 40
 
 
 def test_an_evicted_trunk_comes_back_as_it_was(make_model: Callable[..., Path]) -> None:
