@@ -6,13 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_ppo.decoding import sample
 from mlx_ppo.errors import RunError
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.load import load_trunk
 from mlx_ppo.networks.roles import Roles
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.records import Rollout
-from mlx_ppo.rollout import generate, sample
+from mlx_ppo.rollout import generate
 from mlx_ppo.scoring import policy_logprobs
 
 Prompts = list[tuple[int, ...]]

@@ -14,11 +14,10 @@ from mlx_ppo.memory.trace import trace
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.heads import RewardModel
-from mlx_ppo.networks.kv_cache import FULL, new_caches
+from mlx_ppo.networks.kv_cache import FULL, new_caches, size_caches
 from mlx_ppo.networks.roles import Roles, evictable
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.records import Sequences, make_sequences
-from mlx_ppo.rollout import size_caches
 from mlx_ppo.scoring import critic_values, policy_columns, raw_of
 from mlx_ppo.update import CriticTargets, PolicyTargets, critic_loss, policy_loss
 

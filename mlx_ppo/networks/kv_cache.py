@@ -42,6 +42,54 @@ def share_offsets(caches: Sequence[Any]) -> None:
         cache.offset = plain[0].offset
 
 
+def size_caches(caches: Sequence[Any], length: int) -> None:
+    """Let plain caches take the room of `length` tokens at once, instead of 256 at a time."""
+    for cache in caches:
+        if isinstance(cache, BatchKVCache):
+            cache.step = length
+
+
+def keep_rows(caches: Sequence[Any], rows: mx.array, length: int) -> None:
+    """Keep some rows of a model's caches, in this order; one layer at a time, so that only one is there twice.
+
+    Args:
+        caches: of the model's layers, which are changed.
+        rows: [N] int32.
+        length: tokens that plain caches shall have room for; padding that all rows have is dropped.
+    """
+    for cache in caches:
+        cache.filter(rows)
+        _settle(cache, length)
+
+
+def join(caches: Sequence[Any], others: list[Any], length: int) -> None:
+    """Add the rows of other caches, after those that are there; one layer at a time, so that only one is there twice.
+
+    Args:
+        caches: of the model's layers, which are changed.
+        others: those of the rows that are added; the list is emptied.
+        length: tokens that plain caches shall have room for; shorter rows are padded on the left.
+    """
+    for cache in caches:
+        cache.extend(others.pop(0))
+        _settle(cache, length)
+
+
+def _settle(cache: Any, length: int) -> None:
+    """Compute what a cache has become, with room for so many tokens: a plain one that grew later would double."""
+    if isinstance(cache, EightBitCache):
+        cache.change(lambda part: _with_room(part, length))
+    elif isinstance(cache, BatchKVCache) and cache.keys is not None:
+        cache.keys, cache.values = _with_room(cache.keys, length), _with_room(cache.values, length)
+    mx.eval(cache.state)
+
+
+def _with_room(part: mx.array, length: int) -> mx.array:
+    """[B, K, S, ...] with S at least `length`."""
+    missing = length - part.shape[2]
+    return mx.pad(part, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing > 0 else part
+
+
 class EightBitCache(BatchKVCache):
     """mlx-lm's `BatchKVCache`, whose `keys` and `values` are each a list: numbers, scales, offsets [B, K, S, ...].
 
@@ -69,7 +117,7 @@ class EightBitCache(BatchKVCache):
         padding = self._right_padding
         if padding is None:
             return
-        self._change(lambda part: dynamic_roll(part, padding[:, None], axis=2))
+        self.change(lambda part: dynamic_roll(part, padding[:, None], axis=2))
         self.offset = self.offset - padding
         self.left_padding = self.left_padding + padding
         self._right_padding = None
@@ -79,11 +127,25 @@ class EightBitCache(BatchKVCache):
         self.offset = self.offset[batch_indices]
         self.left_padding = self.left_padding[batch_indices]
         spare = int(np.asarray(self.left_padding).min())
-        self._change(lambda part: part[batch_indices][..., spare:, :])
+        self.change(lambda part: part[batch_indices][..., spare:, :])
         self._idx -= spare
         self.left_padding = self.left_padding - spare
 
-    def _change(self, function: Callable[[mx.array], mx.array]) -> None:
+    def extend(self, other: "EightBitCache") -> None:
+        """Add another's rows after these; the shorter ones are padded on the left."""
+        mine, others = (self.keys, self.values), (other.keys, other.values)
+        end = max(self._idx, other._idx)
+        self.keys, self.values = (
+            [_stacked(part, self._idx, more, other._idx) for part, more in zip(parts or (), added or (), strict=True)]
+            for parts, added in zip(mine, others, strict=True)
+        )
+        self.offset = mx.concatenate([self.offset, other.offset])
+        padding = [self.left_padding + (end - self._idx), other.left_padding + (end - other._idx)]
+        self.left_padding = mx.concatenate(padding)
+        self._idx = end
+
+    def change(self, function: Callable[[mx.array], mx.array]) -> None:
+        """Put something else in the place of every part of the keys and values, if there are any."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = ([function(part) for part in parts] for parts in (self.keys, self.values))
 
@@ -105,6 +167,17 @@ def _added(old: Sequence[mx.array] | None, new: Sequence[mx.array], at: int, roo
         whole[..., at : at + part.shape[2], :] = part
         found.append(whole)
     return found
+
+
+def _stacked(one: mx.array, length: int, other: mx.array, other_length: int) -> mx.array:
+    """Rows of two parts, of which so many tokens count, so that these end at the same place."""
+    end, room = max(length, other_length), max(one.shape[2], other.shape[2])
+    return mx.concatenate(
+        [
+            mx.pad(part[..., :own, :], [(0, 0), (0, 0), (end - own, room - end), (0, 0)])
+            for part, own in ((one, length), (other, other_length))
+        ]
+    )
 
 
 def _written_out(parts: Sequence[mx.array], length: int, like: mx.array) -> mx.array:

@@ -14,6 +14,7 @@ from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import HEAD, AdaptedEmbedding, Weights, layer_of, make_adaptable, parameters_of, plain
 from mlx_ppo.networks.attention import fast_attention
+from mlx_ppo.networks.batches import decode_alike
 from mlx_ppo.networks.checkpointing import checkpointed
 from mlx_ppo.networks.parts import Entered, InPlace, States
 from mlx_ppo.records import Sequences
@@ -71,29 +72,12 @@ class Trunk:
         Some architectures of mlx-lm broadcast a batch's padding mask along the wrong axis; some of those raise, others
         are silently wrong.
         """
-        from mlx_lm.models.cache import make_prompt_cache
+        return decode_alike(self, [(0, 1)]) and decode_alike(self, [(0, 1, 2)])
 
-        rows = [[1, 2, 3], [3, 1, 2, 2, 1], [2, 2]]
-        rows = [[token % self.tokenizer.vocab_size for token in row] for row in rows]
-        alone = [self.hidden(mx.array([row]))[0, -1] for row in rows]
-        for count in (2, 3):
-            lengths = [len(row) - 1 for row in rows[:count]]
-            padding = [max(lengths) - length for length in lengths]
-            empty = [make_prompt_cache(self.model) for _ in lengths]
-            try:
-                cache = [layers[0].merge(list(layers)) for layers in zip(*empty, strict=True)]
-                for layer in cache:
-                    layer.prepare(lengths=lengths, right_padding=padding)
-                self.hidden(mx.array([row[:-1] + [0] * pad for row, pad in zip(rows, padding, strict=False)]), cache)
-                for layer in cache:
-                    layer.finalize()
-                states = self.hidden(mx.array([[row[-1]] for row in rows[:count]]), cache)[:, -1]
-                wanted = mx.stack(alone[:count])
-                if not mx.allclose(states.astype(mx.float32), wanted.astype(mx.float32), rtol=0.05, atol=0.05).item():
-                    return False
-            except (ValueError, AttributeError, TypeError):
-                return False
-        return True
+    @functools.cached_property
+    def joins_batches(self) -> bool:
+        """Whether the same holds for rows that join others which are being decoded."""
+        return self.decodes_batches and decode_alike(self, [(0, 1), (2, 3)])
 
     def evict(self) -> None:
         """Free the frozen weights until `restore`; meanwhile only a role that brings all weights itself can use this.

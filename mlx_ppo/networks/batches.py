@@ -1,0 +1,53 @@
+"""Whether an architecture decodes several rows as it decodes one: a trial, as some of mlx-lm's don't."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+if TYPE_CHECKING:
+    from mlx_ppo.networks.trunk import Trunk
+
+_ROWS = ((1, 2, 3, 2), (3, 1, 2, 2, 1, 3), (2, 2, 1), (1, 3, 3, 2, 1, 1, 2, 3))
+
+
+def decode_alike(trunk: "Trunk", turns: Sequence[Sequence[int]]) -> bool:
+    """Whether rows of different length get the states that they get alone.
+
+    Args:
+        trunk: its own weights.
+        turns: rows, by their number in a list of four, whose prompts are read together, padded on the right. Those of
+            each turn join those before, which have decoded a token meanwhile.
+    """
+    rows = [mx.array(row) % trunk.tokenizer.vocab_size for row in _ROWS]
+    try:
+        found = _decoded(trunk, rows, turns)
+    except (ValueError, AttributeError, TypeError):
+        return False
+    wanted = mx.stack([trunk.hidden(rows[row][None])[0, -1] for turn in turns for row in turn])
+    return mx.allclose(found.astype(mx.float32), wanted.astype(mx.float32), rtol=0.05, atol=0.05).item() is True
+
+
+def _decoded(trunk: "Trunk", rows: Sequence[mx.array], turns: Sequence[Sequence[int]]) -> mx.array:
+    """States [N, D] after the last tokens, of which as many are decoded, one by one, as there are turns to come."""
+    from mlx_ppo.networks.kv_cache import FULL, join, new_caches
+
+    caches: list[Any] = []
+    live: list[int] = []
+    states = mx.zeros((0,))
+    for number, turn in enumerate(turns):
+        left = len(turns) - number
+        read = [rows[row][:-left] for row in turn]
+        longest = max(map(len, read))
+        padding = [longest - len(row) for row in read]
+        added = new_caches(trunk.model, FULL, len(turn))
+        for layer in added:
+            layer.prepare(lengths=[len(row) for row in read], right_padding=padding)
+        trunk.hidden(mx.stack([mx.pad(row, (0, pad)) for row, pad in zip(read, padding, strict=True)]), added)
+        for layer in added:
+            layer.finalize()
+        if caches:
+            join(caches, added, longest + left)
+        caches, live = caches or added, [*live, *turn]
+        states = trunk.hidden(mx.stack([rows[row][-left] for row in live])[:, None], caches)[:, -1]
+    return states
