@@ -135,10 +135,9 @@ class Decoder:
         """Free all other places."""
         if len(places) == len(self._live):
             return
-        chosen = mx.array(places.astype(np.int32))
-        self._live, self._states = self._live[places], self._states[chosen]
+        self._live, self._states = self._live[places], self._states[mx.array(places)]
         if len(places):
-            keep_rows(self._cache, chosen, self._room(self._live))
+            keep_rows(self._cache, places.tolist(), self._room(self._live))
         else:
             self._cache = []
 
@@ -185,7 +184,7 @@ class Decoder:
             layer.finalize()
             mx.eval(layer.state)  # one layer is there twice, not all
         if len(distinct) < len(rows):
-            keep_rows(cache, mx.array(owners), self._room(rows))
+            keep_rows(cache, owners.tolist(), self._room(rows))
         return cache, last
 
 

@@ -22,6 +22,7 @@ from mlx_ppo.scoring import critic_values, policy_columns, raw_of
 from mlx_ppo.update import CriticTargets, PolicyTargets, critic_loss, policy_loss
 
 Terms = dict[str, int]
+_CACHE = "keys and values (KV cache)"
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class Accountant:
         return _phase("load", weights, Cost(reading))
 
     def _rollout(self, choices: Choices) -> Cost:
-        """The larger of reading the prompts, and of a token at full length on top of the cache."""
+        """The largest of reading prompts, of a token at full length on top of the cache, and of rows joining it."""
         shapes, trunk = self.shapes, self.roles.trunk
         rows = min(choices.rollout_batch, shapes.responses)
 
@@ -184,16 +185,21 @@ class Accountant:
         def tokens(rows: int, length: int) -> mx.array:
             return mx.zeros((rows, length), mx.int32)
 
-        read_rows = min(rows, shapes.distinct)
+        samples = shapes.responses // shapes.distinct  # of a prompt; they share its reading, also with those before
+        read_rows = min(rows, shapes.distinct, (rows - 2) // samples + 2)
         prompts = self._predict(("prefill", choices.kv_cache, read_rows), read, tokens(read_rows, shapes.prompt))
         step = self._predict(("step", choices.kv_cache, rows), read, tokens(rows, 1))
         full = trace(lambda t: read(t)[2], tokens(1, shapes.prompt + shapes.response))
         cache = rows * sum(tensor.nbytes for tensor in full.outputs)
-        longer = cache * shapes.response // (shapes.prompt + shapes.response)  # the cache is made in its full length
+        # The cache is made in its full length; that of rows which are being decoded is there while others are read.
+        before = read_rows if rows < shapes.responses else rows
+        longer = cache - cache * before * shapes.prompt // (rows * (shapes.prompt + shapes.response))
+        moving = 2 * rows * max((tensor.nbytes for tensor in full.outputs), default=0)  # keys and values
         outside = max(rows * self._vocabulary * 4, prompts.outside)
-        if prompts.transient + longer > cache + step.transient:
-            return Cost({**prompts.passing, "keys and values (KV cache)": longer}, outside)
-        return Cost({**step.passing, "keys and values (KV cache)": cache}, outside)
+        if prompts.transient + longer > cache + max(step.transient, moving):
+            return Cost({**prompts.passing, _CACHE: longer}, outside)
+        passing = step.passing if step.transient > moving else {"a block's, as rows leave or join": moving}
+        return Cost({**passing, _CACHE: cache}, outside)
 
     def _scores(self, choices: Choices) -> list[tuple[str, Trunk | None, Cost]]:
         """Name, the trunk whose frozen weights are read (None: the role brings its own), and cost."""

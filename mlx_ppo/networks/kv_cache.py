@@ -1,6 +1,6 @@
 """Forms in which a rollout keeps keys and values: as they are, or in 8 bits an element."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -49,51 +49,96 @@ def size_caches(caches: Sequence[Any], length: int) -> None:
             cache.step = length
 
 
-def keep_rows(caches: Sequence[Any], rows: mx.array, length: int) -> None:
+def keep_rows(caches: Sequence[Any], rows: Sequence[int], room: int) -> None:
     """Keep some rows of a model's caches, in this order; one layer at a time, so that only one is there twice.
 
     Args:
         caches: of the model's layers, which are changed.
-        rows: [N] int32.
-        length: tokens that plain caches shall have room for; padding that all rows have is dropped.
+        rows: at least one; a row may be there several times.
+        room: tokens that plain caches shall have room for; padding that all rows have is dropped.
     """
+    chosen = mx.array(list(rows), mx.int32)
+    spare = min((int(np.asarray(cache.left_padding)[list(rows)].min()) for cache in _plain(caches)[:1]), default=0)
     for cache in caches:
-        cache.filter(rows)
-        _settle(cache, length)
+        if _plain([cache]):
+            _stack(cache, [(cache, run) for run in _runs(rows)], cache._idx - spare, room)
+        else:
+            cache.filter(chosen)
+        mx.eval(cache.state)
 
 
-def join(caches: Sequence[Any], others: list[Any], length: int) -> None:
+def join(caches: Sequence[Any], others: list[Any], room: int) -> None:
     """Add the rows of other caches, after those that are there; one layer at a time, so that only one is there twice.
 
     Args:
         caches: of the model's layers, which are changed.
         others: those of the rows that are added; the list is emptied.
-        length: tokens that plain caches shall have room for; shorter rows are padded on the left.
+        room: tokens that plain caches shall have room for; shorter rows are padded on the left.
     """
     for cache in caches:
-        cache.extend(others.pop(0))
-        _settle(cache, length)
+        other = others.pop(0)
+        if _plain([cache]):
+            _stack(cache, [(cache, slice(None)), (other, slice(None))], max(cache._idx, other._idx), room)
+        else:
+            cache.extend(other)
+        mx.eval(cache.state)
 
 
-def _settle(cache: Any, length: int) -> None:
-    """Compute what a cache has become, with room for so many tokens: a plain one that grew later would double."""
+def _plain(caches: Sequence[Any]) -> list[Any]:
+    """Those of all tokens, where they hold something."""
+    return [cache for cache in caches if isinstance(cache, BatchKVCache) and cache.keys is not None]
+
+
+def _runs(rows: Sequence[int]) -> list[slice]:
+    """Rows that follow each other, together."""
+    ends = np.flatnonzero(np.diff(rows) != 1) + 1
+    return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(np.asarray(rows), ends)]
+
+
+def _stack(cache: BatchKVCache, pieces: Sequence[tuple[BatchKVCache, slice]], end: int, room: int) -> None:
+    """Let a plain cache hold rows of plain ones, the last token of each right before the place `end`.
+
+    mlx-lm's own `filter` and `extend` have a layer there three times, and leave no room for the tokens to come.
+    """
+    found: list[mx.array] = []
+    for parts in zip(*(_parts(piece) for piece, _ in pieces), strict=True):
+        taken = [
+            part[rows, :, max(0, piece._idx - end) : piece._idx]
+            for part, (piece, rows) in zip(parts, pieces, strict=True)
+        ]
+        _, heads, _, size = taken[0].shape
+        whole, at = mx.zeros((sum(map(len, taken)), heads, max(room, end), size), taken[0].dtype), 0
+        for part in taken:
+            whole[at : at + len(part), :, end - part.shape[2] : end] = part
+            at += len(part)
+        found.append(whole)
+    cache.offset = mx.concatenate([piece.offset[rows] for piece, rows in pieces])
+    cache.left_padding = mx.concatenate([piece.left_padding[rows] + (end - piece._idx) for piece, rows in pieces])
+    cache._idx = end
+    _hold(cache, found)
+
+
+def _parts(cache: Any) -> list[mx.array]:
+    """The arrays of a plain cache's keys, and then those of its values."""
     if isinstance(cache, EightBitCache):
-        cache.change(lambda part: _with_room(part, length))
-    elif isinstance(cache, BatchKVCache) and cache.keys is not None:
-        cache.keys, cache.values = _with_room(cache.keys, length), _with_room(cache.values, length)
-    mx.eval(cache.state)
+        return [*(cache.keys or ()), *(cache.values or ())]
+    return [cache.keys, cache.values]
 
 
-def _with_room(part: mx.array, length: int) -> mx.array:
-    """[B, K, S, ...] with S at least `length`."""
-    missing = length - part.shape[2]
-    return mx.pad(part, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing > 0 else part
+def _hold(cache: Any, parts: list[mx.array]) -> None:
+    """Let a plain cache hold others."""
+    half = len(parts) // 2
+    if isinstance(cache, EightBitCache):
+        cache.keys, cache.values = parts[:half], parts[half:]
+    else:
+        cache.keys, cache.values = parts
 
 
 class EightBitCache(BatchKVCache):
     """mlx-lm's `BatchKVCache`, whose `keys` and `values` are each a list: numbers, scales, offsets [B, K, S, ...].
 
     What is read for the first time is attended to as it is; from then on it is written out for one layer at a time.
+    Rows leave and are added by `keep_rows` and `join`.
     """
 
     keys: list[mx.array] | None  # type: ignore[assignment]
@@ -117,37 +162,10 @@ class EightBitCache(BatchKVCache):
         padding = self._right_padding
         if padding is None:
             return
-        self.change(lambda part: dynamic_roll(part, padding[:, None], axis=2))
+        _hold(self, [dynamic_roll(part, padding[:, None], axis=2) for part in _parts(self)])
         self.offset = self.offset - padding
         self.left_padding = self.left_padding + padding
         self._right_padding = None
-
-    def filter(self, batch_indices: mx.array) -> None:
-        """Keep some rows, in this order, and drop padding that all of them have."""
-        self.offset = self.offset[batch_indices]
-        self.left_padding = self.left_padding[batch_indices]
-        spare = int(np.asarray(self.left_padding).min())
-        self.change(lambda part: part[batch_indices][..., spare:, :])
-        self._idx -= spare
-        self.left_padding = self.left_padding - spare
-
-    def extend(self, other: "EightBitCache") -> None:
-        """Add another's rows after these; the shorter ones are padded on the left."""
-        mine, others = (self.keys, self.values), (other.keys, other.values)
-        end = max(self._idx, other._idx)
-        self.keys, self.values = (
-            [_stacked(part, self._idx, more, other._idx) for part, more in zip(parts or (), added or (), strict=True)]
-            for parts, added in zip(mine, others, strict=True)
-        )
-        self.offset = mx.concatenate([self.offset, other.offset])
-        padding = [self.left_padding + (end - self._idx), other.left_padding + (end - other._idx)]
-        self.left_padding = mx.concatenate(padding)
-        self._idx = end
-
-    def change(self, function: Callable[[mx.array], mx.array]) -> None:
-        """Put something else in the place of every part of the keys and values, if there are any."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = ([function(part) for part in parts] for parts in (self.keys, self.values))
 
 
 def _stored(array: mx.array) -> list[mx.array]:
@@ -167,17 +185,6 @@ def _added(old: Sequence[mx.array] | None, new: Sequence[mx.array], at: int, roo
         whole[..., at : at + part.shape[2], :] = part
         found.append(whole)
     return found
-
-
-def _stacked(one: mx.array, length: int, other: mx.array, other_length: int) -> mx.array:
-    """Rows of two parts, of which so many tokens count, so that these end at the same place."""
-    end, room = max(length, other_length), max(one.shape[2], other.shape[2])
-    return mx.concatenate(
-        [
-            mx.pad(part[..., :own, :], [(0, 0), (0, 0), (end - own, room - end), (0, 0)])
-            for part, own in ((one, length), (other, other_length))
-        ]
-    )
 
 
 def _written_out(parts: Sequence[mx.array], length: int, like: mx.array) -> mx.array:

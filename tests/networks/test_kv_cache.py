@@ -8,7 +8,7 @@ import pytest
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache
 
 from mlx_ppo.memory.trace import trace
-from mlx_ppo.networks.kv_cache import EightBitCache, new_caches
+from mlx_ppo.networks.kv_cache import EightBitCache, keep_rows, new_caches
 from mlx_ppo.networks.load import load_trunk
 from mlx_ppo.networks.trunk import Trunk
 
@@ -42,8 +42,7 @@ def decode(trunk: Trunk, form: str, *, step: int, keep: list[int] | None = None)
     for number in range(3):
         if number == 1 and keep is not None:
             rows = keep
-            for cache in caches:
-                cache.filter(mx.array(keep))
+            keep_rows(caches, keep, 20)
         found.append(trunk.hidden(mx.array([[NEXT[row][number]] for row in rows]), caches)[:, -1])
     last = [np.array(trunk.logits(state)) for state in found]
     return np.stack([logits[-len(rows) :] if len(logits) == len(rows) else logits[rows] for logits in last], 1), caches
