@@ -185,7 +185,7 @@ class Accountant:
         def tokens(rows: int, length: int) -> mx.array:
             return mx.zeros((rows, length), mx.int32)
 
-        samples = shapes.responses // shapes.distinct  # of a prompt; they share its reading, also with those before
+        samples = shapes.responses // shapes.distinct  # of a prompt, which is read once for those that begin together
         read_rows = min(rows, shapes.distinct, (rows - 2) // samples + 2)
         prompts = self._predict(("prefill", choices.kv_cache, read_rows), read, tokens(read_rows, shapes.prompt))
         step = self._predict(("step", choices.kv_cache, rows), read, tokens(rows, 1))
@@ -194,12 +194,18 @@ class Accountant:
         # The cache is made in its full length; that of rows which are being decoded is there while others are read.
         before = read_rows if rows < shapes.responses else rows
         longer = cache - cache * before * shapes.prompt // (rows * (shapes.prompt + shapes.response))
-        moving = 2 * rows * max((tensor.nbytes for tensor in full.outputs), default=0)  # keys and values
         outside = max(rows * self._vocabulary * 4, prompts.outside)
-        if prompts.transient + longer > cache + max(step.transient, moving):
+        if prompts.transient + longer > cache + (passing := self._decoding(rows, step, full.outputs)).transient:
             return Cost({**prompts.passing, _CACHE: longer}, outside)
-        passing = step.passing if step.transient > moving else {"a block's, as rows leave or join": moving}
-        return Cost({**passing, _CACHE: cache}, outside)
+        return Cost({**passing.passing, _CACHE: cache}, outside)
+
+    def _decoding(self, rows: int, step: Cost, caches: Sequence[Any]) -> Cost:
+        """What decoding needs on top of the caches, whose arrays for one row are given: a token, or rows that join."""
+        largest = max(caches, key=lambda tensor: tensor.nbytes)
+        moving = 2 * rows * largest.nbytes  # a block's keys and values
+        written = {"a block's, written out": moving * self._dtype.size} if largest.dtype == mx.uint32 else {}
+        token = Cost({**step.passing, **written})
+        return max(token, Cost({"a block's, as rows leave or join": moving}), key=lambda cost: cost.transient)
 
     def _scores(self, choices: Choices) -> list[tuple[str, Trunk | None, Cost]]:
         """Name, the trunk whose frozen weights are read (None: the role brings its own), and cost."""
