@@ -148,12 +148,12 @@ def test_the_predicted_peak_of_a_rollout_whose_rows_are_replaced(
     )
     own = accountant(config, Shapes(prompt=prompt, response=response, responses=32, distinct=32, minibatch=8))
     plan = make_plan(own, config, None)
-    draw, share = decoding.sample, 0.0
+    draw, shares = decoding.sample, [3 / response, 0.0]
 
     def ending(logits: Any, draws: Any, temperature: float) -> Any:
         """End responses at tokens of chance."""
         tokens, logprobs = draw(logits, draws, temperature)
-        return np.where(draws < share, 2047, np.where(tokens == 2047, 5, tokens)), logprobs
+        return np.where(draws < shares[-1], 2047, np.where(tokens == 2047, 5, tokens)), logprobs
 
     monkeypatch.setattr(decoding, "sample", ending)
     roles, policy, critic = load_roles(config)
@@ -165,11 +165,12 @@ def test_the_predicted_peak_of_a_rollout_whose_rows_are_replaced(
     gc.collect()
     there = mx.get_active_memory()
     peaks = []
-    for share in (0.0, 3 / response):
+    while shares:
         rows: list[int] = []
         with metering(limits_of(plan.phases)) as meter:
             generate(roles.trunk, policy, prompts, on_tokens=rows.append, **options)
         peaks.append(meter.peaks["rollout"] - there)
+        shares.pop()
     assert len(set(rows)) > 4, "rows have ended, and others have joined"
     rollout = next(part for part in plan.phases if part.name == "rollout")
     assert peaks[1] < 1.03 * max(peaks[0], sum(rollout.passing.values()))
