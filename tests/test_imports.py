@@ -39,6 +39,7 @@ TABLE = {
         "mlx_ppo.checkpoint", "mlx_ppo.config", "mlx_ppo.errors", "mlx_ppo.memory.choices", "mlx_ppo.provenance",
         "mlx_ppo.runs",
     },
+    "mlx_ppo.decoding": {"mlx", "numpy", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.networks"},
     "mlx_ppo.metrics": set(),
     "mlx_ppo.machine": {"mlx", "numpy", "mlx_ppo.networks.device"},
     "mlx_ppo.throughput": {"mlx_ppo.config", "mlx_ppo.errors", "mlx_ppo.files", "mlx_ppo.memory.products"},
@@ -58,7 +59,7 @@ TABLE = {
     "mlx_ppo.memory": {
         "mlx", "mlx_lm", "numpy", "psutil",
         "mlx_ppo.config", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.memory", "mlx_ppo.networks", "mlx_ppo.records",
-        "mlx_ppo.rollout", "mlx_ppo.runs", "mlx_ppo.runtime", "mlx_ppo.scoring", "mlx_ppo.update",
+        "mlx_ppo.runs", "mlx_ppo.runtime", "mlx_ppo.scoring", "mlx_ppo.update",
     },
     "mlx_ppo.memory.choices": {"mlx_ppo.config", "mlx_ppo.errors"},
     "mlx_ppo.runtime": {"mlx", "mlx_ppo.runtime"},

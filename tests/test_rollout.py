@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -5,14 +6,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import BatchRotatingKVCache
 
+from mlx_ppo.data.random import philox
+from mlx_ppo.decoding import Decoder, Request, sample
 from mlx_ppo.errors import RunError
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.load import load_trunk
 from mlx_ppo.networks.roles import Roles
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.records import Rollout
-from mlx_ppo.rollout import generate, sample
+from mlx_ppo.rollout import generate
 from mlx_ppo.scoring import policy_logprobs
 
 Prompts = list[tuple[int, ...]]
@@ -46,17 +50,88 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
 def test_batch_size_changes_nothing(make_model: Callable[..., Path], prompts: Prompts, kind: str) -> None:
-    """One row at a time shares no prefill, drops no finished neighbours and pads nothing."""
+    """One row at a time shares no prefill, drops no finished neighbours, joins none and pads nothing."""
     trunk = load_trunk(make_model(kind, eos_token_id=[2, *range(100, 140)]))
-    alone, few, whole = (run(trunk, prompts, samples_per_prompt=3, batch_size=size) for size in (1, 3, 64))
+    assert trunk.joins_batches
+    alone, *others = (run(trunk, prompts, samples_per_prompt=3, batch_size=size) for size in (1, 2, 3, 7, 64))
     lengths = {len(response) for response in alone.responses}
     assert len(lengths) > 3
     assert {1, 12} & lengths, "some rows end at once, or not at all"
-    for other in (few, whole):
+    for other in others:
         assert other.responses == alone.responses
         np.testing.assert_allclose(np.array(other.logprobs), np.array(alone.logprobs), atol=1e-4)
         assert other.finished.tolist() == alone.finished.tolist()
     assert len(set(alone.responses[:3])) == 3, "samples of one prompt differ"
+
+
+def decoded(trunk: Trunk, prompts: Prompts, **changes: Any) -> tuple[Rollout, list[int]]:
+    """A rollout, and how many rows each of its decoding steps had."""
+    rows: list[int] = []
+    hidden = trunk.hidden
+
+    def counting(tokens: mx.array, *given: Any, **named: Any) -> mx.array:
+        if tokens.shape[1] == 1:
+            rows.append(len(tokens))
+        return hidden(tokens, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trunk, "hidden", counting)
+        return run(trunk, prompts, **changes), rows
+
+
+def test_the_place_of_a_row_that_has_ended_goes_to_one_that_waits(
+    make_model: Callable[..., Path], prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = load_trunk(make_model(eos_token_id=[2, *range(100, 120)]))
+    options: dict[str, Any] = {"samples_per_prompt": 8, "max_tokens": 30, "batch_size": 8}
+    assert trunk.joins_batches
+    filled, rows = decoded(trunk, prompts, **options)
+    again, _ = decoded(trunk, prompts, **options)
+    np.testing.assert_array_equal(np.array(again.logprobs), np.array(filled.logprobs), err_msg="bit for bit")
+    monkeypatch.setattr(trunk, "joins_batches", False)
+    apart, others = decoded(trunk, prompts, **options)
+    assert filled.responses == apart.responses == again.responses
+    assert sum(rows) == sum(others) == sum(len(response) - 1 for response in filled.responses)
+    assert len(rows) < 0.75 * len(others)
+    rises, others_rises = (sum(after > before for before, after in itertools.pairwise(one)) for one in (rows, others))
+    assert max(rows) <= 8 and rises > 4 >= others_rises
+
+
+def test_where_caches_dont_join_all_places_have_to_be_free(
+    make_model: Callable[..., Path], prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"samples_per_prompt": 4, "batch_size": 4}
+    folder = make_model("gemma3_text", eos_token_id=[2, *range(100, 140)])
+    filled, rows = decoded(load_trunk(folder), prompts, **options)
+    for raises in (False, True):
+        monkeypatch.setattr(BatchRotatingKVCache, "extend", None if raises else lambda *_: None)
+        trunk = load_trunk(folder)
+        assert trunk.decodes_batches and not trunk.joins_batches
+        apart, others = decoded(trunk, prompts, **options)
+        assert apart.responses == filled.responses
+        assert len(others) > len(rows)
+
+
+@pytest.mark.parametrize("form", ["full", "8-bit"])
+def test_caches_have_room_for_the_longest_row_and_no_more(
+    make_model: Callable[..., Path], prompts: Prompts, form: str
+) -> None:
+    trunk = load_trunk(make_model(head_dim=32, eos_token_id=[2, *range(100, 110)]))
+    requests = [Request(prompts[row % 5], philox(0, row).random(16, dtype=np.float32)) for row in range(30)]
+    decoder = Decoder(trunk, requests, places=4, max_tokens=16, temperature=1.0, cache_form=form)
+    rooms = set()
+
+    def look(_: int) -> None:
+        longest = max(len(requests[row].prompt) for row in decoder._live)
+        for layer in decoder._cache:
+            parts = [layer.keys, layer.values] if form == "full" else [*layer.keys, *layer.values]
+            assert {part.shape[::2][:2] for part in parts} == {(len(decoder._live), longest + 16)}
+        rooms.add(longest + 16)
+
+    while decoder.unfinished:
+        decoder.refill()
+        decoder.decode(look)
+    assert len(rooms) >= 4
 
 
 def test_a_prompts_responses_dont_depend_on_the_other_prompts(stopping_trunk: Trunk, prompts: Prompts) -> None:

@@ -10,21 +10,21 @@ import mlx.core as mx
 
 from mlx_ppo.config import PPOSection, TrainConfig
 from mlx_ppo.memory.choices import Choices, Possible, Shapes
-from mlx_ppo.memory.replay import Peak, predict
+from mlx_ppo.memory.replay import named, predict
 from mlx_ppo.memory.stand_ins import present
 from mlx_ppo.memory.trace import trace
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.heads import RewardModel
-from mlx_ppo.networks.kv_cache import FULL, new_caches
+from mlx_ppo.networks.kv_cache import FULL, new_caches, size_caches
 from mlx_ppo.networks.roles import Roles, evictable
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.records import Sequences, make_sequences
-from mlx_ppo.rollout import size_caches
 from mlx_ppo.scoring import critic_values, policy_columns, raw_of
 from mlx_ppo.update import CriticTargets, PolicyTargets, critic_loss, policy_loss
 
 Terms = dict[str, int]
+_CACHE = "keys and values (KV cache)"
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Accountant:
         return _phase("load", weights, Cost(reading))
 
     def _rollout(self, choices: Choices) -> Cost:
-        """The larger of reading the prompts, and of a token at full length on top of the cache."""
+        """The largest of reading prompts, of a token at full length on top of the cache, and of rows joining it."""
         shapes, trunk = self.shapes, self.roles.trunk
         rows = min(choices.rollout_batch, shapes.responses)
 
@@ -187,16 +187,27 @@ class Accountant:
         def tokens(rows: int, length: int) -> mx.array:
             return mx.zeros((rows, length), mx.int32)
 
-        read_rows = min(rows, shapes.distinct)
+        samples = shapes.responses // shapes.distinct  # of a prompt, which is read once for those that begin together
+        read_rows = min(rows, shapes.distinct, (rows - 2) // samples + 2)
         prompts = self._predict(("prefill", choices.kv_cache, read_rows), read, tokens(read_rows, shapes.prompt))
         step = self._predict(("step", choices.kv_cache, rows), read, tokens(rows, 1))
         full = trace(lambda t: read(t)[2], tokens(1, shapes.prompt + shapes.response))
         cache = rows * sum(tensor.nbytes for tensor in full.outputs)
-        longer = cache * shapes.response // (shapes.prompt + shapes.response)  # the cache is made in its full length
+        # The cache is made in its full length; that of rows which are being decoded is there while others are read.
+        before = read_rows if rows < shapes.responses else rows
+        longer = cache - cache * before * shapes.prompt // (rows * (shapes.prompt + shapes.response))
         outside = max(rows * self._vocabulary * 4, prompts.outside)
-        if prompts.transient + longer > cache + step.transient:
-            return Cost({**prompts.passing, "keys and values (KV cache)": longer}, outside)
-        return Cost({**step.passing, "keys and values (KV cache)": cache}, outside)
+        if prompts.transient + longer > cache + (passing := self._decoding(rows, step, full.outputs)).transient:
+            return Cost({**prompts.passing, _CACHE: longer}, outside)
+        return Cost({**passing.passing, _CACHE: cache}, outside)
+
+    def _decoding(self, rows: int, step: Cost, caches: Sequence[Any]) -> Cost:
+        """What decoding needs on top of the caches, whose arrays for one row are given: a token, or rows that join."""
+        largest = max(caches, key=lambda tensor: tensor.nbytes)
+        moving = 2 * rows * largest.nbytes  # a block's keys and values
+        written = {"a block's, written out": moving * self._dtype.size} if largest.dtype == mx.uint32 else {}
+        token = Cost({**step.passing, **written})
+        return max(token, Cost({"a block's, as rows leave or join": moving}), key=lambda cost: cost.transient)
 
     def _scores(self, choices: Choices) -> list[tuple[str, Trunk | None, Cost]]:
         """Name, the trunk whose frozen weights are read (None: the role brings its own), and cost."""
@@ -303,25 +314,15 @@ class Accountant:
     def _states(self, rows: int) -> int:
         return rows * self.shapes.response * self._width * self._dtype.size
 
+    @functools.cached_property
+    def _trained(self) -> set[tuple[int, ...]]:
+        return {array.shape for array in (*self.policy.arrays.values(), *self._critic_arrays().values())}
+
     def _predict(self, key: tuple[object, ...], function: Callable[..., Any], *arrays: Any) -> Cost:
         if key not in self._seen:
             peak = predict(function, *arrays, thorough=False)
-            self._seen[key] = Cost(self._named(peak), peak.outside)
+            self._seen[key] = Cost(named(peak, self._vocabulary, self._trained), peak.outside)
         return self._seen[key]
-
-    def _named(self, peak: Peak) -> Terms:
-        """What was there at a peak, by kind."""
-        trained = {array.shape for array in (*self.policy.arrays.values(), *self._critic_arrays().values())}
-        found = {"logits": 0, "attention scores": 0, "gradients": 0}
-        for shape, size in peak.live.items():
-            if shape and shape[-1] == self._vocabulary:
-                found["logits"] += size
-            elif len(shape) >= 4 and shape[-1] == shape[-2]:
-                found["attention scores"] += size
-            elif shape in trained:
-                found["gradients"] += size
-        rest = peak.transient - sum(found.values())
-        return {"activations": rest, **found} if rest >= 0 else {"activations": peak.transient}
 
 
 def _is_plain(cache: Any) -> bool:

@@ -13,8 +13,7 @@ from mlx_ppo.memory.choices import Choices
 from mlx_ppo.memory.graph import Graph, Operation
 from mlx_ppo.memory.phases import Accountant, Cost
 from mlx_ppo.memory.trace import trace
-from mlx_ppo.networks.kv_cache import FULL, new_caches
-from mlx_ppo.rollout import size_caches
+from mlx_ppo.networks.kv_cache import FULL, new_caches, size_caches
 
 PREFILL, DECODE = "rollout prefill", "rollout decode"
 _PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherMM", "GatherQMM"}

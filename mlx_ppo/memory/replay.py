@@ -4,7 +4,7 @@ Source: mlx 0.32, mlx/transforms.cpp (eval_impl) and mlx/backend/cpu (eval.cpp, 
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,20 @@ class Peak:
     outside: int  # numpy's and the like, at their largest; mlx doesn't count them
     together: int  # the largest sum of mlx's and the outside bytes at one moment, above arguments and constants
     live: dict[tuple[int, ...], int]  # what was there at the peak, by shape
+
+
+def named(peak: Peak, vocabulary: int, trained: Set[tuple[int, ...]]) -> dict[str, int]:
+    """Bytes that were there at a peak, by kind; `trained` has the shapes of what gradients are taken by."""
+    found = {"logits": 0, "attention scores": 0, "gradients": 0}
+    for shape, size in peak.live.items():
+        if shape and shape[-1] == vocabulary:
+            found["logits"] += size
+        elif len(shape) >= 4 and shape[-1] == shape[-2]:
+            found["attention scores"] += size
+        elif shape in trained:
+            found["gradients"] += size
+    rest = peak.transient - sum(found.values())
+    return {"activations": rest, **found} if rest >= 0 else {"activations": peak.transient}
 
 
 def predict(

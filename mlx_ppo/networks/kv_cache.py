@@ -1,6 +1,6 @@
 """Forms in which a rollout keeps keys and values: as they are, or in 8 bits an element."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -42,10 +42,103 @@ def share_offsets(caches: Sequence[Any]) -> None:
         cache.offset = plain[0].offset
 
 
+def size_caches(caches: Sequence[Any], length: int) -> None:
+    """Let plain caches take the room of `length` tokens at once, instead of 256 at a time."""
+    for cache in caches:
+        if isinstance(cache, BatchKVCache):
+            cache.step = length
+
+
+def keep_rows(caches: Sequence[Any], rows: Sequence[int], room: int) -> None:
+    """Keep some rows of a model's caches, in this order; one layer at a time, so that only one is there twice.
+
+    Args:
+        caches: of the model's layers, which are changed.
+        rows: at least one; a row may be there several times.
+        room: tokens that plain caches shall have room for; padding that all rows have is dropped.
+    """
+    chosen = mx.array(list(rows), mx.int32)
+    spare = min((int(np.asarray(cache.left_padding)[list(rows)].min()) for cache in _plain(caches)[:1]), default=0)
+    for cache in caches:
+        if _plain([cache]):
+            _stack(cache, [(cache, run) for run in _runs(rows)], cache._idx - spare, room)
+        else:
+            cache.filter(chosen)
+        mx.eval(cache.state)
+
+
+def join(caches: Sequence[Any], others: list[Any], room: int) -> None:
+    """Add the rows of other caches, after those that are there; one layer at a time, so that only one is there twice.
+
+    Args:
+        caches: of the model's layers, which are changed.
+        others: those of the rows that are added; the list is emptied.
+        room: tokens that plain caches shall have room for; shorter rows are padded on the left.
+    """
+    for cache in caches:
+        other = others.pop(0)
+        if _plain([cache]):
+            _stack(cache, [(cache, slice(None)), (other, slice(None))], max(cache._idx, other._idx), room)
+        else:
+            cache.extend(other)
+        mx.eval(cache.state)
+
+
+def _plain(caches: Sequence[Any]) -> list[Any]:
+    """Those of all tokens, where they hold something."""
+    return [cache for cache in caches if isinstance(cache, BatchKVCache) and cache.keys is not None]
+
+
+def _runs(rows: Sequence[int]) -> list[slice]:
+    """Rows that follow each other, together."""
+    ends = np.flatnonzero(np.diff(rows) != 1) + 1
+    return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(np.asarray(rows), ends)]
+
+
+def _stack(cache: BatchKVCache, pieces: Sequence[tuple[BatchKVCache, slice]], end: int, room: int) -> None:
+    """Let a plain cache hold rows of plain ones, the last token of each right before the place `end`.
+
+    mlx-lm's own `filter` and `extend` have a layer there three times, and leave no room for the tokens to come.
+    """
+    found: list[mx.array] = []
+    for parts in zip(*(_parts(piece) for piece, _ in pieces), strict=True):
+        taken = [
+            part[rows, :, max(0, piece._idx - end) : piece._idx]
+            for part, (piece, rows) in zip(parts, pieces, strict=True)
+        ]
+        _, heads, _, size = taken[0].shape
+        whole, at = mx.zeros((sum(map(len, taken)), heads, max(room, end), size), taken[0].dtype), 0
+        for part in taken:
+            whole[at : at + len(part), :, end - part.shape[2] : end] = part
+            at += len(part)
+        found.append(whole)
+    cache.offset = mx.concatenate([piece.offset[rows] for piece, rows in pieces])
+    cache.left_padding = mx.concatenate([piece.left_padding[rows] + (end - piece._idx) for piece, rows in pieces])
+    cache._idx = end
+    _hold(cache, found)
+
+
+def _parts(cache: Any) -> list[mx.array]:
+    """The arrays of a plain cache's keys, and then those of its values."""
+    if isinstance(cache, EightBitCache):
+        return [*(cache.keys or ()), *(cache.values or ())]
+    return [cache.keys, cache.values]
+
+
+def _hold(cache: Any, parts: list[mx.array]) -> None:
+    """Let a plain cache hold others."""
+    half = len(parts) // 2
+    if isinstance(cache, EightBitCache):
+        cache.keys, cache.values = parts[:half], parts[half:]
+    else:
+        cache.keys, cache.values = parts
+
+
 class EightBitCache(BatchKVCache):
     """mlx-lm's `BatchKVCache`, whose `keys` and `values` are each a list: numbers, scales, offsets [B, K, S, ...].
 
     What is read for the first time is attended to as it is; from then on it is written out for one layer at a time.
+    Rows leave and are added by `keep_rows` and `join`.
     """
 
     keys: list[mx.array] | None  # type: ignore[assignment]
@@ -69,23 +162,10 @@ class EightBitCache(BatchKVCache):
         padding = self._right_padding
         if padding is None:
             return
-        self._change(lambda part: dynamic_roll(part, padding[:, None], axis=2))
+        _hold(self, [dynamic_roll(part, padding[:, None], axis=2) for part in _parts(self)])
         self.offset = self.offset - padding
         self.left_padding = self.left_padding + padding
         self._right_padding = None
-
-    def filter(self, batch_indices: mx.array) -> None:
-        """Keep some rows, in this order, and drop padding that all of them have."""
-        self.offset = self.offset[batch_indices]
-        self.left_padding = self.left_padding[batch_indices]
-        spare = int(np.asarray(self.left_padding).min())
-        self._change(lambda part: part[batch_indices][..., spare:, :])
-        self._idx -= spare
-        self.left_padding = self.left_padding - spare
-
-    def _change(self, function: Callable[[mx.array], mx.array]) -> None:
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = ([function(part) for part in parts] for parts in (self.keys, self.values))
 
 
 def _stored(array: mx.array) -> list[mx.array]:

@@ -1,42 +1,61 @@
-"""Small passes through a trunk that show what its architecture can do; mlx-lm's classes don't say."""
+"""Trials of what an architecture can do, as some of mlx-lm's can't: decode several rows, read shared prompts once."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.records import make_sequences
 
+if TYPE_CHECKING:
+    from mlx_ppo.networks.trunk import Trunk
 
-def decodes_batches(trunk: Trunk) -> bool:
-    """Whether rows of different length, decoded together, get the states that they get alone.
+_ROWS = ((1, 2, 3, 2), (3, 1, 2, 2, 1, 3), (2, 2, 1), (1, 3, 3, 2, 1, 1, 2, 3))
 
-    Some architectures of mlx-lm broadcast a batch's padding mask along the wrong axis; some of those raise, others are
-    silently wrong.
+
+def decode_alike(trunk: "Trunk", turns: Sequence[Sequence[int]]) -> bool:
+    """Whether rows of different length get the states that they get alone.
+
+    Args:
+        trunk: its own weights.
+        turns: rows, by their number in a list of four, whose prompts are read together, padded on the right. Those of
+            each turn join those before, which have decoded a token meanwhile.
     """
-    from mlx_lm.models.cache import make_prompt_cache
-
-    rows = [[1, 2, 3], [3, 1, 2, 2, 1], [2, 2]]
-    rows = [[token % trunk.tokenizer.vocab_size for token in row] for row in rows]
-    alone = [trunk.hidden(mx.array([row]))[0, -1] for row in rows]
-    for count in (2, 3):
-        lengths = [len(row) - 1 for row in rows[:count]]
-        padding = [max(lengths) - length for length in lengths]
-        empty = [make_prompt_cache(trunk.model) for _ in lengths]
-        try:
-            cache = [layers[0].merge(list(layers)) for layers in zip(*empty, strict=True)]
-            for layer in cache:
-                layer.prepare(lengths=lengths, right_padding=padding)
-            trunk.hidden(mx.array([row[:-1] + [0] * pad for row, pad in zip(rows, padding, strict=False)]), cache)
-            for layer in cache:
-                layer.finalize()
-            states = trunk.hidden(mx.array([[row[-1]] for row in rows[:count]]), cache)[:, -1]
-            if not _alike(states, mx.stack(alone[:count])):
-                return False
-        except (ValueError, AttributeError, TypeError):
-            return False
-    return True
+    rows = [mx.array(row) % trunk.tokenizer.vocab_size for row in _ROWS]
+    try:
+        found = _decoded(trunk, rows, turns)
+    except (ValueError, AttributeError, TypeError):
+        return False
+    wanted = mx.stack([trunk.hidden(rows[row][None])[0, -1] for turn in turns for row in turn])
+    return _alike(found, wanted)
 
 
-def shares_prompts(trunk: Trunk, *, computing: bool = True) -> bool:
+def _decoded(trunk: "Trunk", rows: Sequence[mx.array], turns: Sequence[Sequence[int]]) -> mx.array:
+    """States [N, D] after the last tokens, of which as many are decoded, one by one, as there are turns to come."""
+    from mlx_ppo.networks.kv_cache import FULL, join, new_caches
+
+    caches: list[Any] = []
+    live: list[int] = []
+    states = mx.zeros((0,))
+    for number, turn in enumerate(turns):
+        left = len(turns) - number
+        read = [rows[row][:-left] for row in turn]
+        longest = max(map(len, read))
+        padding = [longest - len(row) for row in read]
+        added = new_caches(trunk.model, FULL, len(turn))
+        for layer in added:
+            layer.prepare(lengths=[len(row) for row in read], right_padding=padding)
+        trunk.hidden(mx.stack([mx.pad(row, (0, pad)) for row, pad in zip(read, padding, strict=True)]), added)
+        for layer in added:
+            layer.finalize()
+        if caches:
+            join(caches, added, longest + left)
+        caches, live = caches or added, [*live, *turn]
+        states = trunk.hidden(mx.stack([rows[row][-left] for row in live])[:, None], caches)[:, -1]
+    return states
+
+
+def shares_prompts(trunk: "Trunk", *, computing: bool = True) -> bool:
     """Whether responses read on top of prompts that they share get the states that they get in whole rows.
 
     Never where a layer keeps something else than plain keys and values: a window, a recurrent state. `computing`: the

@@ -134,7 +134,7 @@ def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles
             roles.critic, critic_weights = _load_critic(config, roles, loading)
         trunk.share_below(_on_trunk(roles, policy, critic_weights))
         if config.memory.residency == "evict":
-            trunk.decodes_batches  # noqa: B018  found out once, with the weights there
+            trunk.joins_batches  # noqa: B018  found out once, with the weights there
             roles.evictable = evictable(roles, config)
             roles.evict()
     except BaseException:

@@ -16,6 +16,7 @@ from mlx_ppo.networks.adapters import HEAD, AdaptedEmbedding, Weights, layer_of,
 from mlx_ppo.networks.attention import fast_attention
 from mlx_ppo.networks.checkpointing import checkpointed
 from mlx_ppo.networks.parts import Entered, InPlace, States
+from mlx_ppo.networks.probes import decode_alike, shares_prompts
 from mlx_ppo.networks.shared_prompts import LayerCache, Reading
 from mlx_ppo.records import Sequences
 
@@ -64,14 +65,21 @@ class Trunk:
         model.eval()
         if checked:
             self._check_split()
-        self.shares_prompts = self._shares_prompts()  # prompts of several rows can be read once
+        self.shares_prompts = shares_prompts(self, computing=checked)  # prompts of several rows can be read once
 
     @functools.cached_property
     def decodes_batches(self) -> bool:
-        """Whether rows of different length, decoded together, get the states that they get alone."""
-        from mlx_ppo.networks.probes import decodes_batches
+        """Whether rows of different length, decoded together, get the states that they get alone.
 
-        return decodes_batches(self)
+        Some architectures of mlx-lm broadcast a batch's padding mask along the wrong axis; some of those raise, others
+        are silently wrong.
+        """
+        return decode_alike(self, [(0, 1)]) and decode_alike(self, [(0, 1, 2)])
+
+    @functools.cached_property
+    def joins_batches(self) -> bool:
+        """Whether the same holds for rows that join others which are being decoded."""
+        return self.decodes_batches and decode_alike(self, [(0, 1), (2, 3)])
 
     def evict(self) -> None:
         """Free the frozen weights until `restore`; meanwhile only a role that brings all weights itself can use this.
@@ -280,11 +288,6 @@ class Trunk:
         except (RuntimeError, ValueError, AttributeError, TypeError, KeyError):
             return False
         return bool(mx.allclose(whole, started, rtol=1e-3, atol=1e-3).item())
-
-    def _shares_prompts(self) -> bool:
-        from mlx_ppo.networks.probes import shares_prompts
-
-        return shares_prompts(self, computing=self._checked)
 
     def _put(self, arrays: Mapping[str, mx.array]) -> None:
         if arrays:

@@ -8,21 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from mlx_ppo import decoding
 from mlx_ppo.cli.main import main
 from mlx_ppo.config import TrainConfig
+from mlx_ppo.data.random import philox
 from mlx_ppo.dry_run import Measured, dry_run
 from mlx_ppo.errors import ConfigError
 from mlx_ppo.memory.budget import keeping_to
 from mlx_ppo.memory.choices import Shapes, applied
+from mlx_ppo.memory.keeping import limits_of
 from mlx_ppo.memory.meter import metering, phase
 from mlx_ppo.memory.model import weightless_roles
 from mlx_ppo.memory.phases import Accountant
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, longest_response, make_plan, needed, require_fit
 from mlx_ppo.memory.starting import accountant_of
 from mlx_ppo.networks.roles import load_roles
+from mlx_ppo.rollout import generate, sampling
 
 SIZES = {
     "hidden_size": 128,
@@ -125,6 +130,53 @@ def test_predicted_peaks_are_those_of_the_phases(make_config: Make, sections: di
     off = errors(plan, found[-1])
     assert {"rollout", "score policy", "score reference", "update policy", "update step"} <= set(off)
     assert all(-0.22 < error < 0.12 for error in off.values()), off
+
+
+@pytest.mark.parametrize("form", ["full", "8-bit"])
+@pytest.mark.parametrize(("prompt", "response"), [(16, 128), (48, 64)])
+def test_the_predicted_peak_of_a_rollout_whose_rows_are_replaced(
+    make_config: Make,
+    make_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    prompt: int,
+    response: int,
+) -> None:
+    """Caches that are joined, and prompts that are read while others are decoded, take no more than was expected."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 6, "num_key_value_heads": 4, "head_dim": 64}
+    config = make_config(
+        model={"path": make_model(deviation=0.02, eos_token_id=2047, **{**SIZES, **sizes})},
+        rollout={"prompts": 32, "max_tokens": response, "batch_size": 8, "kv_cache": form},
+    )
+    own = accountant(config, Shapes(prompt=prompt, response=response, responses=32, distinct=32, minibatch=8))
+    plan = make_plan(own, config, None)
+    draw, shares = decoding.sample, [3 / response, 0.0]
+
+    def ending(logits: Any, draws: Any, temperature: float) -> Any:
+        """End responses at tokens of chance."""
+        tokens, logprobs = draw(logits, draws, temperature)
+        return np.where(draws < shares[-1], 2047, np.where(tokens == 2047, 5, tokens)), logprobs
+
+    monkeypatch.setattr(decoding, "sample", ending)
+    roles, policy, critic = load_roles(config)
+    roles.close()
+    mx.eval(dict(policy.arrays), dict(critic.arrays) if critic is not None else {})
+    options: dict[str, Any] = {**sampling(config.rollout), "samples_per_prompt": 1, "seed_parts": (0,)}
+    options |= {"positions": range(32), "records": [{}] * 32}
+    prompts = [tuple(row) for row in philox("prompts").integers(0, 2047, (32, prompt)).tolist()]
+    gc.collect()
+    there = mx.get_active_memory()
+    peaks = []
+    while shares:
+        rows: list[int] = []
+        with metering(limits_of(plan.phases)) as meter:
+            generate(roles.trunk, policy, prompts, on_tokens=rows.append, **options)
+        peaks.append(meter.peaks["rollout"] - there)
+        shares.pop()
+    assert len(set(rows)) > 4, "rows have ended, and others have joined"
+    rollout = next(part for part in plan.phases if part.name == "rollout")
+    assert peaks[1] < 1.03 * max(peaks[0], sum(rollout.passing.values()))
+    assert 0.9 < (there + peaks[1]) / (there + sum(rollout.passing.values())) < 1.1
 
 
 def test_a_smaller_budget_means_smaller_batches_and_then_a_refusal(make_config: Make) -> None:

@@ -8,7 +8,7 @@ import pytest
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache
 
 from mlx_ppo.memory.trace import trace
-from mlx_ppo.networks.kv_cache import EightBitCache, new_caches
+from mlx_ppo.networks.kv_cache import EightBitCache, join, keep_rows, new_caches, share_offsets, size_caches
 from mlx_ppo.networks.load import load_trunk
 from mlx_ppo.networks.trunk import Trunk
 
@@ -42,8 +42,7 @@ def decode(trunk: Trunk, form: str, *, step: int, keep: list[int] | None = None)
     for number in range(3):
         if number == 1 and keep is not None:
             rows = keep
-            for cache in caches:
-                cache.filter(mx.array(keep))
+            keep_rows(caches, keep, 20)
         found.append(trunk.hidden(mx.array([[NEXT[row][number]] for row in rows]), caches)[:, -1])
     last = [np.array(trunk.logits(state)) for state in found]
     return np.stack([logits[-len(rows) :] if len(logits) == len(rows) else logits[rows] for logits in last], 1), caches
@@ -63,6 +62,56 @@ def test_eight_bits_are_close_to_all(wide: Trunk, keep: list[int] | None, step: 
         assert cache.size() == other.size()
         assert cache.offset.tolist() == other.offset.tolist()
         assert cache.left_padding.tolist() == other.left_padding.tolist()
+
+
+def read_prompts(trunk: Trunk, form: str, prompts: list[tuple[int, ...]], room: int) -> list[Any]:
+    lengths = [len(prompt) for prompt in prompts]
+    padding = [max(lengths) - length for length in lengths]
+    caches = new_caches(trunk.model, form, len(prompts))
+    size_caches(caches, room)
+    for cache in caches:
+        cache.prepare(lengths=lengths, right_padding=padding)
+    trunk.hidden(mx.array([[*row, *[0] * pad] for row, pad in zip(prompts, padding, strict=True)]), caches)
+    for cache in caches:
+        cache.finalize()
+    return caches
+
+
+TEXTS = [(1, 7, 9), (1, 212, 9, 8, 30), (1, 9), tuple(range(40, 53)), (1, 286, 288, 40, 7)]
+DECODED = np.random.default_rng(0).integers(3, 300, (5, 24)).tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("form", ["full", "8-bit"])
+@pytest.mark.parametrize("between", [1, 4, 11])
+@pytest.mark.parametrize("turns", [([0, 1], [2, 3]), ([3, 2], [0], [4, 1]), ([0], [2], [4, 1, 3])])
+def test_rows_that_join_get_what_they_get_alone(
+    make_model: Callable[..., Path], kind: str, form: str, between: int, turns: tuple[list[int], ...]
+) -> None:
+    """Longer and shorter than those that are there, before and after a window of 6 is full; some leave meanwhile."""
+    trunk = load_trunk(make_model(kind, head_dim=32, deviation=0.15, num_hidden_layers=3))
+    caches: list[Any] = []
+    live: list[int] = []
+    done = dict.fromkeys(range(5), 0)
+    room = max(map(len, TEXTS)) + 24
+    for number, turn in enumerate(turns):
+        added = read_prompts(trunk, form, [TEXTS[row] for row in turn], room)
+        if number:
+            keep_rows(caches, [len(live) - 1], room)
+            live = live[-1:]
+            join(caches, added, room)
+            assert added == []
+        caches, live = caches or added, [*live, *turn]
+        for _ in range(between):
+            share_offsets(caches)
+            states = trunk.hidden(mx.array([[DECODED[row][done[row]]] for row in live]), caches)[:, -1]
+            done.update({row: done[row] + 1 for row in live})
+        wanted = [trunk.hidden(mx.array([[*TEXTS[row], *DECODED[row][: done[row]]]]))[0, -1] for row in live]
+        np.testing.assert_allclose(np.array(states), np.array(mx.stack(wanted)), atol=1e-4 if form == "full" else 0.3)
+        for cache in caches:
+            if isinstance(cache, BatchKVCache):
+                assert cache.size() == max(len(TEXTS[row]) + done[row] for row in live)
+                assert min(cache.left_padding.tolist()) == 0
 
 
 def test_it_takes_nine_bits_an_element(make_model: Callable[..., Path]) -> None:
