@@ -179,6 +179,12 @@ def test_the_predicted_peak_of_a_rollout_whose_rows_are_replaced(
     assert 0.9 < (there + peaks[1]) / (there + sum(rollout.passing.values())) < 1.1
 
 
+def test_an_iteration_may_have_fewer_responses_than_an_evaluation_has_prompts(make_config: Make) -> None:
+    config = make_config()
+    own = accountant(config, SHAPES._replace(responses=2, distinct=8))
+    assert all(phase.peak > 0 for phase in make_plan(own, config, None).phases)
+
+
 def test_a_smaller_budget_means_smaller_batches_and_then_a_refusal(make_config: Make) -> None:
     config = make_config()
     own = accountant(config)
