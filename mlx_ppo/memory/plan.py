@@ -107,17 +107,33 @@ def make_plan(
         overhead: bytes of the process beside arrays.
     """
     shapes = accountant.shapes
-    choices = start or fastest(config, shapes)
-    concessions: tuple[Concession, ...] = ()
-    plan = plan_of(accountant, choices, budget, factors=factors, overhead=overhead)
+    made: list[tuple[Choices, Choices, Concession]] = []
+    plan = plan_of(accountant, start or fastest(config, shapes), budget, factors=factors, overhead=overhead)
     while not plan.fits:
-        smaller = concede(plan.largest.name, choices, config, shapes, accountant.possible)
+        smaller = concede(plan.largest.name, plan.choices, config, shapes, accountant.possible)
         if smaller is None:
             break
-        choices, said = smaller
-        before, plan = plan, plan_of(accountant, choices, budget, factors=factors, overhead=overhead)
-        concessions += (Concession(said, before.process - plan.process),)
-    return replace(plan, concessions=concessions)
+        before, plan = plan, plan_of(accountant, smaller[0], budget, factors=factors, overhead=overhead)
+        made.append((before.choices, plan.choices, Concession(smaller[1], before.process - plan.process)))
+    left = []
+    for faster, slower, concession in made:  # those that later ones made needless are taken back
+        undone = _taken_back(plan.choices, faster, slower)
+        trial = (
+            plan_of(accountant, undone, budget, factors=factors, overhead=overhead) if plan.fits and undone else plan
+        )
+        if trial.fits and trial.choices == undone:
+            plan = trial
+        else:
+            left.append(concession)
+    return replace(plan, concessions=tuple(left))
+
+
+def _taken_back(choices: Choices, faster: Choices, slower: Choices) -> Choices | None:
+    """Choices with what one concession changed taken back; None where a later one went further."""
+    changed = {name: value for name, value in vars(faster).items() if value != getattr(slower, name)}
+    if any(getattr(choices, name) != getattr(slower, name) for name in changed):
+        return None
+    return replace(choices, **changed)
 
 
 def plan_of(

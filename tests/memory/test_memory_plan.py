@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mlx_ppo.memory.keeping import limits_of
 from mlx_ppo.memory.meter import metering, phase
 from mlx_ppo.memory.model import weightless_roles
 from mlx_ppo.memory.phases import Accountant
-from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, longest_response, make_plan, needed, require_fit
+from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, fastest, longest_response, make_plan, needed, plan_of, require_fit
 from mlx_ppo.memory.starting import accountant_of
 from mlx_ppo.networks.roles import load_roles
 from mlx_ppo.rollout import generate, sampling
@@ -202,6 +203,24 @@ def test_a_smaller_budget_means_smaller_batches_and_then_a_refusal(make_config: 
     assert all(b.process <= a.process for a, b in itertools.pairwise(seen))
     with pytest.raises(ConfigError, match=r"memory.budget_gb: the run needs \S+ GiB and has \S+: .*"):
         require_fit(plan, own, config)
+
+
+def test_what_a_later_concession_makes_needless_is_taken_back(make_config: Make) -> None:
+    """No choice alone can be taken back any more, whatever the budget."""
+    config = make_config(model={"train": "full"}, critic={"kind": "model"})
+    own = accountant(config)
+    most, fast = make_plan(own, config, None).process, vars(fastest(config, SHAPES))
+    seen = set()
+    for share in (0.95, 0.9, 0.8, 0.75, 0.7, 0.65, 0.6):
+        plan = make_plan(own, config, int(share * most))
+        if not plan.fits:
+            continue
+        slower = {name: value for name, value in vars(plan.choices).items() if value != fast[name]}
+        assert len(slower) <= len(plan.concessions)
+        seen.update(slower)
+        for name in slower:
+            assert not plan_of(own, replace(plan.choices, **{name: fast[name]}), plan.budget).fits, (share, name)
+    assert len(seen) > 1
 
 
 def test_pinned_keys_stay(make_config: Make) -> None:
