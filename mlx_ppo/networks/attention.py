@@ -16,6 +16,7 @@ import numpy as np
 from mlx_ppo.networks.device import on_cpu
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+_silent = np.errstate(over="ignore", invalid="ignore")  # what isn't finite is found, and said, further on
 _LOWEST = np.finfo(np.float32).min  # of a score that doesn't count, as in mlx: a row without any is uniform
 
 
@@ -63,6 +64,7 @@ def attend(
 
 
 @mx.custom_function
+@_silent
 def _weights(scores: mx.array, mask: mx.array, scale: mx.array) -> mx.array:
     values, allowed, factor = np.asarray(scores), np.asarray(mask), np.float32(np.asarray(scale))
     allowed = np.broadcast_to(allowed, values.shape)
@@ -80,6 +82,7 @@ def _weights(scores: mx.array, mask: mx.array, scale: mx.array) -> mx.array:
 
 
 @_weights.vjp
+@_silent
 def _weights_vjp(
     primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, weights: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:

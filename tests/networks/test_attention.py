@@ -81,3 +81,13 @@ def test_a_model_gives_what_it_gave(make_model: Callable[..., Path], kind: str) 
     trunk, tokens = load_trunk(make_model(kind)), mx.array([[1, 5, 9, 12], [3, 2, 2, 7]])
     found = trunk.logits(trunk.hidden(tokens))
     np.testing.assert_allclose(np.array(found), np.array(trunk.model(tokens)), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_finite_comes_through_without_a_warning() -> None:
+    q, k = drawn(0, 1, 2, 3, 8), drawn(1, 1, 2, 3, 8)
+    q[0, 0, 1, 0] = float("inf")
+    for function in (attend, MLX):
+        found = function(q, k, k, scale=1.0, mask="causal")
+        slopes = mx.grad(lambda q, function=function: function(q, k, k, scale=1.0, mask="causal").sum())(q)
+        assert not mx.isfinite(found[0, 0, 1]).any().item() and not mx.isfinite(slopes[0, 0, 1]).any().item()
+        assert mx.isfinite(found[0, 1]).all().item() and mx.isfinite(slopes[0, 1]).all().item()
