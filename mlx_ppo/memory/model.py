@@ -145,3 +145,17 @@ def config_of(path: Path) -> dict[str, Any]:
 def is_quantised(config: dict[str, Any]) -> bool:
     """Whether a config.json says that the weights are quantised."""
     return "quantization" in config or "quantization_config" in config
+
+
+def loading(trunk: Trunk) -> int:
+    """What loading needs beyond the weights: a tensor as it is stored, cast, and looked at for NaN (three masks)."""
+    there = most = 0
+    for array in trunk.base.values():
+        most = max(most, there + 2 * array.nbytes + 3 * array.size)
+        there += array.nbytes
+    return most - there
+
+
+def reading(trunk: Trunk) -> int:
+    """The largest tensor as it is stored and as it is cast."""
+    return 2 * max(array.nbytes for array in trunk.base.values())

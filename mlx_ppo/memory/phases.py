@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from mlx_ppo.config import PPOSection, TrainConfig
 from mlx_ppo.memory.choices import Choices, Possible, Shapes
+from mlx_ppo.memory.model import loading, reading
 from mlx_ppo.memory.replay import named, predict
 from mlx_ppo.memory.stand_ins import present
 from mlx_ppo.memory.trace import trace
@@ -117,7 +118,7 @@ class Accountant:
             )
             if trunk is not None and any(trunk is other for other in away):
                 there[f"weights of the {self._trunks()[id(trunk)][0]}"] = _bytes(trunk.base)
-                passing = max(passing, {"a tensor as it is read": _reading(trunk)}, key=lambda part: sum(part.values()))
+                passing = max(passing, {"a tensor as it is read": reading(trunk)}, key=lambda part: sum(part.values()))
             found.append(_phase(name, there, Cost(passing, cost.outside)))
         return found + self._update(resident, choices)
 
@@ -158,11 +159,11 @@ class Accountant:
         return self.critic.arrays if self.critic is not None else {}
 
     def _load(self, away: Sequence[Trunk]) -> Phase:
-        """Tensor by tensor: what is loaded so far, and a tensor as stored, cast, and looked at for NaN."""
+        """Model by model, and tensor by tensor."""
         weights = {name: size for name, size in self._resident(away).items() if name.startswith("weights")}
         gone = max((_bytes(trunk.base) for trunk in away), default=0)
-        reading = {"weights that are evicted again": gone, "a tensor as it is read": _reading(self.roles.trunk)}
-        return _phase("load", weights, Cost(reading))
+        read = max(loading(trunk) for _, trunk in self._trunks().values())
+        return _phase("load", weights, Cost({"weights that are evicted again": gone, "a tensor as it is read": read}))
 
     def _rollout(self, choices: Choices) -> Cost:
         """The largest of reading prompts, of a token at full length on top of the cache, and of rows joining it."""
@@ -344,8 +345,3 @@ def _with(section: PPOSection, choices: Choices) -> PPOSection:
 
 def _bytes(arrays: Mapping[str, mx.array]) -> int:
     return sum(array.nbytes for array in arrays.values())
-
-
-def _reading(trunk: Trunk) -> int:
-    """The largest tensor as it is stored and as it is cast."""
-    return 2 * max(array.nbytes for array in trunk.base.values())

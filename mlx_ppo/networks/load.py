@@ -221,7 +221,9 @@ def _take_embeddings(model: nn.Module, source: Path) -> None:
 
 def _settle(model: nn.Module, dtype: mx.Dtype | None, path: Path) -> None:
     """Read and cast tensor by tensor, so that the peak is one tensor above the model; refuse NaN and infinity."""
-    for name, array in parameters_of(model).items():
+    arrays = parameters_of(model)
+    for name in list(arrays):
+        array = arrays.pop(name)  # whatever else held it would keep it in memory, once read, beside what it is cast to
         if mx.issubdtype(array.dtype, mx.floating):
             settled = array if dtype is None else array.astype(dtype)
             if not mx.isfinite(settled).all().item():

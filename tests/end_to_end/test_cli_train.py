@@ -19,7 +19,7 @@ def stock_text(model, checkpoint, prompt, *, tokens):
 
     network, tokenizer = load(str(model), adapter_path=str(checkpoint))
     written = [part.token for part in stream_generate(network, tokenizer, prompt, max_tokens=tokens)]
-    assert len(written) == tokens
+    assert len(written) == tokens or written[-1] in tokenizer.eos_token_ids
     return tokenizer.decode(tokenizer.encode(prompt) + written, skip_special_tokens=True)
 
 

@@ -1,3 +1,4 @@
+import gc
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_ppo.errors import ModelError
+from mlx_ppo.memory.model import loading
 from mlx_ppo.networks.load import load_trunk
 from mlx_ppo.networks.model_files import fingerprint
 from mlx_ppo.networks.tokenizer import completion_text
@@ -271,3 +273,22 @@ def test_a_tokenizer_that_fails_at_a_text(copy: Callable[..., Path], change: dic
     (folder / "tokenizer.json").write_text(json.dumps(document | change))
     with pytest.raises(ModelError, match=f"the tokenizer fails .*{words}"):
         load_trunk(folder).tokenizer.encode("a" * 40 + "!", bos=True)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_loading_needs_little_beyond_the_weights(make_model: Callable[..., Path], stored: str) -> None:
+    """Cast or not: no tensor as it was stored outlives the next one's reading. The plan says how much."""
+    folder = make_model(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, tie_word_embeddings=True)
+    file = folder / "model.safetensors"
+    arrays = {name: array.astype(getattr(mx, stored)) for name, array in mx.load(str(file)).items()}
+    mx.eval(arrays)
+    mx.save_safetensors(str(file), arrays, metadata={"format": "mlx"})
+    del arrays
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    trunk = load_trunk(folder)
+    weights = sum(array.nbytes for array in trunk.base.values())
+    peak = mx.get_peak_memory() - before
+    assert weights < peak < 1.15 * weights
+    assert 0.9 * peak < weights + loading(trunk) < 1.1 * peak
