@@ -101,6 +101,8 @@ def make_sequences(
 def _shared(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], whole: int) -> SharedPrompts | None:
     """Every distinct prompt once; None where that leaves nearly as many positions as the `whole` rows have."""
     places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    if len(places) == len(prompts):
+        return None
     read, lengths = pad_right(list(places))
     answers, _ = pad_right(responses)
     if not answers.size or read.size + answers.size > _WORTH_SHARING * whole:

@@ -1,5 +1,6 @@
 """A scored rollout into new weights: epochs, minibatches, micro-batches, two optimizers."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ class _Step:
     pass_size: Callable[[], int]
 
     def run(self, rows: Sequence[int], stats: UpdateStats, *, first: bool, train_policy: bool) -> None:
-        size, sharing = self.pass_size() or len(rows), self._shares_prompts()
+        size, sharing = self.pass_size() or len(rows), self._sharing
         if sharing:  # rows of one prompt side by side
             rows = sorted(rows, key=self.rollout.prompts.__getitem__)
         micro = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
@@ -167,7 +168,8 @@ class _Step:
             self.critic.weights, norm = applied
             stats.critic_norm.append(norm)
 
-    def _shares_prompts(self) -> bool:
+    @functools.cached_property
+    def _sharing(self) -> bool:
         """Several responses have one prompt, and can be read on top of it; a checkpointed block knows no such thing."""
         several = len(set(self.rollout.prompts)) < len(self.rollout.prompts)
         critic = self.roles.critic

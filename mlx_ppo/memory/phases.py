@@ -188,9 +188,7 @@ class Accountant:
         def tokens(rows: int, length: int) -> mx.array:
             return mx.zeros((rows, length), mx.int32)
 
-        samples = max(
-            1, shapes.responses // shapes.distinct
-        )  # of a prompt, which is read once for those that begin together
+        samples = max(1, shapes.responses // shapes.distinct)  # of a prompt; those that begin together read it once
         read_rows = min(rows, shapes.distinct, (rows - 2) // samples + 2)
         prompts = self._predict(("prefill", choices.kv_cache, read_rows), read, tokens(read_rows, shapes.prompt))
         step = self._predict(("step", choices.kv_cache, rows), read, tokens(rows, 1))

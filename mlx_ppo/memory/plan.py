@@ -117,11 +117,9 @@ def make_plan(
         made.append((before.choices, plan.choices, Concession(smaller[1], before.process - plan.process)))
     left = []
     for faster, slower, concession in made:  # those that later ones made needless are taken back
-        undone = _taken_back(plan.choices, faster, slower)
-        trial = (
-            plan_of(accountant, undone, budget, factors=factors, overhead=overhead) if plan.fits and undone else plan
-        )
-        if trial.fits and trial.choices == undone:
+        undone = _taken_back(plan.choices, faster, slower) if plan.fits else None
+        trial = plan_of(accountant, undone, budget, factors=factors, overhead=overhead) if undone is not None else None
+        if trial is not None and trial.fits:
             plan = trial
         else:
             left.append(concession)

@@ -38,7 +38,7 @@ def pooled(states: mx.array, sequences: Sequences, pooling: str) -> mx.array:
     """One state [B, D] a text from all states [B, S, D], in float32.
 
     Args:
-        states: final hidden states.
+        states: final hidden states; for "last" they may be flat, in the order that `Sequences` tells.
         sequences: the texts, for their lengths.
         pooling: "last" takes the last token's; "mean" the mean over the tokens; "sqrt" their sum divided by the root
             of their number, whose spread doesn't shrink with length.
@@ -133,10 +133,10 @@ class RewardModel:
     def raw(self, sequences: Sequences) -> mx.array:
         """Raw outputs [B] for whole texts; prompts may be shared where only the last token's state is read."""
         with self.trunk.using(self.weights):
-            if sequences.shared is not None:
-                last = self.trunk.states(sequences)[sequences.last].astype(mx.float32)
-                return apply_head(self.weights.arrays, last)
-            states = self.trunk.hidden(sequences.tokens, kept=sequences.kept)
+            if sequences.shared is None:
+                states = self.trunk.hidden(sequences.tokens, kept=sequences.kept)
+            else:
+                states = self.trunk.states(sequences)
             return apply_head(self.weights.arrays, pooled(states, sequences, self.facts.pooling))
 
     @property

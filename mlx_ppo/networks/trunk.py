@@ -65,7 +65,6 @@ class Trunk:
         model.eval()
         if checked:
             self._check_split()
-        self.shares_prompts = shares_prompts(self, computing=checked)  # prompts of several rows can be read once
 
     @functools.cached_property
     def decodes_batches(self) -> bool:
@@ -81,13 +80,18 @@ class Trunk:
         """Whether the same holds for rows that join others which are being decoded."""
         return self.decodes_batches and decode_alike(self, [(0, 1), (2, 3)])
 
+    @functools.cached_property
+    def shares_prompts(self) -> bool:
+        """Whether responses read on top of prompts that they share get the states that they get in whole rows."""
+        return shares_prompts(self, computing=self._checked)
+
     def evict(self) -> None:
         """Free the frozen weights until `restore`; meanwhile only a role that brings all weights itself can use this.
 
         Where there is nothing to read them from again, they stay evicted.
         """
         if self.present:
-            self.width  # noqa: B018  computed once, from the weights
+            self.width, self.shares_prompts  # noqa: B018  computed once, from the weights
             self._hold({name: placeholder(array) for name, array in self.base.items()})
             gc.collect()
             mx.clear_cache()

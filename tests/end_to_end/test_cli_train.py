@@ -19,7 +19,7 @@ def stock_text(model, checkpoint, prompt, *, tokens):
 
     network, tokenizer = load(str(model), adapter_path=str(checkpoint))
     written = [part.token for part in stream_generate(network, tokenizer, prompt, max_tokens=tokens)]
-    assert len(written) == tokens or written[-1] in tokenizer.eos_token_ids
+    assert len(written) == tokens
     return tokenizer.decode(tokenizer.encode(prompt) + written, skip_special_tokens=True)
 
 
@@ -90,10 +90,10 @@ def test_stock_mlx_lm_writes_the_same_text(project, train):
     )
     adapters = json.loads((project.run() / "checkpoints/000004/adapter_config.json").read_text())
     assert adapters["num_layers"] == 2 and (train == "full" or adapters["lora_parameters"]["scale"] == 2.0)
-    ask = ("--prompt", "the story", "--temperature", 0, "--max-tokens", 20)
+    ask = ("--prompt", "a very", "--temperature", 0, "--max-tokens", 20)
     ours, before = project.done("sample", "runs/a", *ask), project.done("sample", "model", *ask)
-    assert ours.startswith("the story") and ours != before
-    stock = stock_text(project.folder / "model", project.run() / "checkpoints/000004", "the story", tokens=20)
+    assert ours.startswith("a very") and ours != before
+    stock = stock_text(project.folder / "model", project.run() / "checkpoints/000004", "a very", tokens=20)
     assert ours == f"{stock.rstrip()}\n"
 
 
