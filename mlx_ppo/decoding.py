@@ -9,11 +9,14 @@ import numpy as np
 from mlx_ppo.data.batches import pad_right
 from mlx_ppo.errors import RunError
 from mlx_ppo.networks.kv_cache import FULL, join, keep_rows, new_caches, share_offsets, size_caches
+from mlx_ppo.networks.steps import MOST_ROWS, Steps
 from mlx_ppo.networks.trunk import Trunk
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
 _PIECE = 1 << 18  # elements
+_LITTLE = 128  # prompt tokens that are read together however much is padding: fewer would take nearly as long
+_PADDED = 1.1  # positions read for each token of longer prompts, at most
 _REFILL = 4  # a refill is worth a prefill of its own where one in so many places is free
 
 
@@ -74,7 +77,8 @@ class Decoder:
         self._live: Ints = self._waiting[:0]  # requests that have places, in the caches' order
         self._cache: list[Any] = []
         self._states = mx.zeros((0,))  # [live, D], after the last token of each
-        self._joins = places < count and trunk.joins_batches
+        self._steps: Steps | None = None  # where few rows are read one token at a time on a CPU
+        self._joins = count > 1 and trunk.joins_batches
 
     @property
     def unfinished(self) -> bool:
@@ -83,15 +87,17 @@ class Decoder:
 
     def refill(self) -> None:
         """Give free places to requests that wait, as far as there are any."""
+        self._detach()
         free = self.places - len(self._live)
-        rows, self._waiting = self._waiting[:free], self._waiting[free:]
-        cache, states = self._prefill(rows)
-        self._states = mx.concatenate([self._states, states]) if len(self._live) else states
-        self._live = np.concatenate([self._live, rows])
-        if self._cache:
-            join(self._cache, cache, self._room(self._live))
-        else:
-            self._cache = cache
+        added, self._waiting = self._waiting[:free], self._waiting[free:]
+        for rows in self._of_like_length(added):
+            cache, states = self._prefill(rows)
+            self._states = mx.concatenate([self._states, states]) if len(self._live) else states
+            self._live = np.concatenate([self._live, rows])
+            if self._cache:
+                join(self._cache, cache, self._room(self._live))
+            else:
+                self._cache = cache
 
     def decode(self, on_tokens: Callable[[int], None]) -> None:
         """Sample a token a step for every request that has a place, until a refill is due, or there are none.
@@ -101,6 +107,8 @@ class Decoder:
         Raises:
             RunError: see `sample`.
         """
+        if self._steps is None and self.places <= MOST_ROWS and self.cache_form == FULL and self.trunk.reads_steps:
+            self._steps = Steps(self.trunk, self.places)
         while len(self._live) and not self._refill_due():
             self._step(on_tokens)
 
@@ -110,6 +118,24 @@ class Decoder:
         tokens, logprobs = self._tokens[row, :length].tolist(), self._logprobs[row, :length].tolist()
         return Response(tuple(tokens), tuple(logprobs), bool(self._finished[row]))
 
+    def _of_like_length(self, rows: Ints) -> list[Ints]:
+        """Requests in order of prompt length, in groups whose prompts are read together with little padding."""
+        groups: list[list[int]] = [[]]
+        read: set[tuple[int, ...]] = set()
+        tokens = longest = 0
+        for row in rows[::-1]:
+            prompt = self.requests[row].prompt
+            if prompt not in read:
+                padded = (len(read) + 1) * longest
+                if self._joins and tokens >= _LITTLE and padded > _PADDED * (tokens + len(prompt)):
+                    groups.append([])
+                    read, tokens = set(), 0
+                longest = longest if read else len(prompt)
+                read.add(prompt)
+                tokens += len(prompt)
+            groups[-1].append(row)
+        return [np.array(group) for group in groups]
+
     def _refill_due(self) -> bool:
         """Whether enough places are free, or as many as there are requests that wait."""
         free, wanted = self.places - len(self._live), min(len(self._waiting), -(-self.places // _REFILL))
@@ -117,7 +143,10 @@ class Decoder:
 
     def _step(self, on_tokens: Callable[[int], None]) -> None:
         live, slots = self._live, self._lengths[self._live]
-        logits = np.asarray(self.trunk.logits(self._states).astype(mx.float32))
+        if self._steps:
+            logits = self._steps.logits(self._states)
+        else:
+            logits = np.asarray(self.trunk.logits(self._states).astype(mx.float32))
         picked, logprobs = sample(logits, self._draws[live, slots], self.temperature)
         del logits  # it would stay in memory beside the next token's
         self._tokens[live, slots], self._logprobs[live, slots] = picked, logprobs
@@ -135,11 +164,16 @@ class Decoder:
         """Free all other places."""
         if len(places) == len(self._live):
             return
+        self._detach()
         self._live, self._states = self._live[places], self._states[mx.array(places)]
         if len(places):
             keep_rows(self._cache, places.tolist(), self._room(self._live))
         else:
             self._cache = []
+
+    def _detach(self) -> None:
+        if self._steps:
+            self._steps.detach()
 
     def _room(self, rows: Ints) -> int:
         """Tokens of the longest of some requests at most: no cache needs more, as its rows end at the same place."""
@@ -147,13 +181,16 @@ class Decoder:
 
     def _advance(self, tokens: Ints) -> None:
         """Read one more token of each request that has a place."""
-        share_offsets(self._cache)
-        states, entering = self._read(mx.array(tokens[:, None]), self._cache)
-        if entering is not None:
+        if self._steps:
+            self._states, entering = self._steps.read(tokens, self._cache)
+        else:
+            share_offsets(self._cache)
+            states, of_all = self._read(mx.array(tokens[:, None]), self._cache)
+            self._states, entering = states[:, -1], None if of_all is None else of_all[:, -1]
+        if self.keeping and entering is not None:
             mx.eval(entering)
             columns = self._prompts[self._live] + self._lengths[self._live] - 1
-            self.kept.add(self._live, columns, entering[:, -1])
-        self._states = states[:, -1]
+            self.kept.add(self._live, columns, entering)
 
     def _read(self, tokens: mx.array, cache: list[Any]) -> tuple[mx.array, mx.array | None]:
         """States [rows, S, D] of tokens [rows, S], and what is to be kept of them."""

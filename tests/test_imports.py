@@ -48,7 +48,7 @@ TABLE = {
     "mlx_ppo.networks": {
         "mlx", "mlx_lm", "numpy", "safetensors", "sentencepiece",
         "mlx_ppo.algo", "mlx_ppo.config", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.files", "mlx_ppo.networks",
-        "mlx_ppo.records",
+        "mlx_ppo.records", "mlx_ppo.runtime.products",
     },
     "mlx_ppo.networks.child_start": set(),
     "mlx_ppo.networks.template_worker": {"jinja2"},
@@ -63,6 +63,7 @@ TABLE = {
     },
     "mlx_ppo.memory.choices": {"mlx_ppo.config", "mlx_ppo.errors"},
     "mlx_ppo.runtime": {"mlx", "mlx_ppo.runtime"},
+    "mlx_ppo.runtime.products": {"numpy", "mlx_ppo.runtime"},
     "mlx_ppo.exporting": {
         "gguf", "mlx", "mlx_lm", "numpy",
         "mlx_ppo.config", "mlx_ppo.data", "mlx_ppo.errors", "mlx_ppo.exporting", "mlx_ppo.networks", "mlx_ppo.targets",

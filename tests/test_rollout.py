@@ -67,15 +67,14 @@ def test_batch_size_changes_nothing(make_model: Callable[..., Path], prompts: Pr
 def decoded(trunk: Trunk, prompts: Prompts, **changes: Any) -> tuple[Rollout, list[int]]:
     """A rollout, and how many rows each of its decoding steps had."""
     rows: list[int] = []
-    hidden = trunk.hidden
+    advance = Decoder._advance
 
-    def counting(tokens: mx.array, *given: Any, **named: Any) -> mx.array:
-        if tokens.shape[1] == 1:
-            rows.append(len(tokens))
-        return hidden(tokens, *given, **named)
+    def counting(decoder: Decoder, tokens: Any) -> None:
+        rows.append(len(tokens))
+        advance(decoder, tokens)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trunk, "hidden", counting)
+        patch.setattr(Decoder, "_advance", counting)
         return run(trunk, prompts, **changes), rows
 
 

@@ -26,9 +26,10 @@ from mlx_ppo.networks.heads import (
     read_reward_facts,
 )
 from mlx_ppo.networks.load import DTYPES, computing_with, empty_model
+from mlx_ppo.networks.parts import placeholder
 from mlx_ppo.networks.roles import Loading, Roles, load_roles
 from mlx_ppo.networks.rotary import share_turns
-from mlx_ppo.networks.trunk import Trunk, placeholder
+from mlx_ppo.networks.trunk import Trunk
 
 
 class _NoTokenizer:

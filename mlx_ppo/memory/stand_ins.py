@@ -16,7 +16,7 @@ from mlx.utils import tree_map
 
 from mlx_ppo.networks import activations, attention, checkpointing, compact, output_head, vocabulary
 from mlx_ppo.networks.device import assuming, on_cpu
-from mlx_ppo.networks.trunk import placeholder
+from mlx_ppo.networks.parts import placeholder
 
 _MARK = 1 << 60  # a mark is a strided view with an offset that no real array has
 

@@ -46,6 +46,11 @@ def use_fast_gates(model: nn.Module) -> None:
             module.__class__ = GatedMLP
 
 
+def swiglu_into(gate: Floats, up: Floats, out: Floats) -> None:
+    """silu(gate) * up, elementwise, for contiguous arrays of one shape."""
+    _by_pieces(_forward, gate, up, out)
+
+
 def _sigmoid(values: Floats) -> Floats:
     found = np.negative(values)
     np.exp(found, out=found)
@@ -81,7 +86,7 @@ def _backward(gate: Floats, up: Floats, cotangent: Floats, by_gate: Floats, by_u
 def _on_cpu(gate: mx.array, up: mx.array) -> mx.array:
     values, factors = np.asarray(gate), np.asarray(up)
     out = np.empty_like(values, order="C")
-    _by_pieces(_forward, np.ascontiguousarray(values), np.ascontiguousarray(factors), out)
+    swiglu_into(np.ascontiguousarray(values), np.ascontiguousarray(factors), out)
     return mx.array(out)
 
 

@@ -22,6 +22,7 @@ from mlx_ppo.networks.compact import CompactLinear
 from mlx_ppo.networks.model_files import json_object, read_arrays
 
 HEAD = "head."
+BRANCH_ENDS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2", "w2", "wo", "dense_4h_to_h")
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,17 @@ def make_adaptable(model: nn.Module) -> dict[str, nn.Module]:
     return adapted
 
 
+def make_noisy(inner: nn.Module, adapted: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The layers on whose output dropout acts: the embedding, and the last of each attention and feed-forward part."""
+    found = [layer for name, layer in adapted.items() if name.endswith(BRANCH_ENDS)]
+    for module in inner.values():
+        if type(module) is nn.Embedding:
+            module.__class__ = AdaptedEmbedding
+            plain(module)
+            found.append(module)
+    return found
+
+
 def parameters_of(model: nn.Module) -> dict[str, mx.array]:
     """A model's parameters by their dotted names."""
     return dict(tree_flatten(model.parameters()))
@@ -118,6 +130,19 @@ def layer_of(name: str) -> tuple[int, str]:
     parts = name.split(".")
     at = next(index for index, part in enumerate(parts) if part.isdigit())
     return int(parts[at]), ".".join(parts[at + 1 :])
+
+
+def lowest_block(weights: Weights) -> int | None:
+    """The lowest block that some weights change; 0 where they change what lies outside the blocks; None for none."""
+    names = [name for name in weights.arrays if not name.startswith(HEAD)]
+    return min(map(_block_of, names), default=None)
+
+
+def _block_of(name: str) -> int:
+    try:
+        return layer_of(name)[0]
+    except StopIteration:  # the embedding, the final norm, the output layer
+        return 0
 
 
 def dimensions(layer: nn.Module) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from mlx.utils import tree_unflatten
 from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.activations import use_fast_gates
-from mlx_ppo.networks.adapters import parameters_of
+from mlx_ppo.networks.adapters import BRANCH_ENDS, parameters_of
 from mlx_ppo.networks.compact import keep_compact
 from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.folder import ModelFolder, check_depth, check_model_folder
@@ -20,7 +20,7 @@ from mlx_ppo.networks.model_files import read_arrays
 from mlx_ppo.networks.open_files import open_files_limit_kept
 from mlx_ppo.networks.rotary import share_turns
 from mlx_ppo.networks.tokenizer import load_tokenizer
-from mlx_ppo.networks.trunk import BRANCH_ENDS, Trunk
+from mlx_ppo.networks.trunk import Trunk
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _LONGEST_ERROR = 300  # characters

@@ -56,3 +56,10 @@ class InPlace:
     def __contains__(self, name: str) -> bool:
         """Of the block itself."""
         return name in self._block
+
+
+def placeholder(array: mx.array) -> mx.array:
+    """An evaluated array of the same shape and type that takes the room of one element; its values mean nothing."""
+    empty = mx.broadcast_to(mx.zeros((), array.dtype), array.shape)
+    mx.eval(empty)
+    return empty

@@ -1,9 +1,10 @@
 """Trials of what an architecture can do, as some of mlx-lm's can't: decode several rows, read shared prompts once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_ppo.records import make_sequences
 
@@ -21,16 +22,43 @@ def decode_alike(trunk: "Trunk", turns: Sequence[Sequence[int]]) -> bool:
         turns: rows, by their number in a list of four, whose prompts are read together, padded on the right. Those of
             each turn join those before, which have decoded a token meanwhile.
     """
-    rows = [mx.array(row) % trunk.tokenizer.vocab_size for row in _ROWS]
     try:
-        found = _decoded(trunk, rows, turns)
+        found = _decoded(trunk, turns, lambda tokens, caches: trunk.hidden(tokens[:, None], caches)[:, -1])
     except (ValueError, AttributeError, TypeError):
         return False
-    wanted = mx.stack([trunk.hidden(rows[row][None])[0, -1] for turn in turns for row in turn])
-    return _alike(found, wanted)
+    return _alike(found, _whole(trunk, turns))
 
 
-def _decoded(trunk: "Trunk", rows: Sequence[mx.array], turns: Sequence[Sequence[int]]) -> mx.array:
+def steps_alike(trunk: "Trunk") -> bool:
+    """Whether `networks.steps` gives the states and the logits that the model gives."""
+    from mlx_ppo.networks.steps import Steps, understood
+
+    def read(tokens: mx.array, caches: list[Any]) -> mx.array:
+        return Steps(trunk, len(tokens)).read(np.array(tokens), caches)[0]
+
+    if not understood(trunk):
+        return False
+    turns = [(0, 1, 2), (3,)]
+    try:
+        found, wanted = _decoded(trunk, turns, read), _whole(trunk, turns)
+        logits = mx.array(Steps(trunk, len(wanted)).logits(wanted))
+    except (ValueError, AttributeError, TypeError):
+        return False
+    return _alike(found, wanted, tolerance=1e-3) and _alike(logits, trunk.logits(wanted), tolerance=1e-3)
+
+
+def _whole(trunk: "Trunk", turns: Sequence[Sequence[int]]) -> mx.array:
+    """States [N, D] after the last tokens of rows that are read alone."""
+    return mx.stack([trunk.hidden(_row(trunk, row)[None])[0, -1] for turn in turns for row in turn])
+
+
+def _row(trunk: "Trunk", number: int) -> mx.array:
+    return mx.array(_ROWS[number]) % trunk.tokenizer.vocab_size
+
+
+def _decoded(
+    trunk: "Trunk", turns: Sequence[Sequence[int]], read_tokens: Callable[[mx.array, list[Any]], mx.array]
+) -> mx.array:
     """States [N, D] after the last tokens, of which as many are decoded, one by one, as there are turns to come."""
     from mlx_ppo.networks.kv_cache import FULL, join, new_caches
 
@@ -39,7 +67,7 @@ def _decoded(trunk: "Trunk", rows: Sequence[mx.array], turns: Sequence[Sequence[
     states = mx.zeros((0,))
     for number, turn in enumerate(turns):
         left = len(turns) - number
-        read = [rows[row][:-left] for row in turn]
+        read = [_row(trunk, row)[:-left] for row in turn]
         longest = max(map(len, read))
         padding = [longest - len(row) for row in read]
         added = new_caches(trunk.model, FULL, len(turn))
@@ -51,7 +79,7 @@ def _decoded(trunk: "Trunk", rows: Sequence[mx.array], turns: Sequence[Sequence[
         if caches:
             join(caches, added, longest + left)
         caches, live = caches or added, [*live, *turn]
-        states = trunk.hidden(mx.stack([rows[row][-left] for row in live])[:, None], caches)[:, -1]
+        states = read_tokens(mx.stack([_row(trunk, row)[-left] for row in live]), caches)
     return states
 
 
@@ -78,5 +106,6 @@ def shares_prompts(trunk: "Trunk", *, computing: bool = True) -> bool:
         return False
 
 
-def _alike(states: mx.array, wanted: mx.array) -> bool:
-    return bool(mx.allclose(states.astype(mx.float32), wanted.astype(mx.float32), rtol=0.05, atol=0.05).item())
+def _alike(states: mx.array, wanted: mx.array, tolerance: float = 0.05) -> bool:
+    pair = states.astype(mx.float32), wanted.astype(mx.float32)
+    return bool(mx.allclose(*pair, rtol=tolerance, atol=tolerance).item())

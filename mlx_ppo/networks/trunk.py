@@ -12,16 +12,15 @@ from mlx.utils import tree_unflatten
 
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
-from mlx_ppo.networks.adapters import HEAD, AdaptedEmbedding, Weights, layer_of, make_adaptable, parameters_of, plain
+from mlx_ppo.networks.adapters import HEAD, Weights, lowest_block, make_adaptable, make_noisy, parameters_of, plain
 from mlx_ppo.networks.attention import fast_attention
 from mlx_ppo.networks.checkpointing import checkpointed
-from mlx_ppo.networks.parts import Entered, InPlace, States
-from mlx_ppo.networks.probes import decode_alike, shares_prompts
+from mlx_ppo.networks.parts import Entered, InPlace, States, placeholder
+from mlx_ppo.networks.probes import decode_alike, shares_prompts, steps_alike
 from mlx_ppo.networks.shared_prompts import LayerCache, Reading
 from mlx_ppo.records import Sequences
 
 _INNER_NAMES = ("model", "backbone", "transformer")
-BRANCH_ENDS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2", "w2", "wo", "dense_4h_to_h")
 
 
 class Trunk:
@@ -56,7 +55,7 @@ class Trunk:
         self._layers: list[Any] = lists[0] if lists else []
         self.adapted = make_adaptable(model)
         self.base = parameters_of(model)
-        self._noisy = _make_noisy(self._owner[self._inner_name], self.adapted)
+        self._noisy = make_noisy(self.inner, self.adapted)
         self._in_use = False
         self.replaced: Mapping[str, mx.array] = {}  # what a role that trains all weights has put on the model just now
         self.positions = 0  # positions whose logits are computed together; 0: as many as `output_head` thinks fit
@@ -85,13 +84,32 @@ class Trunk:
         """Whether responses read on top of prompts that they share get the states that they get in whole rows."""
         return shares_prompts(self, computing=self._checked)
 
+    @functools.cached_property
+    def reads_steps(self) -> bool:
+        """Whether `networks.steps` can read a token of each row and give logits, as the model does."""
+        return self._checked and steps_alike(self)
+
+    @property
+    def inner(self) -> nn.Module:
+        """The part of the model that gives hidden states."""
+        part: nn.Module = self._owner[self._inner_name]
+        return part
+
+    @property
+    def output_layer(self) -> nn.Module | None:
+        """The layer that makes logits of states, where it isn't the embedding's transpose."""
+        layer: nn.Module | None = self._owner.get("lm_head")
+        return layer
+
     def evict(self) -> None:
         """Free the frozen weights until `restore`; meanwhile only a role that brings all weights itself can use this.
 
         Where there is nothing to read them from again, they stay evicted.
         """
         if self.present:
-            self.width, self.shares_prompts  # noqa: B018  computed once, from the weights
+            if self._checked:  # what is found out once, from the weights
+                self.shares_prompts, self.joins_batches, self.reads_steps  # noqa: B018
+            self.width  # noqa: B018
             self._hold({name: placeholder(array) for name, array in self.base.items()})
             gc.collect()
             mx.clear_cache()
@@ -127,7 +145,7 @@ class Trunk:
 
     def share_below(self, roles: Iterable[Weights]) -> None:
         """Set `split` to the lowest block that any of these roles changes, if this architecture can start there."""
-        lowest = [_lowest_block(weights) for weights in roles]
+        lowest = [lowest_block(weights) for weights in roles]
         self.split = min((block for block in lowest if block is not None), default=0)
         if self._checked and self.split and not (self._layers and self._starts_from_kept()):
             self.split = 0
@@ -141,7 +159,7 @@ class Trunk:
             kept: the states [B, S, D] that enter block `split`, from an earlier pass over the same tokens: the blocks
                 below are left out. Not read where `split` is 0.
         """
-        inner = self._owner[self._inner_name]
+        inner = self.inner
         below = {} if kept is None else {block: functools.partial(_given, kept) for block in range(self.split)}
         with self._instead(below), fast_attention():
             states: mx.array = inner(tokens) if cache is None else inner(tokens, cache=cache)
@@ -177,7 +195,7 @@ class Trunk:
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits [..., V] of hidden states [..., D], by whatever the architecture does after its inner part."""
-        inner = self._owner[self._inner_name]
+        inner = self.inner
         states = hidden if hidden.ndim == 3 else hidden[None]
         dict.__setitem__(self._owner, self._inner_name, States(inner, states))
         try:
@@ -214,7 +232,7 @@ class Trunk:
         """
         if self._in_use:
             raise RuntimeError("another role's weights are on the trunk; roles don't nest")
-        lowest = _lowest_block(weights)
+        lowest = lowest_block(weights)
         if lowest is not None and lowest < self.split:
             raise RuntimeError(f"weights in block {lowest}, but the states that enter block {self.split} are kept")
         replaced: dict[str, mx.array] = {}
@@ -308,37 +326,6 @@ class Trunk:
 
 def _given(states: mx.array, *_: Any, **__: Any) -> mx.array:
     return states
-
-
-def placeholder(array: mx.array) -> mx.array:
-    """An evaluated array of the same shape and type that takes the room of one element; its values mean nothing."""
-    empty = mx.broadcast_to(mx.zeros((), array.dtype), array.shape)
-    mx.eval(empty)
-    return empty
-
-
-def _lowest_block(weights: Weights) -> int | None:
-    """The lowest block that some weights change; 0 where they change what lies outside the blocks; None for none."""
-    names = [name for name in weights.arrays if not name.startswith(HEAD)]
-    return min(map(_block_of, names), default=None)
-
-
-def _block_of(name: str) -> int:
-    try:
-        return layer_of(name)[0]
-    except StopIteration:  # the embedding, the final norm, the output layer
-        return 0
-
-
-def _make_noisy(inner: nn.Module, adapted: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """The layers on whose output dropout acts: the embedding, and the last of each attention and feed-forward part."""
-    found = [layer for name, layer in adapted.items() if name.endswith(BRANCH_ENDS)]
-    for module in inner.values():
-        if type(module) is nn.Embedding:
-            module.__class__ = AdaptedEmbedding
-            plain(module)
-            found.append(module)
-    return found
 
 
 def _find_inner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+_LIBRARY = "cmeel.prefix/lib/libopenblas.so.0"
 _SONAME = b"libgfortran.so.5\0"
 
 
@@ -26,7 +27,7 @@ def load_blas() -> Blas:
         return Blas(None, "")
     if "mlx.core" in sys.modules:
         return Blas(None, "mlx was imported before mlx_ppo, so its slow reference BLAS stays; import mlx_ppo first")
-    library = _find("cmeel.prefix/lib/libopenblas.so.0")
+    library = _find(_LIBRARY)
     if library is None:
         return Blas(None, "mlx's slow reference BLAS stays: cmeel-openblas isn't installed; pip install cmeel-openblas")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(len(os.sched_getaffinity(0))))
@@ -39,6 +40,15 @@ def load_blas() -> Blas:
         except OSError as error:
             return Blas(None, f"OpenBLAS could not be loaded ({error}); mlx's slow reference BLAS stays")
     return Blas(library, "")
+
+
+def loaded_blas() -> ctypes.CDLL | None:
+    """OpenBLAS, to call functions of it; None where `load_blas` did not load it."""
+    library = _find(_LIBRARY) if sys.platform.startswith("linux") else None
+    try:
+        return ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_LAZY) if library else None
+    except OSError:
+        return None
 
 
 def _find(relative: str) -> Path | None:

@@ -1,0 +1,111 @@
+"""Many products of small matrices by one call of the BLAS that is loaded, prepared once and run many times.
+
+OpenBLAS copies a large matrix into another order before it multiplies by it, which for few rows takes longer than the
+product. For small products it has kernels that don't; a large matrix is therefore multiplied in blocks.
+
+Source: `cblas_sgemm_batch`, of Intel's MKL first, in OpenBLAS since 0.3.29.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlx_ppo.runtime.blas import loaded_blas
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+Place = tuple[
+    Floats, Sequence[int], int
+]  # an array, where matrices begin in it, and the step from row to row: elements
+Run = Callable[[], Any]
+_ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
+_BLOCK = 24  # columns of the result: of 16 to 96, the fastest or nearly so for 8 to 64 rows
+_FLOAT = 4  # bytes
+
+
+def can_prepare() -> bool:
+    """Whether the BLAS that is loaded has the function."""
+    return hasattr(loaded_blas(), "cblas_sgemm_batch")
+
+
+def prepare(
+    shape: tuple[Any, Any, Any],
+    left: Place,
+    right: Place,
+    out: Place,
+    *,
+    sizes: Sequence[int] = (),
+    transposed: bool,
+    add: bool = False,
+) -> Run:
+    """A function that sets every out[i] to left[i] @ right[i]. All arrays live as long as it.
+
+    Args:
+        shape: M, N and K of [M, K] @ [K, N], as `integers`, one for each group of equal shape; changed, they count at
+            the next run.
+        left: matrices [M, K].
+        right: matrices [K, N], or [N, K] where they are to be transposed.
+        out: matrices [M, N].
+        sizes: how many matrices each group has; by default there is one group.
+        transposed: the right ones are.
+        add: add to what is there.
+    """
+    sizes = sizes or (len(left[1]),)
+    groups = len(sizes)
+    orders = integers([_PLAIN] * groups), integers([_TRANSPOSED if transposed else _PLAIN] * groups)
+    ones, kept = (ctypes.c_float * groups)(*[1.0] * groups), (ctypes.c_float * groups)(*[float(add)] * groups)
+    (of_left, left_step), (of_right, right_step), (of_out, out_step) = (
+        (_addresses(array, starts), integers([step] * groups)) for array, starts, step in (left, right, out)
+    )
+    arguments = (
+        *(_ROW_MAJOR, *orders, *shape, ones, of_left, left_step, of_right, right_step, kept, of_out, out_step),
+        *(groups, integers(sizes)),
+    )
+    function, held = loaded_blas().cblas_sgemm_batch, (left[0], right[0], out[0])  # type: ignore[union-attr]
+
+    def run(_: Any = held) -> None:
+        function(*arguments)
+
+    return run
+
+
+def by_matrix(rows: Any, left: Floats, matrix: Floats, out: Floats, *, add: bool = False) -> Run:
+    """A function that sets the first rows of out [R, N] to those of left [R or more, K] @ matrix.T [K, N].
+
+    Args:
+        rows: how many, as `integers`, twice.
+        left: contiguous.
+        matrix: [N, K], contiguous in either order.
+        out: contiguous.
+        add: add to what is there.
+    Raises:
+        ValueError: the shapes don't fit.
+    """
+    count, inner = matrix.shape
+    if left.shape[1] != inner or out.shape[1] != count or len(out) > len(left):
+        raise ValueError(f"products of {left.shape} and {matrix.shape} don't fit {out.shape}")
+    starts = range(0, count, _BLOCK)
+    full, rest = divmod(count, _BLOCK)
+    sizes = [full] * (full > 0) + [1] * (rest > 0)
+    columns = [_BLOCK] * (full > 0) + [rest] * (rest > 0)
+    plain = matrix.flags.c_contiguous
+    return prepare(
+        (rows, integers(columns), integers([inner] * len(sizes))),
+        (left, [0] * len(starts), inner),
+        (matrix, [start * inner for start in starts], inner) if plain else (matrix, starts, count),
+        (out, starts, count),
+        sizes=sizes,
+        transposed=plain,
+        add=add,
+    )
+
+
+def integers(values: Sequence[int]) -> Any:
+    """An array of C."""
+    return (ctypes.c_int * len(values))(*values)
+
+
+def _addresses(array: Floats, starts: Sequence[int]) -> Any:
+    base = array.ctypes.data
+    return (ctypes.c_void_p * len(starts))(*[base + _FLOAT * start for start in starts])
