@@ -63,7 +63,9 @@ def _is_common(block: Any) -> bool:
 
 
 def _names(module: Any) -> set[str]:
-    return set(getattr(type(module).__call__, "__code__", _names.__code__).co_names)
+    """Names of all attributes that a module's code reads."""
+    code = getattr(type(module).__call__, "__code__", None)
+    return set(code.co_names) if code else set()
 
 
 class Steps:
