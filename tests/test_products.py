@@ -64,4 +64,6 @@ def test_matrices_in_the_midst_of_arrays_and_a_length_that_grows():
 
 def test_without_the_function_nothing_is_prepared(monkeypatch):
     monkeypatch.setattr(products, "loaded_blas", lambda: None)
+    products._batched.cache_clear()
     assert not can_prepare()
+    products._batched.cache_clear()

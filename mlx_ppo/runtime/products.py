@@ -7,6 +7,7 @@ Source: `cblas_sgemm_batch`, of Intel's MKL first, in OpenBLAS since 0.3.29.
 """
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,12 @@ _FLOAT = 4  # bytes
 
 def can_prepare() -> bool:
     """Whether the BLAS that is loaded has the function."""
-    return hasattr(loaded_blas(), "cblas_sgemm_batch")
+    return _batched() is not None
+
+
+@functools.cache
+def _batched() -> Any:
+    return getattr(loaded_blas(), "cblas_sgemm_batch", None)
 
 
 def prepare(
@@ -62,7 +68,7 @@ def prepare(
         *(_ROW_MAJOR, *orders, *shape, ones, of_left, left_step, of_right, right_step, kept, of_out, out_step),
         *(groups, integers(sizes)),
     )
-    function, held = loaded_blas().cblas_sgemm_batch, (left[0], right[0], out[0])  # type: ignore[union-attr]
+    function, held = _batched(), (left[0], right[0], out[0])
 
     def run(_: Any = held) -> None:
         function(*arguments)
