@@ -99,6 +99,7 @@ class Steps:
         self._attached: list[_Attached] = []
         self._logits: tuple[Floats, Run] | None = None
 
+    @np.errstate(over="ignore", invalid="ignore")  # what isn't finite is found, and said, further on
     def read(self, tokens: np.ndarray[Any, Any], caches: Sequence[Any]) -> tuple[mx.array, mx.array | None]:
         """Final hidden states [B, D] of tokens [B], which the caches then hold too.
 
