@@ -220,6 +220,7 @@ def test_a_signal_to_the_trainer_itself_saves_too(slow):
 
 
 def test_a_closed_terminal_saves(slow):
+    (slow.folder / "rule.py").write_text(RULE.replace("0.1", "1"))  # the phase lasts until the signal has come
     process = slow.start("train", slow.config(run={**RUN, "save_every": 100}))
     until(in_phase(slow, "score", 2), process)
     trainer, below = family(process)
