@@ -63,6 +63,13 @@ def attend(
     return (weights.reshape(*together, length) @ v).reshape(rows, heads, count, v.shape[-1])
 
 
+def softmax_in_place(scores: Floats) -> None:
+    """Over the last axis."""
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+
+
 @mx.custom_function
 @_silent
 def _weights(scores: mx.array, mask: mx.array, scale: mx.array) -> mx.array:
@@ -75,9 +82,7 @@ def _weights(scores: mx.array, mask: mx.array, scale: mx.array) -> mx.array:
             np.putmask(out, ~counts, _LOWEST)
         else:
             out += counts
-        out -= out.max(axis=-1, keepdims=True)
-        np.exp(out, out=out)
-        out /= out.sum(axis=-1, keepdims=True)
+        softmax_in_place(out)
     return mx.array(weights)
 
 

@@ -35,6 +35,11 @@ def new_caches(model: nn.Module, form: str, rows: int) -> list[Any]:
     return found
 
 
+def keeps_all_tokens(model: nn.Module) -> bool:
+    """Whether every layer keeps plain keys and values of all tokens: no window, no recurrent state."""
+    return all(type(cache) is KVCache for cache in make_prompt_cache(model))
+
+
 def share_offsets(caches: Sequence[Any]) -> None:
     """Let the plain caches of a model's layers, which are equally far, hold one array that says how far."""
     plain = [cache for cache in caches if isinstance(cache, BatchKVCache)]

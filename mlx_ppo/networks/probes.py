@@ -89,9 +89,9 @@ def shares_prompts(trunk: "Trunk", *, computing: bool = True) -> bool:
     Never where a layer keeps something else than plain keys and values: a window, a recurrent state. `computing`: the
     weights are there to try it.
     """
-    from mlx_lm.models.cache import KVCache, make_prompt_cache
+    from mlx_ppo.networks.kv_cache import keeps_all_tokens
 
-    if not all(type(cache) is KVCache for cache in make_prompt_cache(trunk.model)):
+    if not keeps_all_tokens(trunk.model):
         return False
     if not computing:
         return True

@@ -7,6 +7,8 @@ elementwise work.
 Source: Su et al. 2021, arXiv:2104.09864, eq. 34.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -31,10 +33,7 @@ class Turns:
         """
         if not self._is_asked_again(offset, length):
             rows = 1 if isinstance(offset, int) else offset.size
-            one = mx.concatenate([mx.ones((rope.dims // 2,)), mx.zeros((rope.dims // 2,))])
-            turned = _turned(rope, mx.broadcast_to(one, (rows, 1, length, rope.dims)), offset)
-            cosines, sines = mx.split(turned, 2, axis=-1)
-            self._found = mx.concatenate([cosines, cosines], axis=-1), mx.concatenate([-sines, sines], axis=-1)
+            self._found = factors_of(lambda one: _turned(rope, one, offset), (rows, 1, length, rope.dims))
             self._asked = offset, length
         return self._found
 
@@ -43,6 +42,15 @@ class Turns:
             return False
         before = self._asked[0]
         return before is offset or (isinstance(offset, int) and isinstance(before, int) and before == offset)
+
+
+def factors_of(turn: Callable[[mx.array], mx.array], shape: tuple[int, ...]) -> tuple[mx.array, mx.array]:
+    """Factors of a vector's own elements, and of its exchanged halves, by which a function turns arrays of a shape."""
+    half = shape[-1] // 2
+    cosines, sines = mx.split(
+        turn(mx.broadcast_to(mx.concatenate([mx.ones((half,)), mx.zeros((half,))]), shape)), 2, -1
+    )
+    return mx.concatenate([cosines, cosines], axis=-1), mx.concatenate([-sines, sines], axis=-1)
 
 
 class SharedRoPE(nn.RoPE):

@@ -17,7 +17,10 @@ import numpy as np
 
 from mlx_ppo.networks.activations import GatedMLP, swiglu_into
 from mlx_ppo.networks.adapters import AdaptedLinear
+from mlx_ppo.networks.attention import softmax_in_place
 from mlx_ppo.networks.device import on_cpu
+from mlx_ppo.networks.kv_cache import keeps_all_tokens
+from mlx_ppo.networks.rotary import factors_of
 from mlx_ppo.runtime.products import Floats, Run, by_matrix, can_prepare, integers, prepare
 
 if TYPE_CHECKING:
@@ -34,8 +37,6 @@ _HEAD_NORMS = {"q_norm", "k_norm"}
 
 def understood(trunk: "Trunk") -> bool:
     """Whether the architecture is of this kind, as far as its types and the names in its code tell."""
-    from mlx_lm.models.cache import KVCache, make_prompt_cache
-
     embedding, norm, head = trunk.inner.get("embed_tokens"), trunk.inner.get("norm"), trunk.output_layer
     return (
         on_cpu()
@@ -45,7 +46,7 @@ def understood(trunk: "Trunk") -> bool:
         and type(norm) is nn.RMSNorm
         and (head is None or type(head) is nn.Linear)
         and all(_is_common(block) for block in trunk.model.layers)
-        and all(type(cache) is KVCache for cache in make_prompt_cache(trunk.model))
+        and keeps_all_tokens(trunk.model)
     )
 
 
@@ -212,9 +213,7 @@ class Steps:
         weights = attached.weights[..., : at + 1]
         if mask is not None:
             weights += mask
-        weights -= weights.max(axis=-1, keepdims=True)
-        np.exp(weights, out=weights)
-        weights /= weights.sum(axis=-1, keepdims=True)
+        softmax_in_place(weights)
         attached.mix()
 
 
@@ -292,8 +291,8 @@ def _norm(layer: Any) -> Norm:
 
 def _kind(rope: Any) -> tuple[Any, ...]:
     """What the angles of a rotary embedding depend on."""
-    facts = {name: value for name, value in {**vars(rope), **rope}.items() if not name.startswith("_training")}
-    return type(rope), *((name, _fact(value)) for name, value in sorted(facts.items()) if name != "turns")
+    facts = sorted({**vars(rope), **rope}.items())
+    return type(rope), *((name, _fact(value)) for name, value in facts if name not in ("turns", "_training"))
 
 
 def _fact(value: Any) -> Any:
@@ -302,9 +301,8 @@ def _fact(value: Any) -> Any:
 
 def _turns(rope: Any, offsets: mx.array, size: int) -> tuple[Floats, Floats]:
     """Factors [B, 1, D] of a vector's own elements, and of its exchanged halves, at the rows' offsets [B]."""
-    one = mx.concatenate([mx.ones((size // 2,)), mx.zeros((size // 2,))])
-    cosines, sines = np.split(np.asarray(rope(mx.broadcast_to(one, (len(offsets), 1, 1, size)), offset=offsets)), 2, -1)
-    return np.concatenate([cosines, cosines], -1)[:, 0], np.concatenate([-sines, sines], -1)[:, 0]
+    factors, exchanged = factors_of(lambda one: rope(one, offset=offsets), (len(offsets), 1, 1, size))
+    return np.asarray(factors)[:, 0], np.asarray(exchanged)[:, 0]
 
 
 def _turned(vectors: Floats, turns: tuple[Floats, Floats]) -> Floats:
