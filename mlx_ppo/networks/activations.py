@@ -51,6 +51,11 @@ def swiglu_into(gate: Floats, up: Floats, out: Floats) -> None:
     _by_pieces(_forward, gate, up, out)
 
 
+def swiglu_back(gate: Floats, up: Floats, given: Floats, by_gate: Floats, by_up: Floats) -> None:
+    """Fill in the gradients by gate and up for a gradient by silu(gate) * up; contiguous arrays of one shape."""
+    _by_pieces(_backward, gate, up, given, by_gate, by_up)
+
+
 def _sigmoid(values: Floats) -> Floats:
     found = np.negative(values)
     np.exp(found, out=found)
@@ -94,5 +99,5 @@ def _on_cpu(gate: mx.array, up: mx.array) -> mx.array:
 def _on_cpu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     given = [np.ascontiguousarray(np.asarray(array)) for array in (*primals, cotangent)]
     by_gate, by_up = np.empty_like(given[0]), np.empty_like(given[0])
-    _by_pieces(_backward, *given, by_gate, by_up)
+    swiglu_back(*given, by_gate, by_up)
     return mx.array(by_gate), mx.array(by_up)

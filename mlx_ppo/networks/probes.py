@@ -31,7 +31,8 @@ def decode_alike(trunk: "Trunk", turns: Sequence[Sequence[int]]) -> bool:
 
 def steps_alike(trunk: "Trunk") -> bool:
     """Whether `networks.steps` gives the states and the logits that the model gives."""
-    from mlx_ppo.networks.steps import Steps, understood
+    from mlx_ppo.networks.common_blocks import understood
+    from mlx_ppo.networks.steps import Steps
 
     def read(tokens: mx.array, caches: list[Any]) -> mx.array:
         return Steps(trunk, len(tokens)).read(np.array(tokens), caches)[0]
@@ -45,6 +46,24 @@ def steps_alike(trunk: "Trunk") -> bool:
     except (ValueError, AttributeError, TypeError):
         return False
     return _alike(found, wanted, tolerance=1e-3) and _alike(logits, trunk.logits(wanted), tolerance=1e-3)
+
+
+def passes_alike(trunk: "Trunk") -> bool:
+    """Whether `networks.passes` gives the states that the model gives, of whole rows and where prompts are shared."""
+    from mlx_ppo.networks.passes import states_of
+
+    size = trunk.tokenizer.vocab_size
+    prompts = [[token % size for token in row] for row in ([1, 2, 3], [2, 1], [1, 2, 3], [2, 1])]
+    responses = [[row % size, 3 % size, 1 % size] for row in range(len(prompts))]
+    whole, shared = (make_sequences(prompts, responses, sharing=sharing) for sharing in (False, True))
+    wanted = trunk.hidden(whole.tokens).reshape(whole.tokens.size, -1)[whole.predicting]
+    try:
+        return all(
+            _alike(states_of(trunk, one, learning=False, saving=False)[one.predicting], wanted, tolerance=1e-3)
+            for one in (whole, shared)
+        )
+    except (ValueError, AttributeError, TypeError):
+        return False
 
 
 def _whole(trunk: "Trunk", turns: Sequence[Sequence[int]]) -> mx.array:

@@ -2,8 +2,7 @@
 
 While few rows are decoded, mlx's CPU backend spends much of its time beside the large products: on starting
 operations, on softmax and other elementwise functions, on waiting for what numpy computes. For the most common
-architecture (RMS norms, rotary embeddings, grouped heads, a gated feed-forward part: Llama's and Qwen's) a step is
-computed here, in float32, from the same weights, adapters and KV caches, which stay mlx's.
+kind of block a step is computed here, from the same weights, adapters and KV caches, which stay mlx's.
 
 Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; Ainslie et al. 2023, arXiv:2305.13245 (grouped heads).
 """
@@ -12,61 +11,18 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from mlx_ppo.networks.activations import GatedMLP, swiglu_into
-from mlx_ppo.networks.adapters import AdaptedLinear
+from mlx_ppo.networks.activations import swiglu_into
 from mlx_ppo.networks.attention import softmax_in_place
-from mlx_ppo.networks.device import on_cpu
-from mlx_ppo.networks.kv_cache import keeps_all_tokens
-from mlx_ppo.networks.rotary import factors_of
-from mlx_ppo.runtime.products import Floats, Run, by_matrix, can_prepare, integers, prepare
+from mlx_ppo.networks.common_blocks import LOWEST, kind_of, normed, turned, turns_at, view
+from mlx_ppo.runtime.products import Floats, Run, by_matrix, integers, prepare
 
 if TYPE_CHECKING:
     from mlx_ppo.networks.trunk import Trunk
 
 Norm = Callable[[Floats], Floats]
 MOST_ROWS = 64  # with more, one usual product by a matrix is faster than many small ones
-_LOWEST = np.float32(-1e30)  # added to the score of what doesn't count
-_OF_BLOCK = {"self_attn", "input_layernorm", "mlp", "post_attention_layernorm"}
-_OF_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "n_heads", "n_kv_heads", "scale", "rope", "offset", "reshape"}
-_OF_ATTENTION |= {"scaled_dot_product_attention", "shape", "transpose", "update_and_fetch"}
-_HEAD_NORMS = {"q_norm", "k_norm"}
-
-
-def understood(trunk: "Trunk") -> bool:
-    """Whether the architecture is of this kind, as far as its types and the names in its code tell."""
-    embedding, norm, head = trunk.inner.get("embed_tokens"), trunk.inner.get("norm"), trunk.output_layer
-    return (
-        on_cpu()
-        and can_prepare()
-        and all(array.dtype == mx.float32 for array in trunk.base.values())
-        and isinstance(embedding, nn.Embedding)
-        and type(norm) is nn.RMSNorm
-        and (head is None or type(head) is nn.Linear)
-        and all(_is_common(block) for block in trunk.model.layers)
-        and keeps_all_tokens(trunk.model)
-    )
-
-
-def _is_common(block: Any) -> bool:
-    if _names(block) != _OF_BLOCK or _names(block.self_attn) - _HEAD_NORMS != _OF_ATTENTION:
-        return False
-    attention, mlp = block.self_attn, block.mlp
-    linear = [attention[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    norms = [block.input_layernorm, block.post_attention_layernorm, *filter(None, map(attention.get, _HEAD_NORMS))]
-    return (
-        type(mlp) is GatedMLP
-        and all(type(norm) is nn.RMSNorm for norm in norms)
-        and all(type(layer) is AdaptedLinear for layer in (*linear, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    )
-
-
-def _names(module: Any) -> set[str]:
-    """Names of all attributes that a module's code reads."""
-    code = getattr(type(module).__call__, "__code__", None)
-    return set(code.co_names) if code else set()
 
 
 class Steps:
@@ -79,16 +35,16 @@ class Steps:
         """Prepare the products; no weight is copied but those of adapters.
 
         Args:
-            trunk: one that `understood` says yes to.
+            trunk: one that `common_blocks.understood` says yes to.
             rows: at most this many, and at most `MOST_ROWS`.
         """
         assert rows <= MOST_ROWS
         self._rows = integers([0, 0])
         self._trunk, inner = trunk, trunk.inner
-        self._embedding = _view(inner.embed_tokens.weight)
+        self._embedding = view(inner.embed_tokens.weight)
         head = trunk.output_layer
-        self._output = self._embedding if head is None else _view(head.weight)
-        self._output_bias = _view(head.bias) if head is not None and "bias" in head else None
+        self._output = self._embedding if head is None else view(head.weight)
+        self._output_bias = view(head.bias) if head is not None and "bias" in head else None
         attention = trunk.model.layers[0].self_attn
         self._heads, self._groups, self._scale = attention.n_heads, attention.n_kv_heads, np.float32(attention.scale)
         self._states = np.empty((rows, self._embedding.shape[1]), np.float32)
@@ -115,9 +71,9 @@ class Steps:
             self._attach(caches)
         self._rows[:] = [count, count]
         offsets, padding = caches[0].offset, np.asarray(caches[0].left_padding)
-        turns = {kind: _turns(rope, offsets, self._mixed.shape[1] // self._heads) for kind, rope in self._ropes.items()}
+        turns = {kind: turns_at(rope, offsets, self._mixed.shape[1] // self._heads) for kind, rope in self._ropes.items()}
         counts = np.arange(at + 1)[None, :] >= padding[:, None]
-        mask = None if counts.all() else np.where(counts, np.float32(0), _LOWEST)[:, None]
+        mask = None if counts.all() else np.where(counts, np.float32(0), LOWEST)[:, None]
         states, entering = self._embedding[tokens], None
         for number, (block, attached) in enumerate(zip(self._blocks, self._attached, strict=True)):
             if number and number == self._trunk.split:
@@ -152,7 +108,7 @@ class Steps:
 
     def _block(self, block: Any) -> "_Block":
         attention, mlp = block.self_attn, block.mlp
-        kind = _kind(attention.rope)
+        kind = kind_of(attention.rope)
         self._ropes[kind] = attention.rope
 
         def layer(layer: Any, given: Floats) -> _Linear:
@@ -205,9 +161,9 @@ class Steps:
         q = block.q(count).reshape(count, self._heads, size)
         k = block.k(count).reshape(count, self._groups, size)
         q, k = (block.q_norm(q) if block.q_norm else q), (block.k_norm(k) if block.k_norm else k)
-        attached.keys[:, :, at] = _turned(k, turns)
+        attached.keys[:, :, at] = turned(k, turns)
         attached.values[:, :, at] = block.v(count).reshape(count, self._groups, size)
-        np.multiply(_turned(q, turns), self._scale, out=attached.asked)
+        np.multiply(turned(q, turns), self._scale, out=attached.asked)
         attached.length[0] = at + 1
         attached.score()
         weights = attached.weights[..., : at + 1]
@@ -221,9 +177,9 @@ class _Linear:
     """A linear layer, with its bias and its adapter, of what stands in an array when it is called."""
 
     def __init__(self, layer: Any, given: Floats, rows: Any) -> None:
-        matrix = _view(layer.weight)
+        matrix = view(layer.weight)
         self._out = np.empty((len(given), len(matrix)), np.float32)
-        self._bias = _view(layer.bias) if "bias" in layer else None
+        self._bias = view(layer.bias) if "bias" in layer else None
         self._runs = [by_matrix(rows, given, matrix, self._out)]
         if layer.attached is not None:
             a, b, scale = layer.attached
@@ -269,47 +225,6 @@ class _Attached(NamedTuple):
     mix: Run
 
 
-def _view(array: mx.array) -> Floats:
-    """The memory of an array, which must be contiguous in one of the two orders."""
-    found = np.asarray(array)
-    return found if found.flags.c_contiguous or found.flags.f_contiguous else np.ascontiguousarray(found)
-
-
 def _norm(layer: Any) -> Norm:
     weight, eps = np.asarray(layer.weight), np.float32(layer.eps)
-
-    def normed(states: Floats) -> Floats:
-        squares = np.einsum("...d,...d->...", states, states)[..., None]
-        squares /= states.shape[-1]
-        squares += eps
-        found: Floats = states / np.sqrt(squares, out=squares)
-        found *= weight
-        return found
-
-    return normed
-
-
-def _kind(rope: Any) -> tuple[Any, ...]:
-    """What the angles of a rotary embedding depend on."""
-    facts = sorted({**vars(rope), **rope}.items())
-    return type(rope), *((name, _fact(value)) for name, value in facts if name not in ("turns", "_training"))
-
-
-def _fact(value: Any) -> Any:
-    return np.asarray(value).tobytes() if isinstance(value, mx.array) else repr(value)
-
-
-def _turns(rope: Any, offsets: mx.array, size: int) -> tuple[Floats, Floats]:
-    """Factors [B, 1, D] of a vector's own elements, and of its exchanged halves, at the rows' offsets [B]."""
-    factors, exchanged = factors_of(lambda one: rope(one, offset=offsets), (len(offsets), 1, 1, size))
-    return np.asarray(factors)[:, 0], np.asarray(exchanged)[:, 0]
-
-
-def _turned(vectors: Floats, turns: tuple[Floats, Floats]) -> Floats:
-    """Rotate [B, H, D]."""
-    half = vectors.shape[-1] // 2
-    factors, exchanged = turns
-    found: Floats = vectors * factors
-    found[..., :half] += vectors[..., half:] * exchanged[..., :half]
-    found[..., half:] += vectors[..., :half] * exchanged[..., half:]
-    return found
+    return lambda states: normed(states, weight, eps)

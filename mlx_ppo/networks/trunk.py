@@ -15,8 +15,10 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import HEAD, Weights, lowest_block, make_adaptable, make_noisy, parameters_of, plain
 from mlx_ppo.networks.attention import fast_attention
 from mlx_ppo.networks.checkpointing import checkpointed
+from mlx_ppo.networks.common_blocks import understood
 from mlx_ppo.networks.parts import Entered, InPlace, States, placeholder
-from mlx_ppo.networks.probes import decode_alike, shares_prompts, steps_alike
+from mlx_ppo.networks.passes import states_of
+from mlx_ppo.networks.probes import decode_alike, passes_alike, shares_prompts, steps_alike
 from mlx_ppo.networks.shared_prompts import LayerCache, Reading
 from mlx_ppo.records import Sequences
 
@@ -61,6 +63,7 @@ class Trunk:
         self.positions = 0  # positions whose logits are computed together; 0: as many as `output_head` thinks fit
         self.split = 0  # states that enter this block may be kept; 0: none
         self._checked = checked
+        self._saving = False  # a gradient that is taken is to keep little
         model.eval()
         if checked:
             self._check_split()
@@ -89,6 +92,11 @@ class Trunk:
         """Whether `networks.steps` can read a token of each row and give logits, as the model does."""
         return self._checked and steps_alike(self)
 
+    @functools.cached_property
+    def reads_passes(self) -> bool:
+        """Whether `networks.passes` can read whole rows, as the model does."""
+        return understood(self) and (not self._checked or passes_alike(self))
+
     @property
     def inner(self) -> nn.Module:
         """The part of the model that gives hidden states."""
@@ -108,7 +116,7 @@ class Trunk:
         """
         if self.present:
             if self._checked:  # what is found out once, from the weights
-                self.shares_prompts, self.joins_batches, self.reads_steps  # noqa: B018
+                self.shares_prompts, self.joins_batches, self.reads_steps, self.reads_passes  # noqa: B018
             self.width  # noqa: B018
             self._hold({name: placeholder(array) for name, array in self.base.items()})
             gc.collect()
@@ -204,8 +212,13 @@ class Trunk:
             dict.__setitem__(self._owner, self._inner_name, inner)
         return logits if hidden.ndim == 3 else logits.squeeze(0)  # an index would copy
 
-    def states(self, sequences: Sequences) -> mx.array:
-        """Hidden states [n, D] of all positions, in the order that `Sequences` tells."""
+    def states(self, sequences: Sequences, *, learning: bool = False) -> mx.array:
+        """Hidden states [n, D] of all positions, in the order that `Sequences` tells.
+
+        `learning`: a gradient will be taken; there may be none without.
+        """
+        if self.reads_passes and not any(layer.noise for layer in self._noisy):
+            return states_of(self, sequences, learning=learning, saving=self._saving)
         shared = sequences.shared
         if shared is None:
             states = self.hidden(sequences.tokens, kept=sequences.kept)
@@ -219,9 +232,9 @@ class Trunk:
         width = before.shape[-1]
         return mx.concatenate([before.reshape(-1, width), after.reshape(-1, width)])
 
-    def response_states(self, sequences: Sequences) -> mx.array:
-        """Hidden states [N, D] from which each of the N counted response tokens is predicted."""
-        return self.states(sequences)[sequences.predicting]
+    def response_states(self, sequences: Sequences, *, learning: bool = False) -> mx.array:
+        """Hidden states [N, D] from which each of the N counted response tokens is predicted; see `states`."""
+        return self.states(sequences, learning=learning)[sequences.predicting]
 
     @contextmanager
     def using(self, weights: Weights) -> Iterator[None]:
@@ -274,8 +287,12 @@ class Trunk:
     @contextmanager
     def checkpointing(self) -> Iterator[None]:
         """Keep only what enters each block for a gradient that is taken within; costs about a third more time."""
-        with self._instead({number: checkpointed(self._layers[number]) for number in range(self.split, self.blocks)}):
-            yield
+        self._saving = True
+        try:
+            with self._instead({number: checkpointed(self._layers[number]) for number in range(self.split, self.blocks)}):
+                yield
+        finally:
+            self._saving = False
 
     @contextmanager
     def noise(self, share: float, key: mx.array) -> Iterator[None]:

@@ -43,29 +43,33 @@ def prepare(
     *,
     sizes: Sequence[int] = (),
     transposed: bool,
+    left_transposed: bool = False,
+    factor: float = 1.0,
     add: bool = False,
 ) -> Run:
-    """A function that sets every out[i] to left[i] @ right[i]. All arrays live as long as it.
+    """A function that sets every out[i] to factor * left[i] @ right[i]. All arrays live as long as it.
 
     Args:
         shape: M, N and K of [M, K] @ [K, N], as `integers`, one for each group of equal shape; changed, they count at
             the next run.
-        left: matrices [M, K].
+        left: matrices [M, K], or [K, M] where they are to be transposed.
         right: matrices [K, N], or [N, K] where they are to be transposed.
-        out: matrices [M, N].
+        out: matrices [M, N]; no two may lie on each other.
         sizes: how many matrices each group has; by default there is one group.
         transposed: the right ones are.
+        left_transposed: the left ones are.
+        factor: on all of them.
         add: add to what is there.
     """
     sizes = sizes or (len(left[1]),)
     groups = len(sizes)
-    orders = integers([_PLAIN] * groups), integers([_TRANSPOSED if transposed else _PLAIN] * groups)
-    ones, kept = (ctypes.c_float * groups)(*[1.0] * groups), (ctypes.c_float * groups)(*[float(add)] * groups)
+    orders = [integers([_TRANSPOSED if turn else _PLAIN] * groups) for turn in (left_transposed, transposed)]
+    factors, kept = (ctypes.c_float * groups)(*[factor] * groups), (ctypes.c_float * groups)(*[float(add)] * groups)
     (of_left, left_step), (of_right, right_step), (of_out, out_step) = (
         (_addresses(array, starts), integers([step] * groups)) for array, starts, step in (left, right, out)
     )
     arguments = (
-        *(_ROW_MAJOR, *orders, *shape, ones, of_left, left_step, of_right, right_step, kept, of_out, out_step),
+        *(_ROW_MAJOR, *orders, *shape, factors, of_left, left_step, of_right, right_step, kept, of_out, out_step),
         *(groups, integers(sizes)),
     )
     function, held = _batched(), (left[0], right[0], out[0])
@@ -74,6 +78,47 @@ def prepare(
         function(*arguments)
 
     return run
+
+
+def multiply(left: Floats, right: Floats, out: Floats, *, factor: float = 1.0, add: bool = False) -> Floats:
+    """Set out [M, N] to factor * left [M, K] @ right [K, N], and return it.
+
+    Args:
+        left: contiguous in either order.
+        right: contiguous in either order.
+        out: contiguous, row by row.
+        factor: on the product.
+        add: add to what is there.
+    Raises:
+        ValueError: shapes or orders don't fit.
+    """
+    (rows, inner), columns = left.shape, right.shape[1]
+    sides = [(array.ctypes.data, *_order(array)) for array in (left, right)]
+    if right.shape[0] != inner or out.shape != (rows, columns) or not out.flags.c_contiguous:
+        raise ValueError(f"products of {left.shape} and {right.shape} don't fit {out.shape}")
+    (of_left, left_order, left_step), (of_right, right_order, right_step) = sides
+    if out.size:
+        _plain()(
+            *(_ROW_MAJOR, left_order, right_order, rows, columns, inner, factor, of_left, left_step),
+            *(of_right, right_step, float(add), out.ctypes.data, columns),
+        )
+    return out
+
+
+@functools.cache
+def _plain() -> Any:
+    function = loaded_blas().cblas_sgemm  # type: ignore[union-attr]
+    integer, real, address = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+    function.argtypes = [*[integer] * 6, real, address, integer, address, integer, real, address, integer]
+    function.restype = None
+    return function
+
+
+def _order(array: Floats) -> tuple[int, int]:
+    """How a matrix lies in memory, and its step from row to row, or column to column: elements."""
+    if array.dtype != np.float32 or not (array.flags.c_contiguous or array.flags.f_contiguous):
+        raise ValueError(f"a matrix {array.shape} of {array.dtype} doesn't lie contiguously")
+    return (_PLAIN, max(1, array.shape[1])) if array.flags.c_contiguous else (_TRANSPOSED, max(1, array.shape[0]))
 
 
 def by_matrix(rows: Any, left: Floats, matrix: Floats, out: Floats, *, add: bool = False) -> Run:

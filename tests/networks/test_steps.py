@@ -8,9 +8,10 @@ import pytest
 
 from mlx_ppo.networks import steps
 from mlx_ppo.networks.adapters import Weights
+from mlx_ppo.networks.common_blocks import understood
 from mlx_ppo.networks.kv_cache import keep_rows, new_caches, size_caches
 from mlx_ppo.networks.load import load_trunk
-from mlx_ppo.networks.steps import Steps, understood
+from mlx_ppo.networks.steps import Steps
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.rollout import generate
 from mlx_ppo.runtime.products import can_prepare

@@ -1,0 +1,296 @@
+"""One block's forward over N positions, and its gradient, on a CPU by numpy and BLAS; see `networks.passes`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_ppo.networks.activations import swiglu_back, swiglu_into
+from mlx_ppo.networks.common_blocks import Turns, inverse_size, normed, turned, turned_back, view
+from mlx_ppo.networks.pass_attention import Heads, Part, Vectors, attend, attend_back
+from mlx_ppo.runtime.products import Floats, multiply
+
+_CHUNK = 1024  # positions of a feed-forward part at once
+_PIECE = 1 << 15  # elements of a norm at once: a handful of such arrays fits a core's cache
+Room = dict[str, Floats]
+Shapes = dict[str, tuple[int, int]]
+
+
+class Positions(NamedTuple):
+    """Where the N positions stand."""
+
+    parts: Sequence[Part]
+    turns: Turns  # [N, 1, D], for their places
+
+
+def room_for(shapes: Shapes) -> tuple[mx.array, Room]:
+    """Memory of mlx, and arrays of some shapes in it."""
+    memory = mx.zeros((floats_of(shapes),))
+    mx.eval(memory)
+    return memory, room_in(memory, shapes)
+
+
+def room_in(memory: mx.array, shapes: Shapes) -> Room:
+    """Arrays of some shapes in memory that was made for them."""
+    flat, found, at = np.asarray(memory), {}, 0
+    for name, shape in shapes.items():
+        size = int(np.prod(shape))
+        found[name] = flat[at : at + size].reshape(shape)
+        at += size
+    return found
+
+
+def floats_of(shapes: Shapes) -> int:
+    """How many numbers arrays of some shapes hold."""
+    return sum(rows * columns for rows, columns in shapes.values())
+
+
+class BlockPass:
+    """A block with the weights of a role on it, and what goes on in it."""
+
+    def __init__(self, block: Any, name: str, given: Mapping[str, Floats], scales: Mapping[str, float]) -> None:
+        """Look at the weights; none is copied.
+
+        Args:
+            block: of a kind that `common_blocks.understood` knows.
+            name: its own, with which the names of its parameters begin.
+            given: arrays that a role brings, by name: parameters in place of the block's own, or adapters.
+            scales: of the adapters, by their layers' names.
+        """
+        attention, mlp = block.self_attn, block.mlp
+
+        def linear(part: str, layer: Any) -> Linear:
+            return Linear(layer, f"{name}.{part}", given, scales)
+
+        def norm(part: str, layer: Any) -> Norm:
+            return Norm(layer, f"{name}.{part}.weight", given)
+
+        self.q, self.k, self.v, self.o = (
+            linear(f"self_attn.{part}", attention[part]) for part in ("q_proj", "k_proj", "v_proj", "o_proj")
+        )
+        self.gate, self.up, self.down = (
+            linear(f"mlp.{part}", mlp[part]) for part in ("gate_proj", "up_proj", "down_proj")
+        )
+        self.before, self.between = (
+            norm(part, block[part]) for part in ("input_layernorm", "post_attention_layernorm")
+        )
+        self.q_norm, self.k_norm = (
+            norm(f"self_attn.{part}", attention[part]) if part in attention else None for part in ("q_norm", "k_norm")
+        )
+        size = attention.q_proj.weight.shape[0] // attention.n_heads
+        self.heads = Heads(attention.n_heads, attention.n_kv_heads, size, float(attention.scale))
+
+    def kept(self, count: int) -> Shapes:
+        """What a gradient reads, of so many positions."""
+        states, wide = (count, self.o.outputs), (count, self.gate.outputs)
+        raw: Shapes = {"raw q": (count, self.q.outputs), "raw k": (count, self.k.outputs)} if self.q_norm else {}
+        return {"entering": states, "between": states, **self._attention(count), **raw, "gate": wide, "up": wide}
+
+    def passing(self, count: int) -> Shapes:
+        """What a forward needs beside what a gradient reads."""
+        return {
+            "normed": (count, self.q.inputs),
+            "out": (count, self.o.outputs),
+            "active": (min(count, _CHUNK), self.gate.outputs),
+        }
+
+    def reused(self, count: int) -> Shapes:
+        """What a forward needs without a gradient: for all blocks one after the other."""
+        wide, states = (min(count, _CHUNK), self.gate.outputs), (count, self.o.outputs)
+        return {"entering": states, **self._attention(count), "gate": wide, "up": wide, **self.passing(count)}
+
+    def back_passing(self, count: int) -> Shapes:
+        """What a gradient needs beside what it reads."""
+        wide = (min(count, _CHUNK), self.gate.outputs)
+        by = {f"by {name}": shape for name, shape in self._attention(count).items()}
+        normed, out = (count, self.q.inputs), (count, self.q.inputs)
+        return {"normed": normed, "out": out, **by, "active": wide, "by active": wide, "by gate": wide, "by up": wide}
+
+    def _attention(self, count: int) -> Shapes:
+        return {
+            "q": (count, self.q.outputs),
+            "k": (count, self.k.outputs),
+            "v": (count, self.v.outputs),
+            "mixed": (count, self.o.inputs),
+        }
+
+    def forward(self, room: Room, positions: Positions, out: Floats | None) -> None:
+        """From room["entering"] [N, D] to `out` [N, D], which may be the same; fills in what else there is room for.
+
+        With None the last product, which no gradient reads, is left out.
+        """
+        states, normed = room["entering"], room["normed"]
+        between = room["between"] if "between" in room or out is None else out
+        self.before.forward(states, normed)
+        for layer, norm, name in ((self.q, self.q_norm, "q"), (self.k, self.k_norm, "k")):
+            raw = layer.forward(normed, room.get(f"raw {name}", room[name]))
+            if norm is not None:
+                raw = norm.forward(self._split(raw), self._split(room[name]))
+            split = self._split(room[name])
+            split[:] = turned(self._split(raw), positions.turns)
+        self.v.forward(normed, room["v"])
+        attend(positions.parts, Vectors(room["q"], room["k"], room["v"]), self.heads, room["mixed"])
+        np.add(states, self.o.forward(room["mixed"], room["out"]), out=between)
+        self.between.forward(between, normed)
+        for rows, gate, up, active in _chunks(len(states), room["gate"], room["up"], room["active"]):
+            self.gate.forward(normed[rows], gate)
+            self.up.forward(normed[rows], up)
+            if out is None:
+                continue
+            swiglu_into(gate, up, active)
+            np.add(between[rows], self.down.forward(active, room["out"][rows]), out=out[rows])
+
+    def back(self, room: Room, positions: Positions, slopes: Floats, learned: Room, *, further: bool) -> None:
+        """Turn gradients `slopes` [N, D] by what leaves the block into those by what enters; add those by weights.
+
+        Args:
+            room: what was kept, and what else is needed.
+            positions: of the forward.
+            slopes: changed where they are.
+            learned: gradients by name, to be added to.
+            further: those by what enters are needed.
+        """
+        normed, out = room["normed"], room["out"]
+        between = room["between"]
+        self.between.forward(between, normed)
+        wide = ("gate", "up", "active", "by active", "by gate", "by up")
+        for rows, gate, up, active, by_active, by_gate, by_up in _chunks(len(slopes), *(room[name] for name in wide)):
+            small = self.down.back(slopes[rows], by_active)
+            swiglu_back(gate, up, by_active, by_gate, by_up)
+            swiglu_into(gate, up, active)
+            self.down.learn(active, slopes[rows], small, learned)
+            for layer, by, add in ((self.gate, by_gate, False), (self.up, by_up, True)):
+                layer.learn(normed[rows], by, layer.back(by, out[rows], add=add), learned)
+        self.between.back(between, out, slopes, learned)
+
+        by_vectors = Vectors(room["by q"], room["by k"], room["by v"])
+        for array in by_vectors:
+            array.fill(0)
+        small = self.o.back(slopes, room["by mixed"])
+        self.o.learn(room["mixed"], slopes, small, learned)
+        attend_back(
+            positions.parts, Vectors(room["q"], room["k"], room["v"]), self.heads, room["by mixed"], by_vectors
+        )
+        self.before.forward(room["entering"], normed)
+        for name, norm in (("q", self.q_norm), ("k", self.k_norm)):
+            split = self._split(room[f"by {name}"])
+            split[:] = turned_back(split, positions.turns)
+            if norm is not None:
+                given, split[:] = split.copy(), 0
+                norm.back(self._split(room[f"raw {name}"]), given, split, learned)
+        add = False
+        for layer, by in ((self.q, by_vectors.q), (self.k, by_vectors.k), (self.v, by_vectors.v)):
+            layer.learn(normed, by, layer.back(by, out, add=add) if further else None, learned)
+            add = True
+        if further or self.before.learns:
+            self.before.back(room["entering"], out, slopes, learned)
+
+    def _split(self, vectors: Floats) -> Floats:
+        """By heads: [N, H, D]."""
+        return vectors.reshape(len(vectors), -1, self.heads.size)
+
+
+class Linear:
+    """A linear layer with its bias and its adapter."""
+
+    def __init__(self, layer: Any, name: str, given: Mapping[str, Floats], scales: Mapping[str, float]) -> None:
+        """Take a role's arrays where it brings some."""
+        self._name, self._given = name, given
+        own = given.get(f"{name}.weight")
+        self._weight = view(layer.weight) if own is None else own
+        bias = given.get(f"{name}.bias")
+        self._bias = np.asarray(layer.bias) if bias is None and "bias" in layer else bias
+        self._a, self._b = given.get(f"{name}.lora_a"), given.get(f"{name}.lora_b")
+        self._scale = scales.get(name, 1.0)
+        self.outputs, self.inputs = self._weight.shape
+
+    def forward(self, x: Floats, out: Floats) -> Floats:
+        """Of x [N, inputs] to `out` [N, outputs]."""
+        multiply(x, self._weight.T, out)
+        if self._bias is not None:
+            out += self._bias
+        if self._a is not None and self._b is not None:
+            multiply(self._small(x, self._a), self._b, out, factor=self._scale, add=True)
+        return out
+
+    def back(self, given: Floats, by_x: Floats, *, add: bool = False) -> Floats | None:
+        """Set `by_x`, or add to it; returns the gradients [N, rank] inside the adapter, if there is one."""
+        multiply(given, self._weight, by_x, add=add)
+        if self._a is None:
+            return None
+        small = self._back_small(given)
+        multiply(small, self._a.T, by_x, add=True)
+        return small
+
+    def learn(self, x: Floats, given: Floats, small: Floats | None, learned: Room) -> None:
+        """Add the gradients by weights; `small` is what `back` returned, or None."""
+        if self._a is not None and self._b is not None:
+            small = self._back_small(given) if small is None else small
+            multiply(x.T, small, learned[f"{self._name}.lora_a"], add=True)
+            inside = self._small(x, self._a)
+            multiply(inside.T, given, learned[f"{self._name}.lora_b"], factor=self._scale, add=True)
+        weight, bias = learned.get(f"{self._name}.weight"), learned.get(f"{self._name}.bias")
+        if weight is not None:
+            multiply(given.T, x, weight, add=True)
+        if bias is not None:
+            bias += given.sum(axis=0)
+
+    def _small(self, x: Floats, a: Floats) -> Floats:
+        return multiply(x, a, np.empty((len(x), a.shape[1]), np.float32))
+
+    def _back_small(self, given: Floats) -> Floats:
+        assert self._b is not None
+        return multiply(given, self._b.T, np.empty((len(given), len(self._b)), np.float32), factor=self._scale)
+
+
+class Norm:
+    """A root-mean-square norm over the last axis."""
+
+    def __init__(self, layer: Any, name: str, given: Mapping[str, Floats]) -> None:
+        """Take a role's weight where it brings one."""
+        own = given.get(name)
+        self.learns = own is not None
+        self._name, self._eps = name, np.float32(layer.eps)
+        self._weight = np.asarray(layer.weight) if own is None else own
+
+    def forward(self, states: Floats, out: Floats) -> Floats:
+        """Of states [N, ..., D] to `out` of the same shape, which may be the same."""
+
+        def some(states: Floats, out: Floats) -> None:
+            out[:] = normed(states, self._weight, self._eps)
+
+        _by_rows(some, states, out)
+        return out
+
+    def back(self, states: Floats, given: Floats, by_states: Floats, learned: Room) -> None:
+        """Add the gradients by states, for gradients by what `forward` gave, and the one by the weight."""
+        by_weight = learned.get(self._name)
+
+        def some(states: Floats, given: Floats, by_states: Floats) -> None:
+            inverse = inverse_size(states, self._eps)
+            sizes = states * inverse
+            if by_weight is not None:
+                by_weight[:] += (given * sizes).reshape(-1, len(by_weight)).sum(axis=0)
+            slopes = given * self._weight
+            sizes *= np.einsum("...d,...d->...", slopes, sizes)[..., None] / np.float32(states.shape[-1])
+            slopes -= sizes
+            slopes *= inverse
+            by_states += slopes
+
+        _by_rows(some, states, given, by_states)
+
+
+def _by_rows(function: Callable[..., None], *arrays: Floats) -> None:
+    """Call a function that changes its arguments with a few rows at a time of all of them."""
+    size = max(1, _PIECE // max(1, arrays[0][0].size))
+    for start in range(0, len(arrays[0]), size):
+        function(*(array[start : start + size] for array in arrays))
+
+
+def _chunks(count: int, *arrays: Floats) -> Any:
+    """Slices of N positions, and these rows of arrays; of arrays of fewer rows, as many as the slice has."""
+    for start in range(0, count, _CHUNK):
+        rows = slice(start, min(count, start + _CHUNK))
+        size = rows.stop - start
+        yield rows, *(array[rows] if len(array) == count else array[:size] for array in arrays)
