@@ -201,7 +201,7 @@ def _batch(feedback: Feedback, rows: np.ndarray, config: RewardConfig, parts: tu
 def _loss(trunk: Trunk, weights: Weights, batch: Batch, config: RewardConfig, key: mx.array) -> mx.array:
     section = config.reward_training
     texts = drop_tokens(batch.texts, section.token_dropout, trunk.tokenizer.vocab_size, *batch.noise_parts)
-    raw = _outputs(trunk, weights, texts, section.pooling, dropout=section.dropout, key=key)
+    raw = _outputs(trunk, weights, texts, section.pooling, dropout=section.dropout, key=key, learning=True)
     total = mx.zeros(())
     if batch.chosen.size:
         chosen, rejected = raw[batch.chosen], raw[batch.rejected]
@@ -219,11 +219,12 @@ def _outputs(
     *,
     dropout: float = 0.0,
     key: mx.array | None = None,
+    learning: bool = False,
 ) -> mx.array:
     """Raw outputs [n] for texts."""
     sequences = make_sequences(texts, [()] * len(texts))
     with trunk.using(weights), trunk.noise(dropout, key if key is not None else mx.random.key(0)):
-        return apply_head(weights.arrays, pooled(trunk.hidden(sequences.tokens), sequences, pooling))
+        return apply_head(weights.arrays, pooled(trunk.states(sequences, learning=learning), sequences, pooling))
 
 
 def raw_outputs(trunk: Trunk, weights: Weights, texts: Sequence[Tokens], pooling: str) -> Floats:

@@ -58,6 +58,7 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
             noise_parts=(seed, batch.epoch, batch.index),
             dropout=config.sft.dropout,
             key=key,
+            learning=True,
         )
         return total / count
 
@@ -120,6 +121,7 @@ def _summed_loss(
     noise_parts: tuple[int, ...] = (),
     dropout: float = 0.0,
     key: mx.array | None = None,
+    learning: bool = False,
 ) -> tuple[mx.array, int]:
     """Summed negative log-probability of the counted tokens, and their number."""
     rows = [example.tokens for example in examples]
@@ -132,6 +134,6 @@ def _summed_loss(
         noisy = drop_tokens(rows, token_dropout, trunk.tokenizer.vocab_size, *noise_parts)
         sequences = sequences._replace(tokens=make_sequences(noisy, [()] * len(noisy)).tokens)
     with trunk.using(weights), trunk.noise(dropout, key if key is not None else mx.random.key(0)):
-        states = trunk.response_states(sequences)
+        states = trunk.response_states(sequences, learning=learning)
         logprobs, _ = token_statistics(trunk, states, sequences, temperature=1.0)
     return -logprobs.sum(), sequences.targets.size

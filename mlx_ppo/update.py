@@ -170,12 +170,12 @@ class _Step:
 
     @functools.cached_property
     def _sharing(self) -> bool:
-        """Several responses have one prompt, and can be read on top of it; a checkpointed block knows no such thing."""
+        """Several responses have one prompt, and can be read on top of it."""
         several = len(set(self.rollout.prompts)) < len(self.rollout.prompts)
         critic = self.roles.critic
         trunks = [self.roles.trunk, *([critic.trunk] if critic is not None else [])]
-        checkpointing = self.section.gradient_checkpointing == "on"
-        return several and not checkpointing and all(trunk.shares_prompts for trunk in trunks)
+        saving = self.section.gradient_checkpointing == "on"
+        return several and all(trunk.shares_learning(saving=saving) for trunk in trunks)
 
     def _policy(
         self, sequences: Sequences, rows: list[int], denominator: float, train: bool
@@ -276,7 +276,7 @@ def policy_loss(
 
     def loss_of(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         with trunk.using(weights.holding(arrays)), _saving_memory(trunk, section):
-            states = trunk.response_states(sequences)
+            states = trunk.response_states(sequences, learning=learning)
             now, entropy = token_statistics(trunk, states, sequences, temperature=temperature, learning=by_logprobs)
         losses, ratio = clipped_policy_loss(
             now,
@@ -307,7 +307,7 @@ def critic_loss(
     def loss_of(arrays: Mapping[str, mx.array]) -> mx.array:
         own = weights.holding(arrays)
         with _saving_memory(critic.trunk, section):
-            states = policy_states if policy_states is not None else critic.states(own, sequences)
+            states = policy_states if policy_states is not None else critic.states(own, sequences, learning=True)
         values = sequences.spread(critic.values(own, states))
         losses, _ = clipped_value_loss(values, targets.old_values, targets.returns, clip=section.value_clip or None)
         return aggregate(losses, sequences.mask, mode="token-mean", denominator=targets.tokens)

@@ -285,7 +285,7 @@ class Accountant:
         """The rows of a pass of the update. Those of one prompt lie side by side, so that few prompts are in a pass."""
         section, minibatch = self.config.rollout, self.shapes.minibatch
         trunks = {self.roles.trunk, *([self.roles.critic.trunk] if self.roles.critic is not None else [])}
-        if choices.checkpointing or not all(trunk.shares_prompts for trunk in trunks):
+        if not all(trunk.shares_learning(saving=choices.checkpointing) for trunk in trunks):
             return self._sequences(rows, choices, None)
         left_out = 1 - minibatch / (section.prompts * section.samples_per_prompt)
         prompts = section.prompts * (1 - left_out**section.samples_per_prompt)  # expected in a minibatch

@@ -14,6 +14,7 @@ from mlx_ppo.memory.graph import Graph, Operation
 from mlx_ppo.memory.phases import Accountant, Cost
 from mlx_ppo.memory.trace import trace
 from mlx_ppo.networks.kv_cache import FULL, new_caches, size_caches
+from mlx_ppo.networks.passes import avoiding_passes
 
 PREFILL, DECODE = "rollout prefill", "rollout decode"
 _PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherMM", "GatherQMM"}
@@ -104,5 +105,6 @@ class _Counter(Accountant):
         name = str(key[0])
         if name != "step":
             name = _NAMES.get(name, name)
-            self.found[name] = self.found.get(name, 0) + flops(trace(function, *arrays))
+            with avoiding_passes():  # the same products, where a trace sees them
+                self.found[name] = self.found.get(name, 0) + flops(trace(function, *arrays))
         return Cost()

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_ppo.networks import activations, attention, checkpointing, compact, output_head, vocabulary
+from mlx_ppo.networks import activations, attention, checkpointing, compact, output_head, passes, vocabulary
 from mlx_ppo.networks.device import assuming, on_cpu
 from mlx_ppo.networks.parts import placeholder
 
@@ -210,6 +210,21 @@ def _head_by_chunks(
     return logprobs, logprobs * 1.0
 
 
+def _pass_on_cpu(one: passes.Pass, entering: mx.array, *arrays: mx.array, learning: bool) -> mx.array:
+    """For `passes.computed`: new states, and what is kept for a gradient, which has an array for each given one."""
+    needs = one.needs(learning=learning)
+    work = Work(needs.scores, 2 * needs.scores, needs.forward, needs.back + sum(array.nbytes for array in arrays))
+    if not learning:
+        return _picked(entering, entering.shape[-1], [entering, *arrays], work)
+    # The sums are two arrays that there are not in truth, in place of as much of what is kept.
+    read = sum((_picked(array, 1, [array], Work(0, 0)).sum() for array in arrays), mx.zeros(()))
+    given = entering + read
+    found = _picked(given, entering.shape[-1], [given, *arrays], work)
+    width = (needs.kept - 2 * entering.nbytes) // (4 * len(entering))
+    kept = _picked(mx.stop_gradient(entering), width, [mx.stop_gradient(entering)], Work(0, 0))
+    return found + kept @ mx.broadcast_to(read, (width, 1))
+
+
 def _block_twice(inside: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """For `checkpointing.twice`: a block by itself, on copies, and again together with its gradient."""
 
@@ -278,4 +293,5 @@ _STAND_INS: tuple[tuple[ModuleType, str, Callable[..., Any]], ...] = (
     (attention, "_weights", _attention_on_cpu),
     (compact, "_on_cpu", _compact_on_cpu),
     (checkpointing, "twice", _block_twice),
+    (passes, "computed", _pass_on_cpu),
 )

@@ -1,6 +1,7 @@
 """One block's forward over N positions, and its gradient, on a CPU by numpy and BLAS; see `networks.passes`."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -127,8 +128,7 @@ class BlockPass:
             raw = layer.forward(normed, room.get(f"raw {name}", room[name]))
             if norm is not None:
                 raw = norm.forward(self._split(raw), self._split(room[name]))
-            split = self._split(room[name])
-            split[:] = turned(self._split(raw), positions.turns)
+            _turn(turned, self._split(raw), positions.turns, self._split(room[name]))
         self.v.forward(normed, room["v"])
         attend(positions.parts, Vectors(room["q"], room["k"], room["v"]), self.heads, room["mixed"])
         np.add(states, self.o.forward(room["mixed"], room["out"]), out=between)
@@ -175,7 +175,7 @@ class BlockPass:
         self.before.forward(room["entering"], normed)
         for name, norm in (("q", self.q_norm), ("k", self.k_norm)):
             split = self._split(room[f"by {name}"])
-            split[:] = turned_back(split, positions.turns)
+            _turn(turned_back, split, positions.turns, split)
             if norm is not None:
                 given, split[:] = split.copy(), 0
                 norm.back(self._split(room[f"raw {name}"]), given, split, learned)
@@ -196,14 +196,20 @@ class Linear:
 
     def __init__(self, layer: Any, name: str, given: Mapping[str, Floats], scales: Mapping[str, float]) -> None:
         """Take a role's arrays where it brings some."""
-        self._name, self._given = name, given
-        own = given.get(f"{name}.weight")
-        self._weight = view(layer.weight) if own is None else own
-        bias = given.get(f"{name}.bias")
-        self._bias = np.asarray(layer.bias) if bias is None and "bias" in layer else bias
+        self._layer, self._name, self._given = layer, name, given
         self._a, self._b = given.get(f"{name}.lora_a"), given.get(f"{name}.lora_b")
         self._scale = scales.get(name, 1.0)
-        self.outputs, self.inputs = self._weight.shape
+        self.outputs, self.inputs = layer.weight.shape
+
+    @functools.cached_property
+    def _weight(self) -> Floats:
+        own = self._given.get(f"{self._name}.weight")
+        return view(self._layer.weight) if own is None else own
+
+    @functools.cached_property
+    def _bias(self) -> Floats | None:
+        own = self._given.get(f"{self._name}.bias")
+        return np.asarray(self._layer.bias) if own is None and "bias" in self._layer else own
 
     def forward(self, x: Floats, out: Floats) -> Floats:
         """Of x [N, inputs] to `out` [N, outputs]."""
@@ -249,10 +255,12 @@ class Norm:
 
     def __init__(self, layer: Any, name: str, given: Mapping[str, Floats]) -> None:
         """Take a role's weight where it brings one."""
-        own = given.get(name)
-        self.learns = own is not None
-        self._name, self._eps = name, np.float32(layer.eps)
-        self._weight = np.asarray(layer.weight) if own is None else own
+        self.learns = name in given
+        self._layer, self._name, self._given, self._eps = layer, name, given, np.float32(layer.eps)
+
+    @functools.cached_property
+    def _weight(self) -> Floats:
+        return np.asarray(self._layer.weight) if self._name not in self._given else self._given[self._name]
 
     def forward(self, states: Floats, out: Floats) -> Floats:
         """Of states [N, ..., D] to `out` of the same shape, which may be the same."""
@@ -281,6 +289,13 @@ class Norm:
         _by_rows(some, states, given, by_states)
 
 
+def _turn(function: Callable[[Floats, Turns], Floats], vectors: Floats, turns: Turns, out: Floats) -> None:
+    def some(vectors: Floats, factors: Floats, exchanged: Floats, out: Floats) -> None:
+        out[:] = function(vectors, (factors, exchanged))
+
+    _by_rows(some, vectors, *turns, out)
+
+
 def _by_rows(function: Callable[..., None], *arrays: Floats) -> None:
     """Call a function that changes its arguments with a few rows at a time of all of them."""
     size = max(1, _PIECE // max(1, arrays[0][0].size))
@@ -288,7 +303,7 @@ def _by_rows(function: Callable[..., None], *arrays: Floats) -> None:
         function(*(array[start : start + size] for array in arrays))
 
 
-def _chunks(count: int, *arrays: Floats) -> Any:
+def _chunks(count: int, *arrays: Floats) -> Iterator[Any]:
     """Slices of N positions, and these rows of arrays; of arrays of fewer rows, as many as the slice has."""
     for start in range(0, count, _CHUNK):
         rows = slice(start, min(count, start + _CHUNK))

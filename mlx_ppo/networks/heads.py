@@ -35,16 +35,17 @@ def apply_head(arrays: Mapping[str, mx.array], states: mx.array) -> mx.array:
 
 
 def pooled(states: mx.array, sequences: Sequences, pooling: str) -> mx.array:
-    """One state [B, D] a text from all states [B, S, D], in float32.
+    """One state [B, D] a text from all states [n, D], in float32.
 
     Args:
-        states: final hidden states; for "last" they may be flat, in the order that `Sequences` tells.
+        states: final hidden states, in the order that `Sequences` tells; prompts may be shared only for "last".
         sequences: the texts, for their lengths.
         pooling: "last" takes the last token's; "mean" the mean over the tokens; "sqrt" their sum divided by the root
             of their number, whose spread doesn't shrink with length.
     """
     if pooling == "last":
-        return states.reshape(-1, states.shape[-1])[sequences.last].astype(mx.float32)
+        return states[sequences.last].astype(mx.float32)
+    states = states.reshape(*sequences.tokens.shape, -1)
     counted = mx.arange(states.shape[1])[None, :] < sequences.lengths[:, None]
     kept = mx.where(counted[..., None], states.astype(mx.float32), 0.0)
     divisor = sequences.lengths if pooling == "mean" else mx.sqrt(sequences.lengths.astype(mx.float32))
@@ -133,10 +134,7 @@ class RewardModel:
     def raw(self, sequences: Sequences) -> mx.array:
         """Raw outputs [B] for whole texts; prompts may be shared where only the last token's state is read."""
         with self.trunk.using(self.weights):
-            if sequences.shared is None:
-                states = self.trunk.hidden(sequences.tokens, kept=sequences.kept)
-            else:
-                states = self.trunk.states(sequences)
+            states = self.trunk.states(sequences)
             return apply_head(self.weights.arrays, pooled(states, sequences, self.facts.pooling))
 
     @property

@@ -9,7 +9,9 @@ enters. Positions of prompts that several rows share are computed once, in the s
 Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; Zhang and Sennrich 2019, arXiv:1910.07467 (RMS norm).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
@@ -26,30 +28,54 @@ if TYPE_CHECKING:
     from mlx_ppo.networks.trunk import Trunk
 
 
-class Layout(NamedTuple):
+Places = np.ndarray[Any, np.dtype[np.int64]]
+_avoided: ContextVar[bool] = ContextVar("avoided", default=False)
+
+
+@contextmanager
+def avoiding_passes() -> Iterator[None]:
+    """Have the model itself read whole rows for the length of a `with` block."""
+    token = _avoided.set(True)
+    try:
+        yield
+    finally:
+        _avoided.reset(token)
+
+
+def avoiding() -> bool:
+    """Whether passes are to be avoided."""
+    return _avoided.get()
+
+
+class Layout:
     """The N positions of a pass, in the order that `Sequences` tells."""
 
-    tokens: mx.array  # [N]
-    places: np.ndarray[Any, Any]  # [N], each position's in its row
-    parts: tuple[Part, ...]
-
-    @classmethod
-    def of(cls, sequences: Sequences) -> "Layout":
-        """Of whole rows, or of prompts and then responses."""
-        shared = sequences.shared
+    def __init__(self, sequences: Sequences) -> None:
+        """Look at shapes only."""
+        shared = self._shared = sequences.shared
         if shared is None:
             rows, count = sequences.tokens.shape
-            return cls(sequences.tokens.reshape(-1), np.tile(np.arange(count), rows), (Part(0, rows, count),))
-        (many, width), (rows, count) = shared.prompts.shape, shared.responses.shape
-        owners, lengths = np.asarray(shared.owners), np.asarray(shared.lengths)
-        read = np.arange(width)[None, :] < lengths[owners, None]
-        padding = None if shared.level else np.where(read, np.float32(0), LOWEST)
-        after = lengths[owners, None] + np.arange(count)[None, :]
-        return cls(
-            mx.concatenate([shared.prompts.reshape(-1), shared.responses.reshape(-1)]),
-            np.concatenate([np.tile(np.arange(width), many), after.reshape(-1)]),
-            (Part(0, many, width), Part(many * width, rows, count, width, owners.tolist(), padding)),
-        )
+            self.tokens = sequences.tokens.reshape(-1)
+            self.parts: tuple[Part, ...] = (Part(0, rows, count),)
+        else:
+            (many, width), (rows, count) = shared.prompts.shape, shared.responses.shape
+            self.tokens = mx.concatenate([shared.prompts.reshape(-1), shared.responses.reshape(-1)])
+            self.parts = Part(0, many, width), Part(many * width, rows, count, width)
+        self.size: int = self.tokens.size
+
+    def read(self) -> tuple[tuple[Part, ...], Places]:
+        """The parts with all that is known of them, and each position's place in its row [N]."""
+        first, *others = self.parts
+        places = np.tile(np.arange(first.count), first.rows)
+        if self._shared is None:
+            return self.parts, places
+        (part,) = others
+        owners, lengths = np.asarray(self._shared.owners), np.asarray(self._shared.lengths)
+        there = np.arange(part.width)[None, :] < lengths[owners, None]
+        padding = None if self._shared.level else np.where(there, np.float32(0), LOWEST)
+        after = lengths[owners, None] + np.arange(part.count)[None, :]
+        found = part._replace(owners=owners.tolist(), padding=padding)
+        return (first, found), np.concatenate([places, after.reshape(-1)])
 
 
 def states_of(trunk: "Trunk", sequences: Sequences, *, learning: bool, saving: bool) -> mx.array:
@@ -62,11 +88,11 @@ def states_of(trunk: "Trunk", sequences: Sequences, *, learning: bool, saving: b
         saving: it is to keep little; costs about a third more time.
     """
     kept = sequences.kept if sequences.shared is None else sequences.shared.kept
-    layout = Layout.of(sequences)
+    layout = Layout(sequences)
     if kept is None:
         entering: mx.array = trunk.inner.embed_tokens(layout.tokens)
     else:
-        parts = kept if isinstance(kept, tuple) else (kept,)
+        parts = (kept,) if isinstance(kept, mx.array) else kept
         entering = mx.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
     one = Pass(trunk, layout, 0 if kept is None else trunk.split, saving=saving)
     return computed(one, entering, *one.learned.values(), learning=learning)
@@ -88,6 +114,15 @@ def computed(one: "Pass", entering: mx.array, *arrays: mx.array, learning: bool)
         return one.back(primals[1:], cotangents[0], outputs[1:])
 
     return function(entering, *arrays)[0]
+
+
+class Needs(NamedTuple):
+    """Bytes of a pass."""
+
+    kept: int  # from its forward to its gradient
+    forward: int  # while it goes forward, beside what is kept
+    back: int  # while its gradient is computed, beside the same and what that gives
+    scores: int  # of numpy, twice for the gradient
 
 
 class Pass:
@@ -159,37 +194,50 @@ class Pass:
             block.back(passing, there, by_states, by_name, further=number > self._lowest or self._through)
         return result if self._through else mx.zeros(slopes.shape), *learned
 
-    def sizes(self, *, learning: bool) -> tuple[int, int, int, int]:
-        """Numbers that the gradient keeps of a position; that a forward needs beside, and a gradient; and bytes of scores."""
-        ...
+    def needs(self, *, learning: bool) -> Needs:
+        """In bytes, without looking at any weight's values."""
+        blocks, count = self._blocks({}), self._layout.size
+        states = count * blocks[0].o.outputs
+        upper = blocks[self._lowest - self._start :]
+        kept = sum(states if self._saving else floats_of(block.kept(count)) for block in upper) + states
+        return Needs(
+            kept=4 * kept if learning else 0,
+            forward=4 * floats_of(self._working(blocks[0], keeping=learning)),
+            back=4 * floats_of(self._working_back(blocks[0])),
+            scores=scores_at_once(self._layout.parts, blocks[0].heads.count),
+        )
 
     def _working(self, block: BlockPass, *, keeping: bool) -> Shapes:
         """What a forward needs beside what the gradient reads."""
-        count, all_kept = len(self._layout.places), keeping and self._lowest == self._start and not self._saving
+        count, all_kept = self._layout.size, keeping and self._lowest == self._start and not self._saving
         return block.passing(count) if all_kept else block.reused(count)
 
     def _working_back(self, block: BlockPass) -> Shapes:
         """What the gradient needs beside what it reads."""
-        count = len(self._layout.places)
+        count = self._layout.size
         again = {**block.kept(count), **block.passing(count)} if self._saving else {}
         return {**again, **block.back_passing(count)}
 
     def _prepared(self, arrays: Sequence[mx.array]) -> tuple[list[BlockPass], Norm, list[Positions]]:
         """The blocks from the first on, the final norm, and where the positions stand for each of these blocks."""
-        trunk, layout = self._trunk, self._layout
+        trunk, (parts, places) = self._trunk, self._layout.read()
         given = dict(zip(self.learned, map(view, arrays), strict=True))
-        layers = list(enumerate(trunk.model.layers))[self._start :]
-        blocks = [BlockPass(layer, f"{self._prefix}{number}", given, self._scales) for number, layer in layers]
-        places = mx.arange(int(layout.places.max()) + 1)
+        blocks = self._blocks(given)
+        all_places = mx.arange(int(places.max()) + 1)
         turns: dict[tuple[Any, ...], Turns] = {}
         positions = []
-        for block, (_, layer) in zip(blocks, layers, strict=True):
+        for block, layer in zip(blocks, trunk.model.layers[self._start :], strict=True):
             rope = layer.self_attn.rope
             if (kind := kind_of(rope)) not in turns:
-                factors, exchanged = turns_at(rope, places, block.heads.size)
-                turns[kind] = factors[layout.places], exchanged[layout.places]
-            positions.append(Positions(layout.parts, turns[kind]))
+                factors, exchanged = turns_at(rope, all_places, block.heads.size)
+                turns[kind] = factors[places], exchanged[places]
+            positions.append(Positions(parts, turns[kind]))
         return blocks, Norm(trunk.inner.norm, self._norm_name, given), positions
+
+
+    def _blocks(self, given: Mapping[str, Floats]) -> list[BlockPass]:
+        layers = list(enumerate(self._trunk.model.layers))[self._start :]
+        return [BlockPass(layer, f"{self._prefix}{number}", given, self._scales) for number, layer in layers]
 
 
 def _copied(array: mx.array) -> tuple[mx.array, Floats]:

@@ -29,10 +29,13 @@ class Critic:
         """Values [N] of the states [N, D] that precede the counted tokens."""
         return apply_head(weights.arrays, states)
 
-    def states(self, weights: Weights, sequences: Sequences) -> mx.array:
-        """The critic's own states [N, D]; with kind "head" they are the policy's, taken with the policy's weights."""
+    def states(self, weights: Weights, sequences: Sequences, *, learning: bool = False) -> mx.array:
+        """The critic's own states [N, D]; with kind "head" they are the policy's, taken with the policy's weights.
+
+        `learning`: a gradient will be taken.
+        """
         with self.trunk.using(weights):
-            return self.trunk.response_states(sequences)
+            return self.trunk.response_states(sequences, learning=learning)
 
 
 @dataclass

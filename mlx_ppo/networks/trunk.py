@@ -15,9 +15,10 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import HEAD, Weights, lowest_block, make_adaptable, make_noisy, parameters_of, plain
 from mlx_ppo.networks.attention import fast_attention
 from mlx_ppo.networks.checkpointing import checkpointed
+from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.common_blocks import understood
 from mlx_ppo.networks.parts import Entered, InPlace, States, placeholder
-from mlx_ppo.networks.passes import states_of
+from mlx_ppo.networks.passes import avoiding, states_of
 from mlx_ppo.networks.probes import decode_alike, passes_alike, shares_prompts, steps_alike
 from mlx_ppo.networks.shared_prompts import LayerCache, Reading
 from mlx_ppo.records import Sequences
@@ -96,6 +97,10 @@ class Trunk:
     def reads_passes(self) -> bool:
         """Whether `networks.passes` can read whole rows, as the model does."""
         return understood(self) and (not self._checked or passes_alike(self))
+
+    def shares_learning(self, *, saving: bool) -> bool:
+        """Whether a pass with a gradient may share prompts; a checkpointed block of mlx knows no such thing."""
+        return self.shares_prompts and (not saving or (on_cpu() and self.reads_passes))
 
     @property
     def inner(self) -> nn.Module:
@@ -217,7 +222,7 @@ class Trunk:
 
         `learning`: a gradient will be taken; there may be none without.
         """
-        if self.reads_passes and not any(layer.noise for layer in self._noisy):
+        if on_cpu() and self.reads_passes and not avoiding() and not any(layer.noise for layer in self._noisy):
             return states_of(self, sequences, learning=learning, saving=self._saving)
         shared = sequences.shared
         if shared is None:

@@ -33,6 +33,7 @@ from mlx_ppo.memory.plan import make_plan
 from mlx_ppo.memory.products import products
 from mlx_ppo.memory.starting import accountant_of
 from mlx_ppo.memory.trace import trace
+from mlx_ppo.networks.passes import avoiding_passes
 from mlx_ppo.runtime.allocator import keeping_buffers
 
 PROMPT, SIDE = 32, 2048
@@ -52,7 +53,8 @@ class Collector(Accountant):
 
     def _predict(self, key: tuple[object, ...], function: Callable[..., Any], *arrays: Any) -> Cost:
         if key[0] in ("policy", "critic"):
-            self.products.extend(products(trace(function, *arrays)))
+            with avoiding_passes():  # the same products, where a trace sees them
+                self.products.extend(products(trace(function, *arrays)))
         return Cost()
 
 
