@@ -100,33 +100,35 @@ class Optimizer:
             mx.eval(self._adam.state)
         section, time = self._section, self.steps + 1
         rate = self.rate(self.steps)
+        fresh, kept = 1 - section.beta1, 1 - section.beta2
         scale = rate / (1 - section.beta1**time)
         root = 1 / math.sqrt(1 - section.beta2**time)
         decay = 1 - rate * section.weight_decay
 
-        def change(weight: Floats, given: Floats, m: Floats, v: Floats) -> float:
-            gradient = np.multiply(given, np.float32(factor), order="C")
+        def change(new: Floats, weight: Floats, given: Floats, m: Floats, v: Floats) -> float:
+            part = np.multiply(given, np.float32(factor * fresh), order="C")
             m *= np.float32(section.beta1)
-            m += gradient * np.float32(1 - section.beta1)
-            np.square(gradient, out=gradient)
-            gradient *= np.float32(1 - section.beta2)
+            m += part
+            part *= part
+            part *= np.float32(kept / fresh**2)
             v *= np.float32(section.beta2)
-            v += gradient
-            np.sqrt(v, out=gradient)
-            gradient *= np.float32(root)
-            gradient += np.float32(section.eps)
-            np.divide(m, gradient, out=gradient)
-            gradient *= np.float32(scale)
+            v += part
+            np.sqrt(v, out=part)
+            part *= np.float32(root)
+            part += np.float32(section.eps)
+            np.divide(m, part, out=part)
+            part *= np.float32(scale)
             if decay != 1:
-                weight *= np.float32(decay)
-            weight -= gradient
+                weight = weight * np.float32(decay)
+            np.subtract(weight, part, out=new)
             return 0.0
 
-        new = {name: mx.array(np.asarray(weights[name])) for name in gradients}
+        new = {name: mx.zeros(array.shape, array.dtype) for name, array in weights.items() if name in gradients}
+        mx.eval(new)
         rows = []
         for name, array in new.items():
             moments = self._adam.state[name]
-            rows.append(tuple(np.asarray(part) for part in (array, gradients[name], moments["m"], moments["v"])))
+            rows.append(tuple(map(np.asarray, (array, weights[name], gradients[name], moments["m"], moments["v"]))))
         _by_pieces(change, rows)
         return new
 
