@@ -70,7 +70,7 @@ def test_gradients_are_those_of_the_formula_whatever_the_micro_batch(
         for row, length in enumerate(lengths):
             sequences = world.rollout.sequences([row])
             with world.roles.trunk.using(world.policy.weights.holding(arrays)):
-                states = world.roles.trunk.response_states(sequences)
+                states = world.roles.trunk.response_states(sequences, learning=True)
                 now, entropy = token_statistics(world.roles.trunk, states, sequences, temperature=world.temperature)
             each = -world.batch.advantages[row, :length] * now[0, :length] - 0.3 * entropy[0, :length]
             total = total + each.sum() / (length if aggregate == "sequence-mean" else 1)
@@ -210,7 +210,7 @@ def test_the_critics_gradients_are_those_of_the_formula(make_world: MakeWorld, k
         for row, response in enumerate(rollout.responses):
             sequences = rollout.sequences([row])
             with role.trunk.using(world.policy.weights if kind == "head" else critic.holding(arrays)):
-                states = role.trunk.response_states(sequences)
+                states = role.trunk.response_states(sequences, learning=True)
             values = states @ arrays["head.weight"] + arrays["head.bias"]
             total = total + 0.5 * mx.square(values - world.batch.returns[row, : len(response)]).sum()
         return total / tokens

@@ -53,7 +53,6 @@ def scores_at_once(parts: Sequence[Part], heads: int) -> int:
     )
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what isn't finite is found, and said, further on
 def attend(parts: Sequence[Part], given: Vectors, heads: Heads, out: Floats) -> None:
     """Set `out` [N, H * D] to the sums of values by weight."""
     for part in parts:
@@ -64,7 +63,6 @@ def attend(parts: Sequence[Part], given: Vectors, heads: Heads, out: Floats) -> 
                 some.sums(side, weights, given.v, out, 1.0, add=number > 0)
 
 
-@np.errstate(over="ignore", invalid="ignore")
 def attend_back(parts: Sequence[Part], given: Vectors, heads: Heads, slopes: Floats, by: Vectors) -> None:
     """Add to `by` the gradients by queries, keys and values, for gradients [N, H * D] by the sums."""
     for part in parts:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 Places = np.ndarray[Any, np.dtype[np.int64]]
+_silent = np.errstate(over="ignore", invalid="ignore")  # what isn't finite is found, and said, further on
 _avoided: ContextVar[bool] = ContextVar("avoided", default=False)
 
 
@@ -87,7 +88,7 @@ def states_of(trunk: "Trunk", sequences: Sequences, *, learning: bool, saving: b
         learning: a gradient will be taken.
         saving: it is to keep little; costs about a third more time.
     """
-    kept = sequences.kept if sequences.shared is None else sequences.shared.kept
+    kept = (sequences.kept if sequences.shared is None else sequences.shared.kept) if trunk.split else None
     layout = Layout(sequences)
     if kept is None:
         entering: mx.array = trunk.inner.embed_tokens(layout.tokens)
@@ -153,6 +154,7 @@ class Pass:
         numbers = [layer_of(name)[0] for name in self.learned if name != self._norm_name]
         self._lowest = max(start, 0 if self._through else min(numbers, default=trunk.blocks))
 
+    @_silent
     def forward(self, entering: mx.array, arrays: Sequence[mx.array], *, keeping: bool) -> tuple[mx.array, ...]:
         """Final states [N, D] of those that enter; and, `keeping`, what of each block the gradient reads."""
         blocks, norm, positions = self._prepared(arrays)
@@ -174,6 +176,7 @@ class Pass:
         norm.forward(states, states)
         return result, *kept
 
+    @_silent
     def back(self, arrays: Sequence[mx.array], slopes: mx.array, kept: Sequence[mx.array]) -> tuple[mx.array, ...]:
         """Gradients by what enters (0 where nobody needs them) and by the arrays, for those [N, D] by the states."""
         blocks, norm, positions = self._prepared(arrays)

@@ -48,6 +48,16 @@ def steps_alike(trunk: "Trunk") -> bool:
     return _alike(found, wanted, tolerance=1e-3) and _alike(logits, trunk.logits(wanted), tolerance=1e-3)
 
 
+def starts_from_kept(trunk: "Trunk") -> bool:
+    """Whether starting from the states that enter block `split` gives what the whole pass gives."""
+    probe = mx.array([[1, 2, 3, 1]]) % trunk.tokenizer.vocab_size
+    try:
+        whole, started = trunk.hidden(probe), trunk.hidden(probe, kept=trunk.entering(probe))
+    except (RuntimeError, ValueError, AttributeError, TypeError, KeyError):
+        return False
+    return _alike(started, whole, tolerance=1e-3)
+
+
 def passes_alike(trunk: "Trunk") -> bool:
     """Whether `networks.passes` gives the states that the model gives, of whole rows and where prompts are shared."""
     from mlx_ppo.networks.passes import states_of

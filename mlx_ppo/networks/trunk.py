@@ -19,7 +19,7 @@ from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.common_blocks import understood
 from mlx_ppo.networks.parts import Entered, InPlace, States, placeholder
 from mlx_ppo.networks.passes import avoiding, states_of
-from mlx_ppo.networks.probes import decode_alike, passes_alike, shares_prompts, steps_alike
+from mlx_ppo.networks.probes import decode_alike, passes_alike, shares_prompts, starts_from_kept, steps_alike
 from mlx_ppo.networks.shared_prompts import LayerCache, Reading
 from mlx_ppo.records import Sequences
 
@@ -160,7 +160,7 @@ class Trunk:
         """Set `split` to the lowest block that any of these roles changes, if this architecture can start there."""
         lowest = [lowest_block(weights) for weights in roles]
         self.split = min((block for block in lowest if block is not None), default=0)
-        if self._checked and self.split and not (self._layers and self._starts_from_kept()):
+        if self._checked and self.split and not (self._layers and starts_from_kept(self)):
             self.split = 0
 
     def hidden(self, tokens: mx.array, cache: list[Any] | None = None, *, kept: mx.array | None = None) -> mx.array:
@@ -323,15 +323,6 @@ class Trunk:
         finally:
             for number, block in blocks.items():
                 layers[number] = block
-
-    def _starts_from_kept(self) -> bool:
-        """Whether starting from kept states gives what the whole pass gives."""
-        probe = mx.array([[1, 2, 3, 1]]) % self.tokenizer.vocab_size
-        try:
-            whole, started = self.hidden(probe), self.hidden(probe, kept=self.entering(probe))
-        except (RuntimeError, ValueError, AttributeError, TypeError, KeyError):
-            return False
-        return bool(mx.allclose(whole, started, rtol=1e-3, atol=1e-3).item())
 
     def _put(self, arrays: Mapping[str, mx.array]) -> None:
         if arrays:

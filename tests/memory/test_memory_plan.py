@@ -39,6 +39,7 @@ SIZES = {
 }
 PROMPT, RESPONSE, ROWS = 24, 24, 16
 SHAPES = Shapes(prompt=PROMPT, response=RESPONSE, responses=ROWS, distinct=ROWS, minibatch=8)
+LONG = SHAPES._replace(response=160)
 Make = Callable[..., TrainConfig]
 
 
@@ -188,7 +189,7 @@ def test_an_iteration_may_have_fewer_responses_than_an_evaluation_has_prompts(ma
 
 def test_a_smaller_budget_means_smaller_batches_and_then_a_refusal(make_config: Make) -> None:
     config = make_config()
-    own = accountant(config)
+    own = accountant(config, LONG)
     free = make_plan(own, config, None)
     assert free.concessions == () and free.choices.micro_batch == 8 and free.choices.rollout_batch == ROWS
     budget = free.process
@@ -208,8 +209,8 @@ def test_a_smaller_budget_means_smaller_batches_and_then_a_refusal(make_config: 
 def test_what_a_later_concession_makes_needless_is_taken_back(make_config: Make) -> None:
     """No choice alone can be taken back any more, whatever the budget."""
     config = make_config(model={"train": "full"}, critic={"kind": "model"})
-    own = accountant(config)
-    most, fast = make_plan(own, config, None).process, vars(fastest(config, SHAPES))
+    own = accountant(config, LONG)
+    most, fast = make_plan(own, config, None).process, vars(fastest(config, LONG))
     seen = set()
     for share in (0.95, 0.9, 0.8, 0.75, 0.7, 0.65, 0.6):
         plan = make_plan(own, config, int(share * most))

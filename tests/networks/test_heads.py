@@ -42,9 +42,9 @@ class Silent:
 def test_pooling_reads_each_text_alone(trunk: Trunk, pooling: str) -> None:
     sequences = make_sequences(ROWS, [()] * len(ROWS))
     junk = sequences._replace(tokens=mx.where(sequences.tokens == 0, 77, sequences.tokens))
-    states = trunk.hidden(junk.tokens)
-    inside = mx.arange(states.shape[1])[None, :] < sequences.lengths[:, None]
-    dirty = mx.where(inside[..., None], states, mx.nan)
+    states = trunk.states(junk)
+    inside = mx.arange(sequences.tokens.shape[1])[None, :] < sequences.lengths[:, None]
+    dirty = mx.where(inside.reshape(-1, 1), states, mx.nan)
     for found in (pooled(states, sequences, pooling), pooled(dirty, sequences, pooling)):
         for row, tokens in enumerate(ROWS):
             alone = np.array(trunk.hidden(mx.array([tokens])))[0]

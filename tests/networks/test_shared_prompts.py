@@ -1,6 +1,7 @@
 """Prompts of several responses read once: the same states, the same gradients."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.networks.passes import avoiding_passes
 from mlx_ppo.networks.shared_prompts import LayerCache, Reading
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.records import Rollout, make_sequences
@@ -41,12 +43,17 @@ def rollout_of(trunk: Trunk, prompts: list[list[int]]) -> Rollout:
     )
 
 
+@pytest.mark.parametrize("computing", [nullcontext, avoiding_passes])
 @pytest.mark.parametrize("layers", [0, 2])
 @pytest.mark.parametrize("prompts", [LEVEL, UNEVEN, [LEVEL[0]] * 6], ids=["level", "uneven", "one"])
 def test_states_and_gradients_are_those_of_whole_rows(
-    own: Trunk, make_adapters: Callable[..., Weights], prompts: list[list[int]], layers: int
+    own: Trunk,
+    make_adapters: Callable[..., Weights],
+    prompts: list[list[int]],
+    layers: int,
+    computing: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """From the prompts and from kept states; the last tokens' too, which a reward model reads."""
+    """From the prompts and from kept states, by the model or by numpy; the last tokens' too, for a reward model."""
     assert own.shares_prompts
     weights = make_adapters(own, layers=layers)
     own.share_below([weights])
@@ -58,10 +65,10 @@ def test_states_and_gradients_are_those_of_whole_rows(
     direction = mx.random.normal((whole.targets.size, 32), key=mx.random.key(1))
 
     def loss(arrays: dict[str, mx.array], sequences: Any) -> mx.array:
-        with own.using(weights.holding(arrays)):
-            return (own.response_states(sequences) * direction).sum()
+        with own.using(weights.holding(arrays)), computing():
+            return (own.response_states(sequences, learning=True) * direction).sum()
 
-    with own.using(weights):
+    with own.using(weights), computing():
         for place in ("predicting", "last"):
             found, wanted = (own.states(s)[getattr(s, place)] for s in (shared, whole))
             np.testing.assert_allclose(np.array(found), np.array(wanted), rtol=1e-4, atol=1e-4)

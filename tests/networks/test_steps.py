@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_ppo.networks import steps
+from mlx_ppo.networks import common_blocks, steps
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.common_blocks import understood
 from mlx_ppo.networks.kv_cache import keep_rows, new_caches, size_caches
@@ -102,17 +102,17 @@ def test_other_types_windows_and_devices_are_left_to_the_model(
     assert not understood(load_trunk(make_model(**windows)))
     trunk = load_trunk(make_model())
     assert understood(trunk)
-    monkeypatch.setattr(steps, "on_cpu", lambda: False)
+    monkeypatch.setattr(common_blocks, "on_cpu", lambda: False)
     assert not understood(trunk)
 
 
-@pytest.mark.parametrize("part", ["_turned", "_norm", "swiglu_into"])
+@pytest.mark.parametrize("part", ["turned", "_norm", "swiglu_into"])
 def test_what_computes_something_else_is_found_out(
     make_model: Models, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     trunk = load_trunk(make_model())
     other: dict[str, Any] = {
-        "_turned": lambda vectors, _: vectors,
+        "turned": lambda vectors, _: vectors,
         "_norm": lambda layer: lambda states: states,
         "swiglu_into": lambda gate, up, out: np.multiply(gate, up, out=out),
     }
