@@ -99,5 +99,5 @@ def _on_cpu(gate: mx.array, up: mx.array) -> mx.array:
 def _on_cpu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     given = [np.ascontiguousarray(np.asarray(array)) for array in (*primals, cotangent)]
     by_gate, by_up = np.empty_like(given[0]), np.empty_like(given[0])
-    swiglu_back(*given, by_gate, by_up)
+    _by_pieces(_backward, *given, by_gate, by_up)
     return mx.array(by_gate), mx.array(by_up)

@@ -169,9 +169,7 @@ class BlockPass:
             array.fill(0)
         small = self.o.back(slopes, room["by mixed"])
         self.o.learn(room["mixed"], slopes, small, learned)
-        attend_back(
-            positions.parts, Vectors(room["q"], room["k"], room["v"]), self.heads, room["by mixed"], by_vectors
-        )
+        attend_back(positions.parts, Vectors(room["q"], room["k"], room["v"]), self.heads, room["by mixed"], by_vectors)
         self.before.forward(room["entering"], normed)
         for name, norm in (("q", self.q_norm), ("k", self.k_norm)):
             split = self._split(room[f"by {name}"])

@@ -82,8 +82,8 @@ def inverse_size(states: Floats, eps: np.float32) -> Floats:
     squares = np.einsum("...d,...d->...", states, states)[..., None]
     squares /= states.shape[-1]
     squares += eps
-    np.sqrt(squares, out=squares)
-    return np.reciprocal(squares, out=squares)
+    found: Floats = np.reciprocal(np.sqrt(squares, out=squares), out=squares)
+    return found
 
 
 def kind_of(rope: Any) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ _TOGETHER = 1 << 21  # scores that are computed together, if these are more than
 class Heads(NamedTuple):
     """How attention divides what it reads."""
 
-    count: int  # H, of the queries
+    number: int  # H, of the queries
     groups: int  # K, of keys and values; divides H
     size: int  # of each
     scale: float  # of the scores
@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
     first: int
     rows: int
-    count: int
+    length: int  # R
     width: int = 0  # P, positions of a prompt that is read before, once; 0: none
     owners: Sequence[int] = ()  # which of these prompts, which begin at position 0, each row has
     padding: Floats | None = None  # [B, P], added to the prompts' scores; None: every position counts
@@ -49,14 +49,14 @@ class Vectors(NamedTuple):
 def scores_at_once(parts: Sequence[Part], heads: int) -> int:
     """Bytes of the largest array of scores."""
     return max(
-        4 * len(rows) * heads * part.count * (part.width + part.count) for part in parts for rows in _few(part, heads)
+        4 * len(rows) * heads * part.length * (part.width + part.length) for part in parts for rows in _few(part, heads)
     )
 
 
 def attend(parts: Sequence[Part], given: Vectors, heads: Heads, out: Floats) -> None:
     """Set `out` [N, H * D] to the sums of values by weight."""
     for part in parts:
-        for rows in _few(part, heads.count):
+        for rows in _few(part, heads.number):
             some = _Rows(part, rows, heads)
             weights = some.weights(given)
             for number, side in enumerate(some.sides):
@@ -66,7 +66,7 @@ def attend(parts: Sequence[Part], given: Vectors, heads: Heads, out: Floats) -> 
 def attend_back(parts: Sequence[Part], given: Vectors, heads: Heads, slopes: Floats, by: Vectors) -> None:
     """Add to `by` the gradients by queries, keys and values, for gradients [N, H * D] by the sums."""
     for part in parts:
-        for rows in _few(part, heads.count):
+        for rows in _few(part, heads.number):
             some = _Rows(part, rows, heads)
             weights = some.weights(given)
             by_scores = np.empty_like(weights)
@@ -83,7 +83,7 @@ def attend_back(parts: Sequence[Part], given: Vectors, heads: Heads, slopes: Flo
 
 def _few(part: Part, heads: int) -> Iterator[range]:
     """Rows, a few at a time."""
-    size = max(1, _TOGETHER // (heads * part.count * (part.width + part.count)))
+    size = max(1, _TOGETHER // (heads * part.length * (part.width + part.length)))
     for start in range(0, part.rows, size):
         yield range(start, min(part.rows, start + size))
 
@@ -92,7 +92,7 @@ class _Side(NamedTuple):
     """What some rows attend to: their prompts' positions, or their own."""
 
     columns: int  # first of the scores
-    count: int  # of positions
+    length: int  # positions
     firsts: list[int]  # where these begin, for each of the rows
 
 
@@ -101,19 +101,19 @@ class _Rows:
 
     def __init__(self, part: Part, rows: range, heads: Heads) -> None:
         self._part, self._rows, self._heads = part, rows, heads
-        self._length = part.width + part.count
-        self._own = [part.first + row * part.count for row in rows]
-        self.sides = [_Side(part.width, part.count, self._own)]
+        self._length = part.width + part.length
+        self._own = [part.first + row * part.length for row in rows]
+        self.sides = [_Side(part.width, part.length, self._own)]
         if part.width:
             self.sides.insert(0, _Side(0, part.width, [part.width * part.owners[row] for row in rows]))
 
     def weights(self, given: Vectors) -> Floats:
         """The weights [b, H, R, S] of the rows."""
         part, heads = self._part, self._heads
-        found = np.empty((len(self._rows), heads.count, part.count, self._length), np.float32)
+        found = np.empty((len(self._rows), heads.number, part.length, self._length), np.float32)
         for side in self.sides:
             self.scores(side, given.q, given.k, found, heads.scale)
-        later = np.triu(np.full((part.count, part.count), LOWEST), 1)
+        later = np.triu(np.full((part.length, part.length), LOWEST), 1)
         for number, row in enumerate(found):  # a row of the batch, which fits the cache
             row[..., part.width :] += later
             if part.padding is not None:
@@ -125,7 +125,7 @@ class _Rows:
         """Set out[b, h] [R, of S] to factor * left[b, h] @ right[b, g].T."""
         heads, part = self._heads, self._part
         prepare(
-            (integers([part.count]), integers([side.count]), integers([heads.size])),
+            (integers([part.length]), integers([side.length]), integers([heads.size])),
             self._of_heads(left),
             self._of_groups(right, side),
             self._of_scores(out, side),
@@ -136,7 +136,7 @@ class _Rows:
     def sums(self, side: _Side, weights: Floats, right: Floats, out: Floats, factor: float, *, add: bool) -> None:
         """Set out[b, h] [R, D] to factor * weights[b, h] @ right[b, g]."""
         prepare(
-            (integers([self._part.count]), integers([self._heads.size]), integers([side.count])),
+            (integers([self._part.length]), integers([self._heads.size]), integers([side.length])),
             self._of_scores(weights, side),
             self._of_groups(right, side),
             self._of_heads(out),
@@ -155,7 +155,7 @@ class _Rows:
         )
         for several in self._apart(of_out[1]):
             prepare(
-                (integers([side.count]), integers([heads.size]), integers([self._part.count])),
+                (integers([side.length]), integers([heads.size]), integers([self._part.length])),
                 (weights, [of_weights[1][at] for at in several], of_weights[2]),
                 (left, [of_left[1][at] for at in several], of_left[2]),
                 (out, [of_out[1][at] for at in several], of_out[2]),
@@ -179,14 +179,14 @@ class _Rows:
 
     def _of_heads(self, array: Floats) -> Place:
         heads, step = self._heads, array.shape[1]
-        return array, [first * step + head * heads.size for first in self._own for head in range(heads.count)], step
+        return array, [first * step + head * heads.size for first in self._own for head in range(heads.number)], step
 
     def _of_groups(self, array: Floats, side: _Side) -> Place:
         heads, step = self._heads, array.shape[1]
-        together = heads.count // heads.groups
-        groups = [head // together for head in range(heads.count)]
+        together = heads.number // heads.groups
+        groups = [head // together for head in range(heads.number)]
         return array, [first * step + group * heads.size for first in side.firsts for group in groups], step
 
     def _of_scores(self, array: Floats, side: _Side) -> Place:
-        step = self._part.count * self._length
-        return array, [side.columns + step * at for at in range(len(self._rows) * self._heads.count)], self._length
+        step = self._part.length * self._length
+        return array, [side.columns + step * at for at in range(len(self._rows) * self._heads.number)], self._length

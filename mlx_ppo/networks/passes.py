@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.networks.adapters import layer_of
-from mlx_ppo.networks.block_passes import BlockPass, Norm, Positions, Room, Shapes, floats_of, room_for, room_in
+from mlx_ppo.networks.block_passes import BlockPass, Norm, Positions, Shapes, floats_of, room_for, room_in
 from mlx_ppo.networks.common_blocks import LOWEST, Turns, kind_of, turns_at, view
 from mlx_ppo.networks.pass_attention import Part, scores_at_once
 from mlx_ppo.records import Sequences
@@ -67,14 +67,14 @@ class Layout:
     def read(self) -> tuple[tuple[Part, ...], Places]:
         """The parts with all that is known of them, and each position's place in its row [N]."""
         first, *others = self.parts
-        places = np.tile(np.arange(first.count), first.rows)
+        places = np.tile(np.arange(first.length), first.rows)
         if self._shared is None:
             return self.parts, places
         (part,) = others
         owners, lengths = np.asarray(self._shared.owners), np.asarray(self._shared.lengths)
         there = np.arange(part.width)[None, :] < lengths[owners, None]
         padding = None if self._shared.level else np.where(there, np.float32(0), LOWEST)
-        after = lengths[owners, None] + np.arange(part.count)[None, :]
+        after = lengths[owners, None] + np.arange(part.length)[None, :]
         found = part._replace(owners=owners.tolist(), padding=padding)
         return (first, found), np.concatenate([places, after.reshape(-1)])
 
@@ -114,7 +114,8 @@ def computed(one: "Pass", entering: mx.array, *arrays: mx.array, learning: bool)
             raise RuntimeError("a gradient of a pass that was not to have one")
         return one.back(primals[1:], cotangents[0], outputs[1:])
 
-    return function(entering, *arrays)[0]
+    found: Sequence[mx.array] = function(entering, *arrays)  # type: ignore[assignment]
+    return found[0]
 
 
 class Needs(NamedTuple):
@@ -188,7 +189,11 @@ class Pass:
         norm.back(np.asarray(kept[-1]), np.asarray(slopes), by_states, by_name)
         _, passing = room_for(self._working_back(blocks[0]))
         for number in reversed(range(self._lowest, self._trunk.blocks)):
-            block, own, there = blocks[number - self._start], kept[number - self._lowest], positions[number - self._start]
+            block, own, there = (
+                blocks[number - self._start],
+                kept[number - self._lowest],
+                positions[number - self._start],
+            )
             if self._saving:
                 passing["entering"][:] = np.asarray(own)
                 block.forward(passing, there, None)
@@ -207,7 +212,7 @@ class Pass:
             kept=4 * kept if learning else 0,
             forward=4 * floats_of(self._working(blocks[0], keeping=learning)),
             back=4 * floats_of(self._working_back(blocks[0])),
-            scores=scores_at_once(self._layout.parts, blocks[0].heads.count),
+            scores=scores_at_once(self._layout.parts, blocks[0].heads.number),
         )
 
     def _working(self, block: BlockPass, *, keeping: bool) -> Shapes:
@@ -236,7 +241,6 @@ class Pass:
                 turns[kind] = factors[places], exchanged[places]
             positions.append(Positions(parts, turns[kind]))
         return blocks, Norm(trunk.inner.norm, self._norm_name, given), positions
-
 
     def _blocks(self, given: Mapping[str, Floats]) -> list[BlockPass]:
         layers = list(enumerate(self._trunk.model.layers))[self._start :]

@@ -71,7 +71,9 @@ class Steps:
             self._attach(caches)
         self._rows[:] = [count, count]
         offsets, padding = caches[0].offset, np.asarray(caches[0].left_padding)
-        turns = {kind: turns_at(rope, offsets, self._mixed.shape[1] // self._heads) for kind, rope in self._ropes.items()}
+        turns = {
+            kind: turns_at(rope, offsets, self._mixed.shape[1] // self._heads) for kind, rope in self._ropes.items()
+        }
         counts = np.arange(at + 1)[None, :] >= padding[:, None]
         mask = None if counts.all() else np.where(counts, np.float32(0), LOWEST)[:, None]
         states, entering = self._embedding[tokens], None

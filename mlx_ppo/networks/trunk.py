@@ -15,8 +15,8 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.networks.adapters import HEAD, Weights, lowest_block, make_adaptable, make_noisy, parameters_of, plain
 from mlx_ppo.networks.attention import fast_attention
 from mlx_ppo.networks.checkpointing import checkpointed
-from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.common_blocks import understood
+from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.parts import Entered, InPlace, States, placeholder
 from mlx_ppo.networks.passes import avoiding, states_of
 from mlx_ppo.networks.probes import decode_alike, passes_alike, shares_prompts, starts_from_kept, steps_alike
@@ -121,8 +121,7 @@ class Trunk:
         """
         if self.present:
             if self._checked:  # what is found out once, from the weights
-                self.shares_prompts, self.joins_batches, self.reads_steps, self.reads_passes  # noqa: B018
-            self.width  # noqa: B018
+                self.shares_prompts, self.joins_batches, self.reads_steps, self.reads_passes, self.width  # noqa: B018
             self._hold({name: placeholder(array) for name, array in self.base.items()})
             gc.collect()
             mx.clear_cache()
@@ -253,6 +252,8 @@ class Trunk:
         lowest = lowest_block(weights)
         if lowest is not None and lowest < self.split:
             raise RuntimeError(f"weights in block {lowest}, but the states that enter block {self.split} are kept")
+        if self._checked and self.present:  # found out with the trunk's own weights, whoever reads first
+            self.reads_passes, self.reads_steps  # noqa: B018
         replaced: dict[str, mx.array] = {}
         attached: list[nn.Module] = []
         self._in_use = True
@@ -292,9 +293,9 @@ class Trunk:
     @contextmanager
     def checkpointing(self) -> Iterator[None]:
         """Keep only what enters each block for a gradient that is taken within; costs about a third more time."""
-        self._saving = True
+        self._saving, numbers = True, range(self.split, self.blocks)
         try:
-            with self._instead({number: checkpointed(self._layers[number]) for number in range(self.split, self.blocks)}):
+            with self._instead({number: checkpointed(self._layers[number]) for number in numbers}):
                 yield
         finally:
             self._saving = False

@@ -78,7 +78,9 @@ def test_states_and_gradients_are_those_of_the_model(
 ) -> None:
     trunk = load_trunk(make_model(kind, **changes))
     assert trunk.reads_passes
-    weights = everything(trunk) if form == "all weights" else make_adapters(trunk, layers=0 if form == "adapters" else 1)
+    weights = (
+        everything(trunk) if form == "all weights" else make_adapters(trunk, layers=0 if form == "adapters" else 1)
+    )
     whole = make_sequences(PROMPTS, RESPONSES)
     sequences = make_sequences(PROMPTS, RESPONSES, sharing=sharing)
     assert (sequences.shared is not None) == sharing
@@ -127,7 +129,9 @@ def test_rows_that_are_padded_differently_get_the_same(make_model: Models) -> No
     np.testing.assert_array_equal(clean, dirty)
 
 
-def test_a_gradient_that_was_not_announced_is_refused(make_model: Models, make_adapters: Callable[..., Weights]) -> None:
+def test_a_gradient_that_was_not_announced_is_refused(
+    make_model: Models, make_adapters: Callable[..., Weights]
+) -> None:
     trunk = load_trunk(make_model())
     weights = make_adapters(trunk)
     sequences = make_sequences(PROMPTS, RESPONSES)

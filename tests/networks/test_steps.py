@@ -134,6 +134,7 @@ def test_a_rollout_is_the_models_own(
     options: dict[str, Any] = {"samples_per_prompt": 14, "max_tokens": 9, "temperature": 1.0, "batch_size": places}
     options |= {"seed_parts": (0,), "positions": range(5), "records": [{}] * 5}
     made: list[int] = []
+    assert trunk.reads_steps
     prepare = Steps.__init__
     monkeypatch.setattr(Steps, "__init__", lambda self, trunk, rows: (made.append(rows), prepare(self, trunk, rows))[1])
     here = generate(trunk, weights, prompts, **options)
