@@ -68,6 +68,7 @@ class Trunk:
         model.eval()
         if checked:
             self._check_split()
+            self.reads_passes, self.reads_steps  # noqa: B018  found out with the trunk's own weights
 
     @functools.cached_property
     def decodes_batches(self) -> bool:
@@ -121,7 +122,7 @@ class Trunk:
         """
         if self.present:
             if self._checked:  # what is found out once, from the weights
-                self.shares_prompts, self.joins_batches, self.reads_steps, self.reads_passes, self.width  # noqa: B018
+                self.shares_prompts, self.joins_batches, self.width  # noqa: B018
             self._hold({name: placeholder(array) for name, array in self.base.items()})
             gc.collect()
             mx.clear_cache()
@@ -252,8 +253,6 @@ class Trunk:
         lowest = lowest_block(weights)
         if lowest is not None and lowest < self.split:
             raise RuntimeError(f"weights in block {lowest}, but the states that enter block {self.split} are kept")
-        if self._checked and self.present:  # found out with the trunk's own weights, whoever reads first
-            self.reads_passes, self.reads_steps  # noqa: B018
         replaced: dict[str, mx.array] = {}
         attached: list[nn.Module] = []
         self._in_use = True
