@@ -56,6 +56,14 @@ def swiglu_back(gate: Floats, up: Floats, given: Floats, by_gate: Floats, by_up:
     _by_pieces(_backward, gate, up, given, by_gate, by_up)
 
 
+def by_rows(function: Callable[..., None], *arrays: Floats) -> None:
+    """Call a function that fills some of its arguments, with a few rows at a time of all of them."""
+    count = len(arrays[0])
+    size = max(1, _PIECE * count // max(1, arrays[0].size))
+    for start in range(0, count, size):
+        function(*(array[start : start + size] for array in arrays))
+
+
 def _sigmoid(values: Floats) -> Floats:
     found = np.negative(values)
     np.exp(found, out=found)
@@ -65,10 +73,8 @@ def _sigmoid(values: Floats) -> Floats:
 
 def _by_pieces(function: Callable[..., None], *arrays: Floats) -> None:
     """Call a function that fills some of its arguments, with flat pieces of all of them."""
-    flat = [array.reshape(-1) for array in arrays]
     with np.errstate(over="ignore"):  # exp(-x) of a large negative x is infinite, its reciprocal rightly 0
-        for start in range(0, flat[0].size, _PIECE):
-            function(*(array[start : start + _PIECE] for array in flat))
+        by_rows(function, *(array.reshape(-1) for array in arrays))
 
 
 def _forward(gate: Floats, up: Floats, out: Floats) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_ppo.networks.device import on_cpu
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
-_silent = np.errstate(over="ignore", invalid="ignore")  # what isn't finite is found, and said, further on
+silent = np.errstate(over="ignore", invalid="ignore")  # what isn't finite is found, and said, further on
 _LOWEST = np.finfo(np.float32).min  # of a score that doesn't count, as in mlx: a row without any is uniform
 
 
@@ -71,7 +71,7 @@ def softmax_in_place(scores: Floats) -> None:
 
 
 @mx.custom_function
-@_silent
+@silent
 def _weights(scores: mx.array, mask: mx.array, scale: mx.array) -> mx.array:
     values, allowed, factor = np.asarray(scores), np.asarray(mask), np.float32(np.asarray(scale))
     allowed = np.broadcast_to(allowed, values.shape)
@@ -87,7 +87,7 @@ def _weights(scores: mx.array, mask: mx.array, scale: mx.array) -> mx.array:
 
 
 @_weights.vjp
-@_silent
+@silent
 def _weights_vjp(
     primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, weights: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_ppo.networks.activations import swiglu_back, swiglu_into
+from mlx_ppo.networks.activations import by_rows, swiglu_back, swiglu_into
 from mlx_ppo.networks.common_blocks import Turns, inverse_size, normed, turned, turned_back, view
 from mlx_ppo.networks.pass_attention import Heads, Part, Vectors, attend, attend_back
 from mlx_ppo.runtime.products import Floats, multiply
 
 _CHUNK = 1024  # positions of a feed-forward part at once
-_PIECE = 1 << 15  # elements of a norm at once: a handful of such arrays fits a core's cache
 Room = dict[str, Floats]
 Shapes = dict[str, tuple[int, int]]
 
@@ -98,8 +97,8 @@ class BlockPass:
 
     def reused(self, count: int) -> Shapes:
         """What a forward needs without a gradient: for all blocks one after the other."""
-        wide, states = (min(count, _CHUNK), self.gate.outputs), (count, self.o.outputs)
-        return {"entering": states, **self._attention(count), "gate": wide, "up": wide, **self.passing(count)}
+        wide = (min(count, _CHUNK), self.gate.outputs)
+        return {**self._attention(count), "gate": wide, "up": wide, **self.passing(count)}
 
     def back_passing(self, count: int) -> Shapes:
         """What a gradient needs beside what it reads."""
@@ -181,7 +180,7 @@ class BlockPass:
         for layer, by in ((self.q, by_vectors.q), (self.k, by_vectors.k), (self.v, by_vectors.v)):
             layer.learn(normed, by, layer.back(by, out, add=add) if further else None, learned)
             add = True
-        if further or self.before.learns:
+        if further:
             self.before.back(room["entering"], out, slopes, learned)
 
     def _split(self, vectors: Floats) -> Floats:
@@ -253,7 +252,6 @@ class Norm:
 
     def __init__(self, layer: Any, name: str, given: Mapping[str, Floats]) -> None:
         """Take a role's weight where it brings one."""
-        self.learns = name in given
         self._layer, self._name, self._given, self._eps = layer, name, given, np.float32(layer.eps)
 
     @functools.cached_property
@@ -266,7 +264,7 @@ class Norm:
         def some(states: Floats, out: Floats) -> None:
             out[:] = normed(states, self._weight, self._eps)
 
-        _by_rows(some, states, out)
+        by_rows(some, states, out)
         return out
 
     def back(self, states: Floats, given: Floats, by_states: Floats, learned: Room) -> None:
@@ -284,21 +282,14 @@ class Norm:
             slopes *= inverse
             by_states += slopes
 
-        _by_rows(some, states, given, by_states)
+        by_rows(some, states, given, by_states)
 
 
 def _turn(function: Callable[[Floats, Turns], Floats], vectors: Floats, turns: Turns, out: Floats) -> None:
     def some(vectors: Floats, factors: Floats, exchanged: Floats, out: Floats) -> None:
         out[:] = function(vectors, (factors, exchanged))
 
-    _by_rows(some, vectors, *turns, out)
-
-
-def _by_rows(function: Callable[..., None], *arrays: Floats) -> None:
-    """Call a function that changes its arguments with a few rows at a time of all of them."""
-    size = max(1, _PIECE // max(1, arrays[0][0].size))
-    for start in range(0, len(arrays[0]), size):
-        function(*(array[start : start + size] for array in arrays))
+    by_rows(some, vectors, *turns, out)
 
 
 def _chunks(count: int, *arrays: Floats) -> Iterator[Any]:

@@ -96,13 +96,13 @@ def _fact(value: Any) -> Any:
     return np.asarray(value).tobytes() if isinstance(value, mx.array) else repr(value)
 
 
-def turns_at(rope: Any, offsets: mx.array, size: int) -> tuple[Floats, Floats]:
+def turns_at(rope: Any, offsets: mx.array, size: int) -> Turns:
     """Factors [B, 1, D] of a vector's own elements, and of its exchanged halves, at the rows' offsets [B]."""
     factors, exchanged = factors_of(lambda one: rope(one, offset=offsets), (len(offsets), 1, 1, size))
     return np.asarray(factors)[:, 0], np.asarray(exchanged)[:, 0]
 
 
-def turned(vectors: Floats, turns: tuple[Floats, Floats]) -> Floats:
+def turned(vectors: Floats, turns: Turns) -> Floats:
     """Rotate [B, H, D]."""
     half = vectors.shape[-1] // 2
     factors, exchanged = turns

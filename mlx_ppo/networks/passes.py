@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.networks.adapters import layer_of
+from mlx_ppo.networks.attention import silent
 from mlx_ppo.networks.block_passes import BlockPass, Norm, Positions, Shapes, floats_of, room_for, room_in
 from mlx_ppo.networks.common_blocks import LOWEST, Turns, kind_of, turns_at, view
 from mlx_ppo.networks.pass_attention import Part, scores_at_once
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 
 Places = np.ndarray[Any, np.dtype[np.int64]]
-_silent = np.errstate(over="ignore", invalid="ignore")  # what isn't finite is found, and said, further on
 _avoided: ContextVar[bool] = ContextVar("avoided", default=False)
 
 
@@ -155,7 +155,7 @@ class Pass:
         numbers = [layer_of(name)[0] for name in self.learned if name != self._norm_name]
         self._lowest = max(start, 0 if self._through else min(numbers, default=trunk.blocks))
 
-    @_silent
+    @silent
     def forward(self, entering: mx.array, arrays: Sequence[mx.array], *, keeping: bool) -> tuple[mx.array, ...]:
         """Final states [N, D] of those that enter; and, `keeping`, what of each block the gradient reads."""
         blocks, norm, positions = self._prepared(arrays)
@@ -177,7 +177,7 @@ class Pass:
         norm.forward(states, states)
         return result, *kept
 
-    @_silent
+    @silent
     def back(self, arrays: Sequence[mx.array], slopes: mx.array, kept: Sequence[mx.array]) -> tuple[mx.array, ...]:
         """Gradients by what enters (0 where nobody needs them) and by the arrays, for those [N, D] by the states."""
         blocks, norm, positions = self._prepared(arrays)

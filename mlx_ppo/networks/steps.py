@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.networks.activations import swiglu_into
-from mlx_ppo.networks.attention import softmax_in_place
-from mlx_ppo.networks.common_blocks import LOWEST, kind_of, normed, turned, turns_at, view
+from mlx_ppo.networks.attention import silent, softmax_in_place
+from mlx_ppo.networks.common_blocks import LOWEST, Turns, kind_of, normed, turned, turns_at, view
 from mlx_ppo.runtime.products import Floats, Run, by_matrix, integers, prepare
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Steps:
         self._attached: list[_Attached] = []
         self._logits: tuple[Floats, Run] | None = None
 
-    @np.errstate(over="ignore", invalid="ignore")  # what isn't finite is found, and said, further on
+    @silent
     def read(self, tokens: np.ndarray[Any, Any], caches: Sequence[Any]) -> tuple[mx.array, mx.array | None]:
         """Final hidden states [B, D] of tokens [B], which the caches then hold too.
 
@@ -155,9 +155,7 @@ class Steps:
             mix = prepare((together, width, length), of_weights, (values, starts, size), of_mixed, transposed=False)
             self._attached.append(_Attached(keys, values, asked, weights, length, score, mix))
 
-    def _attend(
-        self, block: "_Block", attached: "_Attached", at: int, mask: Floats | None, turns: tuple[Floats, Floats]
-    ) -> None:
+    def _attend(self, block: "_Block", attached: "_Attached", at: int, mask: Floats | None, turns: Turns) -> None:
         """Queries, keys and values of `_states` into `_mixed`, the sum of values by weight."""
         count, _, size = attached.asked.shape
         q = block.q(count).reshape(count, self._heads, size)

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_ppo.networks import block_passes, pass_attention
+from mlx_ppo.networks import activations, block_passes, pass_attention
 from mlx_ppo.networks.adapters import Weights
 from mlx_ppo.networks.common_blocks import understood
 from mlx_ppo.networks.load import load_trunk
@@ -116,7 +116,7 @@ def test_pieces_make_no_difference(
         wanted = found_by(trunk, weights, sequences, own=False)
         with monkeypatch.context() as patch:
             patch.setattr(block_passes, "_CHUNK", 7)
-            patch.setattr(block_passes, "_PIECE", 100)
+            patch.setattr(activations, "_PIECE", 100)
             patch.setattr(pass_attention, "_TOGETHER", 1)
             assert_alike(found_by(trunk, weights, sequences, own=True), wanted)
 
