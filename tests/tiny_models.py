@@ -13,6 +13,16 @@ _WORDS = ("▁the", "▁a", "▁film", "▁is", "▁of", "▁good", "▁bad", "�
 _PIECES = ("<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(97, 123)), *_WORDS)
 VOCABULARY = 304  # the pieces (300), what transformers may add for a model type, and unused rows
 
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8}
+COMMON_KINDS: list[tuple[str, dict[str, Any]]] = [  # of the architecture that numpy computes on a CPU
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
+    ("llama", {"rope_scaling": LLAMA3, "num_key_value_heads": 1, "vocab_size": 331}),
+    ("qwen2", {"intermediate_size": 50}),
+    ("qwen3", {"num_hidden_layers": 3}),
+]
+
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from tiny_models import COMMON_KINDS
 
 from mlx_ppo.networks import activations, block_passes, pass_attention
 from mlx_ppo.networks.adapters import Weights
@@ -19,15 +20,6 @@ from mlx_ppo.records import Sequences, make_sequences
 from mlx_ppo.runtime.products import can_prepare
 
 pytestmark = pytest.mark.skipif(not can_prepare(), reason="no BLAS with products of many small matrices")
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"original_max_position_embeddings": 8}
-KINDS = [
-    ("llama", {}),
-    ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
-    ("llama", {"rope_scaling": LLAMA3, "num_key_value_heads": 1}),
-    ("qwen2", {"intermediate_size": 50}),
-    ("qwen3", {"num_hidden_layers": 3}),
-]
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9], [3, 4]]
 RESPONSES = [[20, 21, 22], [23], [24, 25], [26, 27, 28, 29], [30, 31]]
 Models = Callable[..., Path]
@@ -63,7 +55,7 @@ def everything(trunk: Trunk) -> Weights:
     return Weights({name: 1.1 * array for name, array in trunk.base.items()})
 
 
-@pytest.mark.parametrize(("kind", "changes"), KINDS)
+@pytest.mark.parametrize(("kind", "changes"), COMMON_KINDS)
 @pytest.mark.parametrize("form", ["adapters", "upper blocks", "kept states", "all weights"])
 @pytest.mark.parametrize("sharing", [False, True])
 @pytest.mark.parametrize("saving", [False, True])

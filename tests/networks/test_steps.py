@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from tiny_models import COMMON_KINDS
 
 from mlx_ppo.networks import common_blocks, steps
 from mlx_ppo.networks.adapters import Weights
@@ -18,8 +19,6 @@ from mlx_ppo.runtime.products import can_prepare
 
 pytestmark = pytest.mark.skipif(not can_prepare(), reason="no BLAS with products of many small matrices")
 LENGTHS = [5, 2, 4]
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"original_max_position_embeddings": 8}
 Models = Callable[..., Path]
 
 
@@ -42,13 +41,7 @@ def drawn(*shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [
-        ("llama", {}),
-        ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
-        ("llama", {"rope_scaling": LLAMA3, "num_key_value_heads": 1, "vocab_size": 331}),
-        ("qwen2", {"intermediate_size": 50}),
-        ("qwen3", {"num_hidden_layers": 3}),
-    ],
+    COMMON_KINDS,
 )
 @pytest.mark.parametrize("form", ["plain", "adapters", "all weights", "columns first"])
 def test_states_logits_and_caches_are_those_of_the_model(
