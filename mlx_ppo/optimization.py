@@ -1,7 +1,7 @@
 """AdamW over a role's flat weights: schedule, clipping by global norm, and a state that can be saved exactly."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +17,7 @@ from mlx_ppo.records import number
 
 Arrays = dict[str, mx.array]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
-_PIECE = 1 << 16  # elements at once: a handful of such arrays fits a core's cache
+_PIECE = 1 << 18  # elements at once: a handful of such arrays fits the cache, and calls take little of the time
 _THREADS = 2
 
 
@@ -65,12 +65,13 @@ class Optimizer:
             return self._peak * 0.5 * (1 + math.cos(math.pi * progress))
         return self._peak
 
-    def step(self, weights: Weights, gradients: Mapping[str, mx.array], *, what: str) -> tuple[Weights, float]:
+    def step(self, weights: Weights, gradients: Arrays, *, what: str) -> tuple[Weights, float]:
         """Apply one step's gradients.
 
         Args:
             weights: the weights to change.
-            gradients: one float32 array for each of them.
+            gradients: one float32 array for each of them. On a CPU they are taken out, and their memory holds the new
+                weights.
             what: the role's name, for the error.
         Returns:
             The new weights, and the gradients' global norm before clipping.
@@ -90,7 +91,7 @@ class Optimizer:
         mx.eval(arrays, self._adam.state)
         return arrays
 
-    def _step_on_cpu(self, weights: Mapping[str, mx.array], gradients: Mapping[str, mx.array], factor: float) -> Arrays:
+    def _step_on_cpu(self, weights: Mapping[str, mx.array], gradients: Arrays, factor: float) -> Arrays:
         """The same in numpy; the moments change where they are.
 
         mlx's elementwise operations run on one core and unvectorised there.
@@ -101,36 +102,34 @@ class Optimizer:
         section, time = self._section, self.steps + 1
         rate = self.rate(self.steps)
         fresh, kept = 1 - section.beta1, 1 - section.beta2
-        scale = rate / (1 - section.beta1**time)
-        root = 1 / math.sqrt(1 - section.beta2**time)
+        root = math.sqrt(1 - section.beta2**time)
+        scale = rate * root / (1 - section.beta1**time)
         decay = 1 - rate * section.weight_decay
 
-        def change(new: Floats, weight: Floats, given: Floats, m: Floats, v: Floats) -> float:
-            part = np.multiply(given, np.float32(factor * fresh), order="C")
+        def change(new: Floats, weight: Floats, m: Floats, v: Floats) -> float:
+            new *= np.float32(factor * fresh)
             m *= np.float32(section.beta1)
-            m += part
-            part *= part
-            part *= np.float32(kept / fresh**2)
+            m += new
+            new *= new
+            new *= np.float32(kept / fresh**2)
             v *= np.float32(section.beta2)
-            v += part
-            np.sqrt(v, out=part)
-            part *= np.float32(root)
-            part += np.float32(section.eps)
-            np.divide(m, part, out=part)
-            part *= np.float32(scale)
+            v += new
+            np.sqrt(v, out=new)
+            new += np.float32(section.eps * root)
+            np.divide(m, new, out=new)
+            new *= np.float32(scale)
             if decay != 1:
                 weight = weight * np.float32(decay)
-            np.subtract(weight, part, out=new)
+            np.subtract(weight, new, out=new)
             return 0.0
 
-        new = {name: mx.zeros(array.shape, array.dtype) for name, array in weights.items() if name in gradients}
-        mx.eval(new)
+        changed = _to_write_over(gradients, weights)
         rows = []
-        for name, array in new.items():
+        for name, new in changed.items():
             moments = self._adam.state[name]
-            rows.append(tuple(map(np.asarray, (array, weights[name], gradients[name], moments["m"], moments["v"]))))
+            rows.append(tuple(map(np.asarray, (new, weights[name], moments["m"], moments["v"]))))
         _by_pieces(change, rows)
-        return new
+        return changed
 
     def state(self) -> Arrays:
         """Moments by `m/<name>` and `v/<name>`; empty before the first step."""
@@ -154,9 +153,22 @@ class Optimizer:
         self.steps = steps
 
 
+def _to_write_over(gradients: Arrays, names: Iterable[str]) -> Arrays:
+    """Take gradients out; copied are those that lie transposed, as weights do not, or where another one lies."""
+    found: Arrays = {}
+    places: set[int] = set()
+    for name in names:
+        gradient = gradients.pop(name)
+        values = np.asarray(gradient)
+        usable = values.flags.c_contiguous and values.ctypes.data not in places
+        places.add(values.ctypes.data)
+        found[name] = gradient if usable else mx.array(values)
+    return found
+
+
 def _square(values: Floats) -> float:
     with np.errstate(over="ignore"):  # too large for a step: the norm is infinite then
-        return float(np.square(values).sum(dtype=np.float64))
+        return float(np.einsum("i,i->", flat := values.ravel(), flat))
 
 
 def _by_pieces(function: Callable[..., float], rows: Sequence[tuple[Floats, ...]]) -> list[float]:

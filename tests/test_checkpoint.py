@@ -54,19 +54,22 @@ def test_what_is_saved_is_loaded_bit_by_bit(tmp_path):
 
 def test_an_optimizer_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_path):
     section = OptimizerSection(learning_rate=0.1, schedule="cosine", warmup_steps=2, weight_decay=0.01)
-    gradients = [{"w": mx.random.normal((4, 4), key=mx.random.key(10 + i))} for i in range(4)]
     weights, optimizer = Weights({"w": mx.ones((4, 4))}), Optimizer(section, learning_rate=0.1, total_steps=4)
-    for step, gradient in enumerate(gradients):
+
+    def gradient(step):  # drawn anew: a step uses it up
+        return {"w": mx.random.normal((4, 4), key=mx.random.key(10 + step))}
+
+    for step in range(4):
         if step == 2:
             arrays = {"adapters": weights.arrays, "optimizer": optimizer.state()}
             save(tmp_path, Checkpoint(step, arrays, {"steps": optimizer.steps}, {}), keep_last=1, best=None)
-        weights, _ = optimizer.step(weights, gradient, what="policy")
+        weights, _ = optimizer.step(weights, gradient(step), what="policy")
     saved = load(tmp_path, 2)
     again = Optimizer(section, learning_rate=0.1, total_steps=4)
     again.load(dict(saved.arrays["optimizer"]), saved.state["steps"])
     resumed = Weights({"w": mx.ones((4, 4))}).holding(dict(saved.arrays["adapters"]))
-    for gradient in gradients[2:]:
-        resumed, _ = again.step(resumed, gradient, what="policy")
+    for step in (2, 3):
+        resumed, _ = again.step(resumed, gradient(step), what="policy")
     assert raw(resumed.arrays["w"]) == raw(weights.arrays["w"]) and again.steps == optimizer.steps
     assert {k: raw(a) for k, a in again.state().items()} == {k: raw(a) for k, a in optimizer.state().items()}
 

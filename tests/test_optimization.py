@@ -25,11 +25,15 @@ def gradients(step: int, size: float = 1.0) -> dict[str, mx.array]:
     return {name: mx.array(size * generator.normal(size=shape), mx.float32) for name, shape in shapes.items()}
 
 
+def copies(grads: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {name: mx.array(np.array(gradient)) for name, gradient in grads.items()}  # a step uses them up
+
+
 @pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
 def test_the_first_step_is_as_long_as_the_rate(size: float) -> None:
     """mlx's default, without bias correction, would make it 3.16 times as long."""
     grads = {name: mx.sign(gradient) * size for name, gradient in gradients(0).items()}
-    stepped, _ = make(rate=1e-2, eps=1e-12, gradient_clip=1e9).step(start(), grads, what="x")
+    stepped, _ = make(rate=1e-2, eps=1e-12, gradient_clip=1e9).step(start(), copies(grads), what="x")
     for name, array in start().arrays.items():
         moved = np.array(array - stepped.arrays[name])
         np.testing.assert_allclose(moved, 1e-2 * np.array(mx.sign(grads[name])), rtol=2e-4)
@@ -46,7 +50,7 @@ def test_five_steps_are_those_of_float64_adamw(section: dict[str, float], schedu
     v = {name: np.zeros_like(array) for name, array in exact.items()}
     for step in range(5):
         grads = gradients(step)
-        weights, norm = optimizer.step(weights, grads, what="x")
+        weights, norm = optimizer.step(weights, copies(grads), what="x")
         wide = {name: np.array(gradient, np.float64) for name, gradient in grads.items()}
         expected_norm = math.sqrt(sum((gradient**2).sum() for gradient in wide.values()))
         assert norm == pytest.approx(expected_norm, rel=1e-5)
@@ -87,13 +91,13 @@ def test_clipping_is_by_the_global_norm() -> None:
     grads = {"a.lora_a": mx.full((3, 4), 3.0), "b": mx.array([4.0, 0.0])}
     norm = math.sqrt(12 * 9 + 16)
     optimizer = make(gradient_clip=0.5)
-    _, seen = optimizer.step(start(), grads, what="x")
+    _, seen = optimizer.step(start(), copies(grads), what="x")
     assert seen == pytest.approx(norm)
     for name, gradient in grads.items():
         moment = np.array(optimizer.state()[f"m/{name}"])
         np.testing.assert_allclose(moment, 0.1 * np.array(gradient) * 0.5 / norm, rtol=1e-5)
     small = make(gradient_clip=100.0)
-    small.step(start(), grads, what="x")
+    small.step(start(), copies(grads), what="x")
     np.testing.assert_allclose(np.array(small.state()["m/b"]), [0.4, 0.0], rtol=1e-6, err_msg="below the bound")
 
 
@@ -151,8 +155,20 @@ def test_gradients_that_lie_transposed_are_stepped_as_others_are(piece: int, mon
         for _ in range(2):
             grads = {name: mx.array(array.T).T if transposed else mx.array(array) for name, array in draw.items()}
             mx.eval(grads)
-            weights, norm = optimizer.step(weights, grads, what="x")
+            weights, norm = optimizer.step(weights, dict(grads), what="x")
         found.append((weights.arrays, norm))
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
     for name in draw:
         np.testing.assert_allclose(np.array(found[0][0][name]), np.array(found[1][0][name]), rtol=1e-6)
+
+
+def test_one_array_as_two_weights_gradient() -> None:
+    """As of two biases that are added to the same states; the new weights of one must not fall on the other's."""
+    same, other = mx.array([3.0, -4.0]), mx.array([0.0, 1.0])
+    weights = Weights({name: mx.zeros((2,)) for name in ("a", "b", "c")})
+    optimizer = make(rate=0.5, gradient_clip=1e9)
+    stepped, _ = optimizer.step(weights, {"a": same, "b": same, "c": other}, what="x")
+    np.testing.assert_allclose(np.array(optimizer.state()["m/b"]), [0.3, -0.4], rtol=1e-6)
+    for name, expected in (("a", [-0.5, 0.5]), ("b", [-0.5, 0.5]), ("c", [0.0, -0.5])):
+        np.testing.assert_allclose(np.array(stepped.arrays[name]), expected, rtol=1e-4)
+        assert not np.array(weights.arrays[name]).any(), "the old weights stay"

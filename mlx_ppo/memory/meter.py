@@ -42,6 +42,7 @@ class Meter:
         self.limits = limits
         self.clearing = clearing
         self.peaks: dict[str, int] = {}
+        self._there = 0  # bytes, as the phase began
         self.seconds: dict[str, float] = {}  # spent in each phase
         self._process = psutil.Process()
         self._last = ""
@@ -64,10 +65,11 @@ class Meter:
         self._last = name
         self.began = time.monotonic()
         mx.reset_peak_memory()
+        self._there = mx.get_active_memory()  # mlx's peak is 0 until something more is needed
 
     def end(self, name: str) -> None:
         """A phase has ended."""
-        self.peaks[name] = max(self.peaks.get(name, 0), mx.get_peak_memory())
+        self.peaks[name] = max(self.peaks.get(name, 0), self._there, mx.get_peak_memory())
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - self.began
         mx.reset_peak_memory()
 

@@ -247,8 +247,8 @@ class Accountant:
             states = {"gradients so far": own + (others if several else 0), "policy's states": self._states(rows)}
             found.append(_phase("update critic", resident | states, self._critic(rows, choices)))
         largest = max((array.nbytes for array in {**self.policy.arrays, **self._critic_arrays()}.values()), default=0)
-        if on_cpu():  # there the moments change where they are
-            stepping = {"new weights": max(own, others)}
+        if on_cpu():  # there the moments change where they are, and new weights take the gradients' memory
+            stepping = {"a gradient, copied": largest}
         else:
             stepping = {"new weights and optimizer states": 2 * max(own, others) + largest}
         return [*found, _phase("update step", step | {"gradients so far": own + others}, Cost(stepping))]
