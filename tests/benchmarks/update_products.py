@@ -1,11 +1,12 @@
 """How much of an update's time its matrix products take, and how fast they are against the machine's own rate.
 
-    python tests/benchmarks/update_products.py SMOLLM2_FOLDER [--json FILE] [--iterations N]
+    python tests/benchmarks/update_products.py SMOLLM2_FOLDER [--json FILE] [--rounds N]
 
 PPO with LoRA on the upper 8 layers, critic as adapters; and with all weights trained, critic as a head. 16 prompts of
-32 tokens, responses of 48, 4 minibatches, 1 epoch. The update is timed as a run does it. Then its products alone: those
-of a trace of the run's own losses and gradients, of the same shapes, layouts and order, by mlx on the same BLAS, one at
-a time. The peak is that of a float32 product of 2048 x 2048, measured before and after.
+32 tokens, responses of 48, 4 minibatches, 1 epoch. In each round the update is timed as a run does it, in its second
+iteration; then its products alone: those of a trace of the run's own losses and gradients, of the same shapes, layouts
+and order, by mlx on the same BLAS, one at a time. The peak is that of a float32 product of 2048 x 2048, measured before
+and after them. Shown are the medians of the rounds.
 """
 
 import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
@@ -13,6 +14,7 @@ import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
 # isort: split
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -79,8 +81,8 @@ class Pool:
         return self._arrays[shape]
 
 
-def timed(operations: Sequence[Operation], repeats: int) -> float:
-    """Median seconds of all of them, one after the other."""
+def timed(operations: Sequence[Operation]) -> float:
+    """Seconds of all of them, one after the other, when arrays and buffers are there."""
     pool = Pool()
     work = []
     for operation in operations:
@@ -88,59 +90,61 @@ def timed(operations: Sequence[Operation], repeats: int) -> float:
         if operation.name == "AddMM":
             arrays = [arrays[2], arrays[0], arrays[1]]
         work.append((mx.addmm if operation.name == "AddMM" else mx.matmul, arrays))
-    times = []
-    for _ in range(1 + repeats):
+    for _ in range(2):
         started = time.perf_counter()
         for function, arrays in work:
             mx.eval(function(*arrays))
-        times.append(time.perf_counter() - started)
-    return median(times[1:])
+    return time.perf_counter() - started
 
 
 def flops(operations: Sequence[Operation]) -> int:
     return sum(2 * operation.outputs[0].size * operation.inputs[0].shape[-1] for operation in operations)
 
 
-def measured(config: TrainConfig, repeats: int) -> dict[str, float]:
-    """Seconds of an update and of its products, and the rates."""
+def measured(config: TrainConfig, rounds: int) -> dict[str, float]:
+    """Seconds of an update and of its products, and the rates; of each the median of the rounds."""
     accountant = accountant_of(config, None, PROMPT)
     plan = make_plan(accountant, config, None)
     choices = replace(plan.choices, checkpointing=False)
     collector = Collector(accountant)
     collector.phases(choices)
     passes = -(-accountant.shapes.responses // choices.micro_batch) * config.ppo.epochs
-    before = gigaflops(SIDE)
-    found = dry_run(config, plan, accountant.shapes, iterations=1 + repeats)[1:]
-    gradients = median(one.seconds["update policy"] + one.seconds["update critic"] for one in found)
-    step = median(one.seconds["update step"] for one in found)
-    with keeping_buffers():
-        alone = passes * timed(collector.products, repeats)
-    peak = max(before, gigaflops(SIDE))
-    operations = passes * flops(collector.products)
-    return {
-        "forward and backward, s": gradients,
-        "optimizer, s": step,
-        "products alone, s": alone,
-        "GFLOP": operations / 1e9,
-        "products, GFLOP/s": operations / alone / 1e9,
-        "peak, GFLOP/s": peak,
-        "products' rate of the peak": operations / alone / 1e9 / peak,
-        "products' share of forward and backward": alone / gradients,
-        "products' share of the update": alone / (gradients + step),
-    }
+    operations = passes * flops(collector.products) / 1e9
+    rows = []
+    for _ in range(rounds):
+        update = dry_run(config, plan, accountant.shapes, iterations=2)[-1].seconds
+        gradients, step = update["update policy"] + update["update critic"], update["update step"]
+        before = gigaflops(SIDE)
+        with keeping_buffers():
+            alone = passes * timed(collector.products)
+        peak = max(before, gigaflops(SIDE))
+        row = {
+            "forward and backward, s": gradients,
+            "optimizer, s": step,
+            "products alone, s": alone,
+            "GFLOP": operations,
+            "products, GFLOP/s": operations / alone,
+            "peak, GFLOP/s": peak,
+            "products' rate of the peak": operations / alone / peak,
+            "products' share of forward and backward": alone / gradients,
+            "products' share of the update": alone / (gradients + step),
+        }
+        print({key: round(value, 2) for key, value in row.items()}, file=sys.stderr, flush=True)
+        rows.append(row)
+    return {key: median(row[key] for row in rows) for key in rows[0]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     rows = {}
     for name, changes in VARIANTS.items():
         with tempfile.TemporaryDirectory() as folder:
             config = config_of_folder(given.model, (*COMMON, *changes), Path(folder))
-            rows[name] = measured(config, given.iterations)
+            rows[name] = measured(config, given.rounds)
         if given.json is not None:
             given.json.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
     print("| update | " + " | ".join(rows) + " |\n|---|" + "---|" * len(rows))
