@@ -34,8 +34,8 @@ def head_statistics(
         states: after the final norm.
         tokens: integers.
         temperature: of the sampling distribution.
-        learning: a gradient by the log-probabilities, and not by the entropies, will be taken. Gradients are the same
-            without; the logits are then computed again for them, or kept where they are few.
+        learning: a gradient by the log-probabilities will be taken, and the entropies not be read: they may be NaN.
+            Gradients are the same without; the logits are then computed again for them, or kept where they are few.
     """
     size = _together(trunk, states)
     ahead = learning and not trunk.replaced and len(states) > (0 if on_cpu() else size)

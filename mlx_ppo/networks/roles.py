@@ -86,7 +86,7 @@ def token_statistics(
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities and entropies [B, T] of the counted tokens, from the states [N, D] that predict them.
 
-    `learning`: a gradient by the log-probabilities will be taken, see `head_statistics`.
+    `learning`: a gradient by the log-probabilities will be taken, and no entropy read, see `head_statistics`.
     """
     logprobs, entropies = head_statistics(trunk, states, sequences.targets, temperature=temperature, learning=learning)
     return sequences.spread(logprobs), sequences.spread(entropies)

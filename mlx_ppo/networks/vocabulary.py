@@ -25,7 +25,8 @@ def vocabulary_statistics(
 
     d log p_a / d z_j = ([j = a] - p_j) / temperature,   d H / d z_j = -p_j (log p_j + H) / temperature
 
-    `summed`: whatever gradient is taken is that of the sum of the log-probabilities, which is computed along.
+    `summed`: whatever gradient is taken is that of the sum of the log-probabilities, which is computed along; the
+    entropies aren't read, and on the CPU not computed (NaN).
     """
     if not on_cpu() and not summed:
         logprobs = token_logprobs(logits[None], tokens[None], temperature=temperature)[0]
@@ -71,17 +72,18 @@ def summed_on_gpu(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tupl
 def _by_pieces(
     logits: mx.array, tokens: mx.array, inverse: mx.array, slopes: Floats | None
 ) -> tuple[mx.array, mx.array]:
-    """Log-probabilities and entropies; puts the gradient of the former, row by row, into `slopes` [N, V]."""
+    """Log-probabilities and entropies; or, instead of the latter, the former's gradient, into `slopes` [N, V]."""
     values, chosen, factor = np.asarray(logits), np.asarray(tokens), np.float32(np.asarray(inverse))
-    logprobs, entropies = np.empty(len(values), np.float32), np.empty(len(values), np.float32)
+    logprobs, entropies = np.empty(len(values), np.float32), np.full(len(values), np.nan, np.float32)
     for rows in _pieces(values):
         shifted, masses, total = _softmax(values[rows], factor)
         log_total = np.log(total)
         logprobs[rows] = np.take_along_axis(shifted, chosen[rows, None], axis=-1)[:, 0] - log_total
         if slopes is not None:
             np.multiply(masses, (-factor / total)[:, None], out=slopes[rows])
-        np.multiply(masses, np.maximum(shifted, _LOWEST, out=shifted), out=shifted)
-        entropies[rows] = log_total - shifted.sum(axis=-1) / total
+        else:
+            np.multiply(masses, np.maximum(shifted, _LOWEST, out=shifted), out=shifted)
+            entropies[rows] = log_total - shifted.sum(axis=-1) / total
     if slopes is not None:
         slopes[np.arange(len(slopes)), chosen] += factor
     return mx.array(logprobs), mx.array(entropies)
