@@ -289,6 +289,7 @@ _STAND_INS: tuple[tuple[ModuleType, str, Callable[..., Any]], ...] = (
     (vocabulary, "_on_cpu", _vocabulary_on_cpu),
     (vocabulary, "_summed", _summed_vocabulary),
     (output_head, "_by_chunks", _head_by_chunks),
+    (output_head, "_times", lambda states, matrix: states @ matrix.T),
     (activations, "_on_cpu", _gate_on_cpu),
     (attention, "_weights", _attention_on_cpu),
     (compact, "_on_cpu", _compact_on_cpu),

@@ -40,17 +40,40 @@ def head_statistics(
     size = _together(trunk, states)
     ahead = learning and not trunk.replaced and len(states) > (0 if on_cpu() else size)
     if len(states) <= size and not ahead:
-        return vocabulary_statistics(trunk.logits(states), tokens, temperature=temperature)
+        return vocabulary_statistics(_logits(trunk, states), tokens, temperature=temperature)
     names = _names_read(trunk, states) if trunk.replaced else ()
 
     def statistics(
         states: mx.array, tokens: mx.array, *arrays: mx.array, summed: bool = False
     ) -> tuple[mx.array, mx.array]:
         with trunk.bearing(dict(zip(names, arrays, strict=True))):
-            return vocabulary_statistics(trunk.logits(states), tokens, temperature=temperature, summed=summed)
+            return vocabulary_statistics(_logits(trunk, states), tokens, temperature=temperature, summed=summed)
 
     found = _by_chunks(statistics, size, ahead, states, tokens, *(trunk.replaced[name] for name in names))
     return found[0], found[1]
+
+
+def _logits(trunk: Trunk, states: mx.array) -> mx.array:
+    """As `Trunk.logits`; a plain matrix that learns gets a gradient that lies as it does.
+
+    mlx's own lies transposed, and adding the embedding's, where both are one matrix, takes longer than the product.
+    """
+    layer = trunk.output_layer or trunk.inner["embed_tokens"]
+    if not trunk.replaced or not trunk.reads_steps or "bias" in layer:
+        return trunk.logits(states)
+    logits: mx.array = _times(states, layer.weight)  # type: ignore[assignment]
+    return logits
+
+
+@mx.custom_function
+def _times(states: mx.array, matrix: mx.array) -> mx.array:
+    return states @ matrix.T
+
+
+@_times.vjp
+def _times_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    states, matrix = primals
+    return cotangent @ matrix, cotangent.T @ states
 
 
 def _together(trunk: Trunk, states: mx.array) -> int:

@@ -178,3 +178,20 @@ def test_no_states_at_all(trunk: Trunk) -> None:
     """A batch of empty responses has none."""
     found = head_statistics(trunk, mx.zeros((0, 32)), mx.zeros(0, mx.int32), temperature=1.0, learning=True)
     assert [array.shape for array in found] == [(0,), (0,)]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("llama", "lm_head.weight"), ("qwen2", "model.embed_tokens.weight")])
+def test_a_plain_heads_gradient_lies_as_the_matrix(
+    make_model: Callable[..., Path], tokens: mx.array, kind: str, name: str
+) -> None:
+    """A transposed one would be copied by the optimizer, and added to the embedding's element by element."""
+    trunk = load_trunk(make_model(kind))
+
+    def loss(arrays: dict[str, mx.array]) -> mx.array:
+        with trunk.using(Weights(arrays)):
+            states = trunk.inner.embed_tokens(tokens)
+            return head_statistics(trunk, states, tokens, temperature=TEMPERATURE)[0].sum()
+
+    gradient = mx.grad(loss)(dict(trunk.base))[name]
+    assert np.array(gradient).any()
+    assert np.asarray(gradient).flags.c_contiguous
