@@ -162,7 +162,7 @@ def _to_write_over(gradients: Arrays, names: Iterable[str]) -> Arrays:
         values = np.asarray(gradient)
         usable = values.flags.c_contiguous and values.ctypes.data not in places
         places.add(values.ctypes.data)
-        found[name] = gradient if usable else mx.array(values)
+        found[name] = gradient if usable else mx.array(np.ascontiguousarray(values))
     return found
 
 

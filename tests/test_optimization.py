@@ -160,6 +160,7 @@ def test_gradients_that_lie_transposed_are_stepped_as_others_are(piece: int, mon
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
     for name in draw:
         np.testing.assert_allclose(np.array(found[0][0][name]), np.array(found[1][0][name]), rtol=1e-6)
+        assert np.asarray(found[1][0][name]).flags.c_contiguous, "a resumed run's would, and products differ by that"
 
 
 def test_one_array_as_two_weights_gradient() -> None:

@@ -248,7 +248,8 @@ class Accountant:
             found.append(_phase("update critic", resident | states, self._critic(rows, choices)))
         largest = max((array.nbytes for array in {**self.policy.arrays, **self._critic_arrays()}.values()), default=0)
         if on_cpu():  # there the moments change where they are, and new weights take the gradients' memory
-            stepping = {"a gradient, copied": largest}
+            transposed = not self.roles.trunk.reads_passes  # as mlx makes a matrix's gradient
+            stepping = {"a gradient, copied": largest if transposed else 0}
         else:
             stepping = {"new weights and optimizer states": 2 * max(own, others) + largest}
         return [*found, _phase("update step", step | {"gradients so far": own + others}, Cost(stepping))]
