@@ -221,7 +221,9 @@ def test_a_signal_to_the_trainer_itself_saves_too(slow):
 
 def test_a_closed_terminal_saves(slow):
     (slow.folder / "rule.py").write_text(RULE.replace("0.1", "1"))  # the phase lasts until the signal has come
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also by what is started
     process = slow.start("train", slow.config(run={**RUN, "save_every": 100}))
+    signal.signal(signal.SIGHUP, before)
     until(in_phase(slow, "score", 2), process)
     trainer, below = family(process)
     for one in (trainer, process):
