@@ -42,6 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0},
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6, "sliding_window_pattern": 2},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_ctx": 512, "n_positions": 512, "layer_norm_epsilon": 1e-5},
 }
 
 

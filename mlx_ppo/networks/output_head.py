@@ -58,8 +58,10 @@ def _logits(trunk: Trunk, states: mx.array) -> mx.array:
 
     mlx's own lies transposed, and adding the embedding's, where both are one matrix, takes longer than the product.
     """
+    if not trunk.replaced or not trunk.reads_steps:
+        return trunk.logits(states)
     layer = trunk.output_layer or trunk.inner["embed_tokens"]
-    if not trunk.replaced or not trunk.reads_steps or "bias" in layer:
+    if "bias" in layer:
         return trunk.logits(states)
     logits: mx.array = _times(states, layer.weight)  # type: ignore[assignment]
     return logits

@@ -20,9 +20,9 @@ SIZES = [1, 4, 11, 0]
 BY_ROW = np.linspace(-1.0, 2.0, N)
 
 
-@pytest.fixture(params=["llama", "qwen2", "gemma2"])
+@pytest.fixture(params=["llama", "qwen2", "gemma2", "gpt2"])
 def any_trunk(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> Trunk:
-    """An untied head, a tied one, and one whose logits are capped."""
+    """An untied head, a tied one, one whose logits are capped, and an embedding of another name."""
     return load_trunk(make_model(request.param))
 
 
@@ -45,7 +45,8 @@ def states_for(trunk: Trunk) -> mx.array:
 def exact(trunk: Trunk, states: mx.array, tokens: mx.array, weights: tuple[float, float]) -> tuple[np.ndarray, ...]:
     """Log-probabilities, entropies, and the gradient of a weighted sum of both by the states, in float64."""
     capped = "gemma" in type(trunk.model).__module__
-    name = "lm_head.weight" if "lm_head.weight" in trunk.base else "model.embed_tokens.weight"
+    names = ("lm_head.weight", "model.embed_tokens.weight", "model.wte.weight")
+    name = next(name for name in names if name in trunk.base)
     head = np.array(trunk.base[name].astype(mx.float32), np.float64)
     logits = np.array(states, np.float64) @ head.T
     slope = np.ones_like(logits)
@@ -95,12 +96,13 @@ def test_a_head_that_learns_has_its_own_gradient(
 ) -> None:
     """All of the model's weights are trained: those that the head reads, and others that it doesn't."""
     given = states_for(any_trunk)
+    norm = "model.norm.weight" if "model.norm.weight" in any_trunk.base else "model.ln_f.weight"
 
     def gradients(positions: int | None) -> dict[str, np.ndarray]:
         def loss(arrays: dict[str, mx.array]) -> mx.array:
             own = {name: array for name, array in arrays.items() if name != "states"}
             with any_trunk.using(Weights(own)):
-                states = arrays["states"] + arrays["model.norm.weight"]
+                states = arrays["states"] + arrays[norm]
                 if positions is None:
                     logits = any_trunk.logits(states)
                     found = vocabulary_statistics(logits, tokens, temperature=TEMPERATURE)
@@ -114,7 +116,7 @@ def test_a_head_that_learns_has_its_own_gradient(
 
     whole, chunked = gradients(None), gradients(size)
     assert np.abs(whole["states"]).max() > 0
-    moved = {name for name, array in whole.items() if array.any()} - {"states", "model.norm.weight"}
+    moved = {name for name, array in whole.items() if array.any()} - {"states", norm}
     assert len(moved) == 1, "the head's own weight"
     for name, array in whole.items():
         np.testing.assert_allclose(chunked[name], array, rtol=1e-4, atol=2e-5 * np.abs(whole[moved.copy().pop()]).max())

@@ -39,10 +39,7 @@ def drawn(*shape: int) -> np.ndarray:
     return np.random.default_rng(shape).integers(1, 300, shape).astype(np.int32)
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    COMMON_KINDS,
-)
+@pytest.mark.parametrize(("kind", "changes"), COMMON_KINDS)
 @pytest.mark.parametrize("form", ["plain", "adapters", "all weights", "columns first"])
 def test_states_logits_and_caches_are_those_of_the_model(
     make_model: Models, make_adapters: Callable[..., Weights], kind: str, changes: dict[str, Any], form: str
