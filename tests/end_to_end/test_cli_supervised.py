@@ -109,7 +109,8 @@ def test_a_killed_trainer_is_told_in_a_line_and_the_run_goes_on(slow):
         saved = max(project.steps(), default=0)
         process = project.start("resume", "runs/a")
     out, err = ends(process, 0)
-    assert f"resuming after iteration {saved} of 16" in out and err == ""
+    resumed = f"resuming after iteration {saved} of 16" in out
+    assert resumed == (saved > 0) and err == ""  # three may have been killed before any had saved
     assert journal(project)[-1]["event"] == "finished"
     project.done("train", "train.toml", "--set", "run.name=whole")
     assert project.metrics() == project.metrics("whole") and project.samples() == project.samples("whole")
