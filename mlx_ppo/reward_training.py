@@ -18,7 +18,7 @@ from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ConfigError, DataError
 from mlx_ppo.networks.adapters import HEAD, Weights
 from mlx_ppo.networks.export import fill_with_adapters, fill_with_model, write_folder
-from mlx_ppo.networks.heads import HEAD_FILE, RewardFacts, apply_head, new_head, pooled, trunk_fingerprint
+from mlx_ppo.networks.heads import HEAD_FILE, RewardFacts, apply_head, new_head, text_states, trunk_fingerprint
 from mlx_ppo.networks.roles import initial_weights
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.optimization import Optimizer
@@ -224,7 +224,7 @@ def _outputs(
     """Raw outputs [n] for texts."""
     sequences = make_sequences(texts, [()] * len(texts))
     with trunk.using(weights), trunk.noise(dropout, key if key is not None else mx.random.key(0)):
-        return apply_head(weights.arrays, pooled(trunk.states(sequences, learning=learning), sequences, pooling))
+        return apply_head(weights.arrays, text_states(trunk, sequences, pooling, learning=learning))
 
 
 def raw_outputs(trunk: Trunk, weights: Weights, texts: Sequence[Tokens], pooling: str) -> Floats:

@@ -15,6 +15,7 @@ from mlx_ppo.runtime.products import Floats, multiply
 _CHUNK = 1024  # positions of a feed-forward part at once
 Room = dict[str, Floats]
 Shapes = dict[str, tuple[int, int]]
+Places = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Positions(NamedTuple):
@@ -22,6 +23,7 @@ class Positions(NamedTuple):
 
     parts: Sequence[Part]
     turns: Turns  # [N, 1, D], for their places
+    read: Places | None = None  # [M], rising: those whose states are read when they leave the block; None: all
 
 
 def room_for(shapes: Shapes) -> tuple[mx.array, Room]:
@@ -118,7 +120,8 @@ class BlockPass:
     def forward(self, room: Room, positions: Positions, out: Floats | None) -> None:
         """From room["entering"] [N, D] to `out` [N, D], which may be the same; fills in what else there is room for.
 
-        With None the last product, which no gradient reads, is left out.
+        With None the last product, which no gradient reads, is left out. Where only M positions are read, "mixed",
+        "between", "gate" and "up" hold theirs, one after the other, and the others' states are 0.
         """
         states, normed = room["entering"], room["normed"]
         between = room["between"] if "between" in room or out is None else out
@@ -130,15 +133,22 @@ class BlockPass:
             _turn(turned, self._split(raw), positions.turns, self._split(room[name]))
         self.v.forward(normed, room["v"])
         attend(positions.parts, Vectors(room["q"], room["k"], room["v"]), self.heads, room["mixed"])
-        np.add(states, self.o.forward(room["mixed"], room["out"]), out=between)
+        mixed = room["mixed"]
+        if positions.read is not None:
+            mixed, states = _gathered(mixed, positions.read, mixed), _gathered(states, positions.read, between)
+        count = len(states)
+        normed, between = normed[:count], between[:count]
+        np.add(states, self.o.forward(mixed, room["out"][:count]), out=between)
         self.between.forward(between, normed)
-        for rows, gate, up, active in _chunks(len(states), room["gate"], room["up"], room["active"]):
+        for rows, gate, up, active in _chunks(count, *(room[name] for name in ("gate", "up", "active"))):
             self.gate.forward(normed[rows], gate)
             self.up.forward(normed[rows], up)
             if out is None:
                 continue
             swiglu_into(gate, up, active)
             np.add(between[rows], self.down.forward(active, room["out"][rows]), out=out[rows])
+        if out is not None and positions.read is not None:
+            _spread(out, positions.read)
 
     def back(self, room: Room, positions: Positions, slopes: Floats, learned: Room, *, further: bool) -> None:
         """Turn gradients `slopes` [N, D] by what leaves the block into those by what enters; add those by weights.
@@ -150,25 +160,31 @@ class BlockPass:
             learned: gradients by name, to be added to.
             further: those by what enters are needed.
         """
-        normed, out = room["normed"], room["out"]
-        between = room["between"]
+        after = slopes if positions.read is None else _gathered(slopes, positions.read, slopes)
+        count = len(after)
+        between, normed, out, mixed, by_mixed = (
+            room[name][:count] for name in ("between", "normed", "out", "mixed", "by mixed")
+        )
         self.between.forward(between, normed)
         wide = ("gate", "up", "active", "by active", "by gate", "by up")
-        for rows, gate, up, active, by_active, by_gate, by_up in _chunks(len(slopes), *(room[name] for name in wide)):
-            small = self.down.back(slopes[rows], by_active)
+        for rows, gate, up, active, by_active, by_gate, by_up in _chunks(count, *(room[name] for name in wide)):
+            small = self.down.back(after[rows], by_active)
             swiglu_back(gate, up, by_active, by_gate, by_up)
             swiglu_into(gate, up, active)
-            self.down.learn(active, slopes[rows], small, learned)
+            self.down.learn(active, after[rows], small, learned)
             for layer, by, add in ((self.gate, by_gate, False), (self.up, by_up, True)):
                 layer.learn(normed[rows], by, layer.back(by, out[rows], add=add), learned)
-        self.between.back(between, out, slopes, learned)
+        self.between.back(between, out, after, learned)
+        self.o.learn(mixed, after, self.o.back(after, by_mixed), learned)
+        if positions.read is not None:
+            _spread(slopes, positions.read)
+            _spread(room["by mixed"], positions.read)
 
         by_vectors = Vectors(room["by q"], room["by k"], room["by v"])
         for array in by_vectors:
             array.fill(0)
-        small = self.o.back(slopes, room["by mixed"])
-        self.o.learn(room["mixed"], slopes, small, learned)
         attend_back(positions.parts, Vectors(room["q"], room["k"], room["v"]), self.heads, room["by mixed"], by_vectors)
+        normed, out = room["normed"], room["out"]
         self.before.forward(room["entering"], normed)
         for name, norm in (("q", self.q_norm), ("k", self.k_norm)):
             split = self._split(room[f"by {name}"])
@@ -292,9 +308,25 @@ def _turn(function: Callable[[Floats, Turns], Floats], vectors: Floats, turns: T
     by_rows(some, vectors, *turns, out)
 
 
+def _gathered(vectors: Floats, read: Places, into: Floats) -> Floats:
+    """Move rows `read` [M], rising, of vectors [N, D] to the first of `into`, which may be the same: [M, D]."""
+    for start in range(0, len(read), _CHUNK):
+        some = read[start : start + _CHUNK]
+        into[start : start + len(some)] = vectors[some]
+    return into[: len(read)]
+
+
+def _spread(vectors: Floats, read: Places) -> None:
+    """The way back, in place: the first M rows of vectors [N, D] to rows `read`; the others get 0."""
+    for start in reversed(range(0, len(read), _CHUNK)):
+        some = read[start : start + _CHUNK]
+        vectors[some] = vectors[start : start + len(some)].copy()
+    vectors[np.isin(np.arange(len(vectors)), read, invert=True)] = 0
+
+
 def _chunks(count: int, *arrays: Floats) -> Iterator[Any]:
-    """Slices of N positions, and these rows of arrays; of arrays of fewer rows, as many as the slice has."""
+    """Slices of M positions, and these rows of arrays; of arrays of fewer rows, as many as the slice has."""
     for start in range(0, count, _CHUNK):
         rows = slice(start, min(count, start + _CHUNK))
         size = rows.stop - start
-        yield rows, *(array[rows] if len(array) == count else array[:size] for array in arrays)
+        yield rows, *(array[rows] if len(array) >= count else array[:size] for array in arrays)

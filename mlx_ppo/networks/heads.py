@@ -52,6 +52,12 @@ def pooled(states: mx.array, sequences: Sequences, pooling: str) -> mx.array:
     return kept.sum(axis=1) / divisor[:, None]
 
 
+def text_states(trunk: Trunk, sequences: Sequences, pooling: str, *, learning: bool = False) -> mx.array:
+    """One state [B, D] a text, in float32, see `pooled`; `learning`: a gradient will be taken."""
+    read = sequences.last if pooling == "last" else None
+    return pooled(trunk.states(sequences, read=read, learning=learning), sequences, pooling)
+
+
 @dataclass(frozen=True)
 class RewardFacts:
     """What a trained reward model says of itself in `reward.json`.
@@ -134,8 +140,7 @@ class RewardModel:
     def raw(self, sequences: Sequences) -> mx.array:
         """Raw outputs [B] for whole texts; prompts may be shared where only the last token's state is read."""
         with self.trunk.using(self.weights):
-            states = self.trunk.states(sequences)
-            return apply_head(self.weights.arrays, pooled(states, sequences, self.facts.pooling))
+            return apply_head(self.weights.arrays, text_states(self.trunk, sequences, self.facts.pooling))
 
     @property
     def shares_prompts(self) -> bool:

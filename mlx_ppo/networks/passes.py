@@ -51,9 +51,10 @@ def avoiding() -> bool:
 class Layout:
     """The N positions of a pass, in the order that `Sequences` tells."""
 
-    def __init__(self, sequences: Sequences) -> None:
+    def __init__(self, sequences: Sequences, read: mx.array | None) -> None:
         """Look at shapes only."""
         shared = self._shared = sequences.shared
+        self._read = read
         if shared is None:
             rows, count = sequences.tokens.shape
             self.tokens = sequences.tokens.reshape(-1)
@@ -64,7 +65,7 @@ class Layout:
             self.parts = Part(0, many, width), Part(many * width, rows, count, width)
         self.size: int = self.tokens.size
 
-    def read(self) -> tuple[tuple[Part, ...], Places]:
+    def positions(self) -> tuple[tuple[Part, ...], Places]:
         """The parts with all that is known of them, and each position's place in its row [N]."""
         first, *others = self.parts
         places = np.tile(np.arange(first.length), first.rows)
@@ -78,18 +79,26 @@ class Layout:
         found = part._replace(owners=owners.tolist(), padding=padding)
         return (first, found), np.concatenate([places, after.reshape(-1)])
 
+    def read_last(self) -> Places | None:
+        """Positions [M], in order, of which the last block's feed-forward part is read; None: all."""
+        if self._read is None:
+            return None
+        found = np.unique(np.asarray(self._read))
+        return found if len(found) < self.size else None
 
-def states_of(trunk: "Trunk", sequences: Sequences, *, learning: bool, saving: bool) -> mx.array:
+
+def states_of(trunk: "Trunk", sequences: Sequences, read: mx.array | None, *, learning: bool, saving: bool) -> mx.array:
     """Final hidden states [N, D] of all positions, with the weights that lie on the trunk; see `Trunk.states`.
 
     Args:
         trunk: one that reads passes.
         sequences: from kept states, or from tokens.
+        read: positions, in any order; those that nobody reads are left out of the last block's feed-forward part.
         learning: a gradient will be taken.
         saving: it is to keep little; costs about a third more time.
     """
     kept = (sequences.kept if sequences.shared is None else sequences.shared.kept) if trunk.split else None
-    layout = Layout(sequences)
+    layout = Layout(sequences, read)
     if kept is None:
         entering: mx.array = trunk.inner.embed_tokens(layout.tokens)
     else:
@@ -228,7 +237,7 @@ class Pass:
 
     def _prepared(self, arrays: Sequence[mx.array]) -> tuple[list[BlockPass], Norm, list[Positions]]:
         """The blocks from the first on, the final norm, and where the positions stand for each of these blocks."""
-        trunk, (parts, places) = self._trunk, self._layout.read()
+        trunk, (parts, places) = self._trunk, self._layout.positions()
         given = dict(zip(self.learned, map(view, arrays), strict=True))
         blocks = self._blocks(given)
         all_places = mx.arange(int(places.max()) + 1)
@@ -240,6 +249,7 @@ class Pass:
                 factors, exchanged = turns_at(rope, all_places, block.heads.size)
                 turns[kind] = factors[places], exchanged[places]
             positions.append(Positions(parts, turns[kind]))
+        positions[-1] = positions[-1]._replace(read=self._layout.read_last())
         return blocks, Norm(trunk.inner.norm, self._norm_name, given), positions
 
     def _blocks(self, given: Mapping[str, Floats]) -> list[BlockPass]:

@@ -217,13 +217,13 @@ class Trunk:
             dict.__setitem__(self._owner, self._inner_name, inner)
         return logits if hidden.ndim == 3 else logits.squeeze(0)  # an index would copy
 
-    def states(self, sequences: Sequences, *, learning: bool = False) -> mx.array:
+    def states(self, sequences: Sequences, *, read: mx.array | None = None, learning: bool = False) -> mx.array:
         """Hidden states [n, D] of all positions, in the order that `Sequences` tells.
 
-        `learning`: a gradient will be taken; there may be none without.
+        `read`: positions; the others' may be 0. `learning`: a gradient will be taken; there may be none without.
         """
         if on_cpu() and self.reads_passes and not avoiding() and not any(layer.noise for layer in self._noisy):
-            return states_of(self, sequences, learning=learning, saving=self._saving)
+            return states_of(self, sequences, read, learning=learning, saving=self._saving)
         shared = sequences.shared
         if shared is None:
             states = self.hidden(sequences.tokens, kept=sequences.kept)
@@ -239,7 +239,7 @@ class Trunk:
 
     def response_states(self, sequences: Sequences, *, learning: bool = False) -> mx.array:
         """Hidden states [N, D] from which each of the N counted response tokens is predicted; see `states`."""
-        return self.states(sequences, learning=learning)[sequences.predicting]
+        return self.states(sequences, read=sequences.predicting, learning=learning)[sequences.predicting]
 
     @contextmanager
     def using(self, weights: Weights) -> Iterator[None]:

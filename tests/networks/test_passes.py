@@ -113,6 +113,16 @@ def test_pieces_make_no_difference(
             assert_alike(found_by(trunk, weights, sequences, own=True), wanted)
 
 
+@pytest.mark.parametrize("sharing", [False, True])
+def test_of_positions_that_nobody_reads_there_are_no_states(make_model: Models, sharing: bool) -> None:
+    trunk = load_trunk(make_model())
+    sequences = make_sequences(PROMPTS, RESPONSES, sharing=sharing)
+    whole, some = (np.array(trunk.states(sequences, read=read)) for read in (None, sequences.last))
+    last = np.array(sequences.last)
+    np.testing.assert_allclose(some[last], whole[last], rtol=1e-4, atol=1e-5)
+    assert not np.delete(some, last, axis=0).any() and np.abs(whole).min(axis=1).all()
+
+
 def test_rows_that_are_padded_differently_get_the_same(make_model: Models) -> None:
     trunk = load_trunk(make_model())
     sequences = make_sequences(PROMPTS, RESPONSES)
