@@ -1,7 +1,8 @@
 """How many floating-point operations the matrix products of a run's phases take, by tracing the run's own functions.
 
-What no weight or activation needs twice is counted once: rows that gradient checkpointing computes again don't count,
-as in the "model FLOPs" of Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+These are the "model FLOPs" of Chowdhery et al. 2022, arXiv:2204.02311, appendix B: rows that gradient checkpointing
+computes again don't count; every response counts with its own prompt and through whole blocks, also where a pass reads
+a prompt once for several, or leaves out a part of the last block that nobody reads.
 """
 
 from collections.abc import Callable, Iterator
