@@ -30,6 +30,12 @@ _OF_ATTENTION |= {"scaled_dot_product_attention", "shape", "transpose", "update_
 _HEAD_NORMS = {"q_norm", "k_norm"}
 
 
+def output_of(trunk: "Trunk") -> nn.Module:
+    """The layer whose matrix makes logits of states: one of its own, or the embedding."""
+    layer: nn.Module = trunk.output_layer or trunk.inner.embed_tokens
+    return layer
+
+
 def understood(trunk: "Trunk") -> bool:
     """Whether the architecture is of this kind, as far as its types and the names in its code tell."""
     embedding, norm, head = trunk.inner.get("embed_tokens"), trunk.inner.get("norm"), trunk.output_layer

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.networks.checkpointing import copied
+from mlx_ppo.networks.common_blocks import output_of
 from mlx_ppo.networks.device import on_cpu
 from mlx_ppo.networks.trunk import Trunk
 from mlx_ppo.networks.vocabulary import vocabulary_statistics
@@ -60,7 +61,7 @@ def _logits(trunk: Trunk, states: mx.array) -> mx.array:
     """
     if not trunk.replaced or not trunk.reads_steps:
         return trunk.logits(states)
-    layer = trunk.output_layer or trunk.inner["embed_tokens"]
+    layer = output_of(trunk)
     if "bias" in layer:
         return trunk.logits(states)
     logits: mx.array = _times(states, layer.weight)  # type: ignore[assignment]

@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_ppo.networks.adapters import layer_of
 from mlx_ppo.networks.attention import silent
-from mlx_ppo.networks.block_passes import BlockPass, Norm, Positions, Shapes, floats_of, room_for, room_in
+from mlx_ppo.networks.block_passes import BlockPass, Norm, Places, Positions, Shapes, floats_of, room_for, room_in
 from mlx_ppo.networks.common_blocks import LOWEST, Turns, kind_of, turns_at, view
 from mlx_ppo.networks.pass_attention import Part, scores_at_once
 from mlx_ppo.records import Sequences
@@ -28,8 +28,6 @@ from mlx_ppo.runtime.products import Floats
 if TYPE_CHECKING:
     from mlx_ppo.networks.trunk import Trunk
 
-
-Places = np.ndarray[Any, np.dtype[np.int64]]
 _avoided: ContextVar[bool] = ContextVar("avoided", default=False)
 
 

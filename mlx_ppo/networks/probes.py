@@ -68,11 +68,11 @@ def passes_alike(trunk: "Trunk") -> bool:
     whole, shared = (make_sequences(prompts, responses, sharing=sharing) for sharing in (False, True))
     wanted = trunk.hidden(whole.tokens).reshape(whole.tokens.size, -1)[whole.predicting]
     try:
-        found = [states_of(trunk, one, one.predicting, learning=False, saving=False) for one in (whole, shared)]
-        return all(
-            _alike(states[one.predicting], wanted, tolerance=1e-3)
-            for states, one in zip(found, (whole, shared), strict=True)
-        )
+        found = [
+            states_of(trunk, one, one.predicting, learning=False, saving=False)[one.predicting]
+            for one in (whole, shared)
+        ]
+        return all(_alike(states, wanted, tolerance=1e-3) for states in found)
     except (ValueError, AttributeError, TypeError):
         return False
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_ppo.networks.activations import swiglu_into
 from mlx_ppo.networks.attention import silent, softmax_in_place
-from mlx_ppo.networks.common_blocks import LOWEST, Turns, kind_of, normed, turned, turns_at, view
+from mlx_ppo.networks.common_blocks import LOWEST, Turns, kind_of, normed, output_of, turned, turns_at, view
 from mlx_ppo.runtime.products import Floats, Run, by_matrix, integers, prepare
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ class Steps:
         self._rows = integers([0, 0])
         self._trunk, inner = trunk, trunk.inner
         self._embedding = view(inner.embed_tokens.weight)
-        head = trunk.output_layer
-        self._output = self._embedding if head is None else view(head.weight)
-        self._output_bias = view(head.bias) if head is not None and "bias" in head else None
+        head = output_of(trunk)
+        self._output = view(head.weight)
+        self._output_bias = view(head.bias) if "bias" in head else None
         attention = trunk.model.layers[0].self_attn
         self._heads, self._groups, self._scale = attention.n_heads, attention.n_kv_heads, np.float32(attention.scale)
         self._states = np.empty((rows, self._embedding.shape[1]), np.float32)
