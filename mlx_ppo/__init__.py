@@ -4,7 +4,7 @@ Importing this package first switches third-party libraries offline, gives mlx's
 Linux, loads an optimised BLAS: all of this must happen before mlx, mlx_lm or transformers are imported.
 """
 
-from mlx_ppo.runtime.blas import load_blas as _load_blas
+from mlx_ppo.compute.cpu.blas import load_blas as _load_blas
 from mlx_ppo.runtime.offline import go_offline as _go_offline
 from mlx_ppo.runtime.private_tmp import use_private_tmp as _use_private_tmp
 

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import numpy as np
 
 from mlx_ppo.algo.masked import masked_sum
-from mlx_ppo.config import TrainConfig
+from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.prompts import Prompt
-from mlx_ppo.networks.adapters import Weights
-from mlx_ppo.networks.roles import Roles
-from mlx_ppo.networks.tokenizer import completion_text
-from mlx_ppo.records import Rollout, number
-from mlx_ppo.rollout import generate, sampling
-from mlx_ppo.scoring import combined_scores, policy_logprobs, raw_scores, reference_logprobs
+from mlx_ppo.models.adapters import Weights
+from mlx_ppo.models.roles import Roles
+from mlx_ppo.stages.records import Rollout, number
+from mlx_ppo.stages.rollout import generate, sampling
+from mlx_ppo.stages.scoring import combined_scores, policy_logprobs, raw_scores, reference_logprobs
+from mlx_ppo.tokenizers.load import completion_text
 
 
 class Completion(NamedTuple):

@@ -10,22 +10,22 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.algo.losses import pairwise_reward_loss
-from mlx_ppo.config_supervised import FeedbackDataSection, RewardConfig
+from mlx_ppo.compute.sequences import make_sequences
+from mlx_ppo.config.supervised import FeedbackDataSection, RewardConfig
 from mlx_ppo.data.batches import length_batches
 from mlx_ppo.data.jsonl import read_records
 from mlx_ppo.data.preferences import Rated, derive_pairs, load_pairs, load_rated
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ConfigError, DataError
-from mlx_ppo.networks.adapters import HEAD, Weights
-from mlx_ppo.networks.export import fill_with_adapters, fill_with_model, write_folder
-from mlx_ppo.networks.heads import HEAD_FILE, RewardFacts, apply_head, new_head, text_states, trunk_fingerprint
-from mlx_ppo.networks.roles import initial_weights
-from mlx_ppo.networks.trunk import Trunk
-from mlx_ppo.optimization import Optimizer
-from mlx_ppo.records import make_sequences
-from mlx_ppo.reward_figures import Floats, pair_figures, rating_figures
-from mlx_ppo.runs import Run, replace_file
+from mlx_ppo.models.adapters import HEAD, Weights
+from mlx_ppo.models.heads import HEAD_FILE, RewardFacts, apply_head, new_head, text_states, trunk_fingerprint
+from mlx_ppo.models.roles import initial_weights
+from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.models.write import fill_with_adapters, fill_with_model, write_folder
+from mlx_ppo.rewards.figures import Floats, pair_figures, rating_figures
+from mlx_ppo.runs.folder import Run, replace_file
 from mlx_ppo.runtime.signals import Interrupts
+from mlx_ppo.stages.optimizer import Optimizer
 from mlx_ppo.supervised import Fit, StepReporter, Task, drop_tokens, fit, load_trainable
 
 Tokens = tuple[int, ...]

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_ppo.config_supervised import SFTConfig
+from mlx_ppo.compute.sequences import make_sequences
+from mlx_ppo.config.supervised import SFTConfig
 from mlx_ppo.data.batches import length_batches
 from mlx_ppo.data.examples import Example, ExampleSet, load_examples
 from mlx_ppo.data.tokenizer import Tokenizer
-from mlx_ppo.networks.adapters import Weights
-from mlx_ppo.networks.roles import initial_weights, token_statistics
-from mlx_ppo.networks.trunk import Trunk
-from mlx_ppo.optimization import Optimizer
-from mlx_ppo.records import make_sequences, number
-from mlx_ppo.runs import Run
+from mlx_ppo.models.adapters import Weights
+from mlx_ppo.models.roles import initial_weights, token_statistics
+from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.runs.folder import Run
 from mlx_ppo.runtime.signals import Interrupts
+from mlx_ppo.stages.optimizer import Optimizer
+from mlx_ppo.stages.records import number
 from mlx_ppo.supervised import Fit, StepReporter, Task, drop_tokens, fit, load_trainable, write_result
 
 

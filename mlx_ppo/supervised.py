@@ -8,20 +8,20 @@ from typing import Generic, Protocol, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_ppo import checkpoint
-from mlx_ppo.checkpoint import Checkpoint
-from mlx_ppo.config import RunSection
-from mlx_ppo.config_supervised import TrainableModelSection
+from mlx_ppo.config.sections import RunSection
+from mlx_ppo.config.supervised import TrainableModelSection
 from mlx_ppo.data.random import mx_key, philox
 from mlx_ppo.errors import RunError
-from mlx_ppo.networks.adapters import HEAD, Weights, adapter_config
-from mlx_ppo.networks.export import write_adapters, write_model
-from mlx_ppo.networks.load import load_trunk
-from mlx_ppo.networks.trunk import Trunk
-from mlx_ppo.optimization import Optimizer
-from mlx_ppo.records import number
-from mlx_ppo.runs import METRICS, Run
+from mlx_ppo.models.adapters import HEAD, Weights, adapter_config
+from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.models.write import write_adapters, write_model
+from mlx_ppo.runs import checkpoint
+from mlx_ppo.runs.checkpoint import Checkpoint
+from mlx_ppo.runs.folder import METRICS, Run
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
+from mlx_ppo.stages.optimizer import Optimizer
+from mlx_ppo.stages.records import number
 
 Batch = TypeVar("Batch")
 

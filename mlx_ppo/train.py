@@ -8,30 +8,30 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_ppo import checkpoint
-from mlx_ppo.config import TrainConfig
+from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.prompts import Prompt, PromptSet, PromptStream, load_prompts, shared_prompts
 from mlx_ppo.data.tokenizer import Tokenizer
-from mlx_ppo.estimation import advantages
 from mlx_ppo.evaluate import Evaluation, evaluate
-from mlx_ppo.measurements import iteration_metrics
 from mlx_ppo.memory.budget import keeping_to
 from mlx_ppo.memory.choices import applied
 from mlx_ppo.memory.keeping import Keeper, is_tight, limits_of
-from mlx_ppo.memory.meter import metering, phase
 from mlx_ppo.memory.plan import GIB
 from mlx_ppo.memory.starting import plan_run, said
 from mlx_ppo.memory.watchdog import watching
-from mlx_ppo.networks.folder import check_model_folder
-from mlx_ppo.networks.roles import Roles, load_roles
-from mlx_ppo.networks.tokenizer import completion_text, load_tokenizer
-from mlx_ppo.records import Rollout, Scored, number
-from mlx_ppo.rollout import generate, sampling
-from mlx_ppo.runs import MEMORY, METRICS, SAMPLES, Run
+from mlx_ppo.models.folder import check_model_folder
+from mlx_ppo.models.roles import Roles, load_roles
+from mlx_ppo.runs import checkpoint
+from mlx_ppo.runs.folder import MEMORY, METRICS, SAMPLES, Run
+from mlx_ppo.runtime.phases import metering, phase
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
-from mlx_ppo.scoring import score
-from mlx_ppo.training_state import State, initial_state
-from mlx_ppo.update import update
+from mlx_ppo.stages.advantages import advantages
+from mlx_ppo.stages.measurements import iteration_metrics
+from mlx_ppo.stages.records import Rollout, Scored, number
+from mlx_ppo.stages.rollout import generate, sampling
+from mlx_ppo.stages.scoring import score
+from mlx_ppo.stages.state import State, initial_state
+from mlx_ppo.stages.update import update
+from mlx_ppo.tokenizers.load import completion_text, load_tokenizer
 
 
 class Reporter(Protocol):

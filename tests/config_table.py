@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mlx_ppo.config_supervised import JOBS
+from mlx_ppo.config.supervised import JOBS
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 START, END = "<!-- configuration keys: made by tests/config_table.py -->", "<!-- end of configuration keys -->"

@@ -16,17 +16,17 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 from tiny_models import COMMON, KINDS, write_weights, write_word_tokenizer
 
-from mlx_ppo.config import OptimizerSection, PPOSection, ScoreSection
-from mlx_ppo.networks.adapters import Weights, new_adapters
-from mlx_ppo.networks.heads import new_head
-from mlx_ppo.networks.load import load_trunk
-from mlx_ppo.networks.roles import Critic, Roles
-from mlx_ppo.networks.trunk import Trunk
-from mlx_ppo.optimization import Optimizer
-from mlx_ppo.records import PPOBatch, Rollout
-from mlx_ppo.rollout import generate
-from mlx_ppo.scoring import policy_logprobs, score
-from mlx_ppo.update import Learner, UpdateStats, update
+from mlx_ppo.config.sections import OptimizerSection, PPOSection, ScoreSection
+from mlx_ppo.models.adapters import Weights, new_adapters
+from mlx_ppo.models.heads import new_head
+from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.roles import Critic, Roles
+from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.stages.optimizer import Optimizer
+from mlx_ppo.stages.records import PPOBatch, Rollout
+from mlx_ppo.stages.rollout import generate
+from mlx_ppo.stages.scoring import policy_logprobs, score
+from mlx_ppo.stages.update import Learner, UpdateStats, update
 
 MakeModel = Callable[..., Path]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-PEERS = Path(__file__).parent / "benchmarks" / "peers"
+PEERS = Path(__file__).resolve().parents[1] / "benchmarks" / "peers"
 WORKER = """
 import sys
 sys.path.insert(0, {peers!r})

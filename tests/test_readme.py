@@ -25,6 +25,6 @@ def test_every_command_is_mentioned_and_every_mentioned_command_exists() -> None
 
 def test_every_path_named_in_the_readme_exists() -> None:
     root = README.parent
-    named = re.findall(r"\b((?:configs|models|tests)/[\w./-]+\w)", README.read_text("utf-8"))
+    named = re.findall(r"\b((?:configs|models|tests|benchmarks)/[\w./-]+\w)", README.read_text("utf-8"))
     assert named
     assert [path for path in named if not (root / path).exists()] == []

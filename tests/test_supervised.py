@@ -6,12 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_ppo.config import OptimizerSection, RunSection
+from mlx_ppo.config.sections import OptimizerSection, RunSection
 from mlx_ppo.errors import RunError
-from mlx_ppo.networks.adapters import Weights
-from mlx_ppo.optimization import Optimizer
-from mlx_ppo.runs import METRICS, Run
+from mlx_ppo.models.adapters import Weights
+from mlx_ppo.runs.folder import METRICS, Run
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
+from mlx_ppo.stages.optimizer import Optimizer
 from mlx_ppo.supervised import Fit, Task, drop_tokens, fit
 
 EPOCHS, BATCHES = 4, 5

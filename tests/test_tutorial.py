@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from mlx_ppo.config import Job, TrainConfig
-from mlx_ppo.config_file import read_config
-from mlx_ppo.config_supervised import RewardConfig
+from mlx_ppo.config.file import read_config
+from mlx_ppo.config.sections import Job, TrainConfig
+from mlx_ppo.config.supervised import RewardConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIAL = ROOT / "models" / "smollm2"

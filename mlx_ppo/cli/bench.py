@@ -15,24 +15,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 import mlx_ppo
-from mlx_ppo.bundle import example_config
-from mlx_ppo.cli.plan import longest_prompt
-from mlx_ppo.config import TrainConfig
-from mlx_ppo.config_file import read_config
-from mlx_ppo.dry_run import dry_run
-from mlx_ppo.errors import ConfigError, printable
-from mlx_ppo.machine import gigabytes, gigaflops, processors
-from mlx_ppo.memory.model import config_of, weightless_trunk
-from mlx_ppo.memory.phases import Accountant
-from mlx_ppo.memory.plan import Plan, make_plan, require_fit
-from mlx_ppo.memory.products import DECODE, decoding, flops_of
-from mlx_ppo.memory.starting import accountant_of, budget_of
-from mlx_ppo.networks.adapters import new_adapters
-from mlx_ppo.networks.export import write_adapters
-from mlx_ppo.networks.heads import HEAD_FILE, RewardFacts, new_head
-from mlx_ppo.provenance import device, software
-from mlx_ppo.runs import replace_file
-from mlx_ppo.throughput import (
+from mlx_ppo.bench.dry_run import dry_run
+from mlx_ppo.bench.machine import gigabytes, gigaflops, processors
+from mlx_ppo.bench.operations import DECODE, decoding, flops_of
+from mlx_ppo.bench.throughput import (
     FORMAT,
     ITERATION,
     TIMES,
@@ -45,6 +31,20 @@ from mlx_ppo.throughput import (
     seconds_of,
     tokens_of,
 )
+from mlx_ppo.bundle import example_config
+from mlx_ppo.cli.plan import longest_prompt
+from mlx_ppo.config.file import read_config
+from mlx_ppo.config.sections import TrainConfig
+from mlx_ppo.errors import ConfigError, printable
+from mlx_ppo.memory.model import config_of, weightless_trunk
+from mlx_ppo.memory.phases import Accountant
+from mlx_ppo.memory.plan import Plan, make_plan, require_fit
+from mlx_ppo.memory.starting import accountant_of, budget_of
+from mlx_ppo.models.adapters import new_adapters
+from mlx_ppo.models.heads import HEAD_FILE, RewardFacts, new_head
+from mlx_ppo.models.write import write_adapters
+from mlx_ppo.runs.folder import replace_file
+from mlx_ppo.runs.provenance import device, software
 
 _SIDE = 2048  # of the matrices whose product is the peak
 _PROMPT = 32  # tokens of a prompt where no configuration says it

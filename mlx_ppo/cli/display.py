@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mlx_ppo.cli.work import Answers
 from mlx_ppo.errors import printable
-from mlx_ppo.metrics import BY_KEY, show
+from mlx_ppo.runs.metrics import BY_KEY, show
 
 _LIVE_KEYS = (
     ("score", "reward", "kl", "entropy"),

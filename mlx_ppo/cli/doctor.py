@@ -21,12 +21,12 @@ import mlx.core as mx
 import psutil
 
 import mlx_ppo
+from mlx_ppo.bench.machine import SIDE, gigaflops, processors
 from mlx_ppo.cli.proof import NOWHERE, Surroundings
+from mlx_ppo.compute.device import on_cpu
 from mlx_ppo.errors import RunError
-from mlx_ppo.machine import SIDE, gigaflops, processors
 from mlx_ppo.memory.budget import cgroup_room, default_budget
-from mlx_ppo.networks.device import on_cpu
-from mlx_ppo.runs import METRICS
+from mlx_ppo.runs.folder import METRICS
 from mlx_ppo.runtime import offline
 
 _GIB = 1 << 30

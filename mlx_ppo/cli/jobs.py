@@ -9,11 +9,11 @@ import click
 
 from mlx_ppo.cli.main import PROGRAM
 from mlx_ppo.cli.work import Order, stopped, work, worth_keeping
-from mlx_ppo.config import Job, TrainConfig
-from mlx_ppo.config_file import read_config
-from mlx_ppo.config_supervised import RewardConfig, SFTConfig
+from mlx_ppo.config.file import read_config
+from mlx_ppo.config.sections import Job, TrainConfig
+from mlx_ppo.config.supervised import RewardConfig, SFTConfig
 from mlx_ppo.errors import DamageError
-from mlx_ppo.runs import create_run, open_config
+from mlx_ppo.runs.folder import create_run, open_config
 from mlx_ppo.runtime.signals import Interrupted, catching_interrupts
 
 
@@ -55,7 +55,7 @@ def resume(folder: Path, *, allow_config_change: bool) -> None:
 
 def verify(folder: Path) -> None:
     """Compare everything in a run folder, and everything it was made from, with what was recorded."""
-    from mlx_ppo.verification import verify_run
+    from mlx_ppo.runs.verification import verify_run
 
     found = verify_run(folder)
     for note in found.notes:
@@ -94,7 +94,7 @@ def dry(config: Job) -> None:
 
     with Display() as display:
         if isinstance(config, TrainConfig):
-            from mlx_ppo.networks.roles import load_roles
+            from mlx_ppo.models.roles import load_roles
             from mlx_ppo.train import load_data
 
             roles, _, _ = load_roles(config)

@@ -9,16 +9,16 @@ import click
 import numpy as np
 
 from mlx_ppo.cli.display import harmless
-from mlx_ppo.config import TrainConfig
+from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.prompts import Prompt, load_prompts
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ConfigError, printable
-from mlx_ppo.networks.heads import REWARD_FILE, RewardModel, lies_on, load_reward_model, read_reward_facts
-from mlx_ppo.networks.tokenizer import completion_text
-from mlx_ppo.records import Rollout
-from mlx_ppo.reward_figures import Floats
-from mlx_ppo.rollout import generate
-from mlx_ppo.targets import Target, load_target
+from mlx_ppo.models.heads import REWARD_FILE, RewardModel, lies_on, load_reward_model, read_reward_facts
+from mlx_ppo.rewards.figures import Floats
+from mlx_ppo.runs.targets import Target, load_target
+from mlx_ppo.stages.records import Rollout
+from mlx_ppo.stages.rollout import generate
+from mlx_ppo.tokenizers.load import completion_text
 
 _Z95 = 1.96
 

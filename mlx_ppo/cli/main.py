@@ -101,7 +101,7 @@ def train(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> Non
     """
     from mlx_ppo.bundle import example_config
     from mlx_ppo.cli import jobs
-    from mlx_ppo.config import TrainConfig
+    from mlx_ppo.config.sections import TrainConfig
 
     if config is None:  # its file may lie where nothing can be written, so runs go into the working folder
         config, overrides = example_config(), ("run.folder=runs", *overrides)
@@ -165,7 +165,7 @@ def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     Example: mlx-ppo sft configs/reviews-sft.toml
     """
     from mlx_ppo.cli import jobs
-    from mlx_ppo.config_supervised import SFTConfig
+    from mlx_ppo.config.supervised import SFTConfig
 
     jobs.start(SFTConfig, config, overrides, dry_run=dry_run)
 
@@ -181,7 +181,7 @@ def reward(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     Example: mlx-ppo reward configs/reviews-reward.toml
     """
     from mlx_ppo.cli import jobs
-    from mlx_ppo.config_supervised import RewardConfig
+    from mlx_ppo.config.supervised import RewardConfig
 
     jobs.start(RewardConfig, config, overrides, dry_run=dry_run)
 

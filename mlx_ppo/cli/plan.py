@@ -11,16 +11,16 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from mlx_ppo.config import TrainConfig
-from mlx_ppo.config_file import read_config
-from mlx_ppo.dry_run import Measured, dry_run
+from mlx_ppo.bench.dry_run import Measured, dry_run
+from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.config.file import read_config
+from mlx_ppo.config.sections import TrainConfig
+from mlx_ppo.data.model_files import json_object
 from mlx_ppo.errors import ConfigError, ModelError, UserError
 from mlx_ppo.memory.phases import Accountant, Phase
 from mlx_ppo.memory.plan import GIB, RESERVE, Plan, longest_response, make_plan, needed, plan_of, require_fit, smallest
-from mlx_ppo.memory.stand_ins import as_on_metal
+from mlx_ppo.memory.simulator.stand_ins import as_on_metal
 from mlx_ppo.memory.starting import accountant_of, budget_of
-from mlx_ppo.networks.device import on_cpu
-from mlx_ppo.networks.model_files import json_object
 
 _BAR = 18
 _MB = 1e6

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, Protocol
 import click
 
 import mlx_ppo
-from mlx_ppo.config import Job, TrainConfig
-from mlx_ppo.config_supervised import RewardConfig, SFTConfig
+from mlx_ppo.config.sections import Job, TrainConfig
+from mlx_ppo.config.supervised import RewardConfig, SFTConfig
 from mlx_ppo.errors import RunError, UserError
-from mlx_ppo.provenance import device
-from mlx_ppo.runs import METRICS, Run, open_config
+from mlx_ppo.runs.folder import METRICS, Run, open_config
+from mlx_ppo.runs.provenance import device
 from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
 from mlx_ppo.runtime.signals import STOPPING, Interrupted, Interrupts, catching_interrupts
 
@@ -82,7 +82,7 @@ def work(order: Order, reporter: JobReporter, interrupts: Interrupts) -> list[st
     config = open_config(folder)
     with Run(folder, supervisor=order.supervisor) as run:
         if order.resumed:
-            from mlx_ppo.verification import require_as_recorded
+            from mlx_ppo.runs.verification import require_as_recorded
 
             for line in require_as_recorded(config, run, allow_config_change=order.allow_config_change):
                 reporter.warn(line)

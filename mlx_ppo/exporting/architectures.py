@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_ppo.errors import ModelError
 from mlx_ppo.exporting.check import Floats
-from mlx_ppo.networks.load import rope_keys as rope_keys
+from mlx_ppo.models.load import rope_keys as rope_keys
 
 NAMES = ("llama", "qwen2", "qwen3")
 _DEFAULT_BASE = 10000.0

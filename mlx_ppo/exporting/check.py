@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.errors import RunError
-from mlx_ppo.networks.adapters import Weights
-from mlx_ppo.networks.trunk import Trunk
+from mlx_ppo.models.adapters import Weights
+from mlx_ppo.models.trunk import Trunk
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 

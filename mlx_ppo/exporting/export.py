@@ -8,18 +8,18 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_ppo.config import TrainConfig
+from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.errors import ConfigError
 from mlx_ppo.exporting.check import Floats, policy_logits, within
 from mlx_ppo.exporting.fuse import fused_arrays, stored_dtype, write_fused
 from mlx_ppo.exporting.gguf_writer import gguf_content, read_back, write_gguf
 from mlx_ppo.exporting.modelfile import modelfile
-from mlx_ppo.networks.adapters import Weights, load_adapters
-from mlx_ppo.networks.export import write_adapters, write_folder
-from mlx_ppo.networks.folder import ModelFolder, check_model_folder
-from mlx_ppo.networks.load import load_trunk
-from mlx_ppo.networks.trunk import Trunk
-from mlx_ppo.targets import load_target
+from mlx_ppo.models.adapters import Weights, load_adapters
+from mlx_ppo.models.folder import ModelFolder, check_model_folder
+from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.models.write import write_adapters, write_folder
+from mlx_ppo.runs.targets import load_target
 
 FUSED_DTYPES = ("float32", "float16", "bfloat16")
 GGUF_DTYPES = ("f16", "q8_0")

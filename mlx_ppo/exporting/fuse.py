@@ -11,12 +11,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_ppo.errors import ModelError
-from mlx_ppo.networks.adapters import HEAD, Weights, parameters_of
-from mlx_ppo.networks.export import carry
-from mlx_ppo.networks.folder import ModelFolder
-from mlx_ppo.networks.load import DTYPES
-from mlx_ppo.networks.load import rope_keys as rope_keys
-from mlx_ppo.networks.trunk import Trunk
+from mlx_ppo.models.adapters import HEAD, Weights, parameters_of
+from mlx_ppo.models.folder import ModelFolder
+from mlx_ppo.models.load import DTYPES
+from mlx_ppo.models.load import rope_keys as rope_keys
+from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.models.write import carry
 
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _GROUPS = (64, 32)  # mlx-lm's own size, and one for narrow models

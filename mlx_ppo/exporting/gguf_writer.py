@@ -20,7 +20,7 @@ from mlx_ppo.exporting.architectures import (
 )
 from mlx_ppo.exporting.check import Floats
 from mlx_ppo.exporting.vocabulary import Fields, vocabulary
-from mlx_ppo.networks.folder import ModelFolder
+from mlx_ppo.models.folder import ModelFolder
 
 _FILE_TYPES = {"f16": 1, "q8_0": 7}  # llama.cpp's LLAMA_FTYPE_MOSTLY_F16 and _Q8_0
 _QUANTISATION_VERSION = 2

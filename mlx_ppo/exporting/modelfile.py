@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
-from mlx_ppo.networks.chat_template import TemplateLimitError
-from mlx_ppo.networks.piece_tokenizer import PieceTokenizer
-from mlx_ppo.networks.tokenizer import FolderTokenizer
+from mlx_ppo.tokenizers.chat_template import TemplateLimitError
+from mlx_ppo.tokenizers.load import FolderTokenizer
+from mlx_ppo.tokenizers.piece_tokenizer import PieceTokenizer
 
 Messages = list[dict[str, str]]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
-from mlx_ppo.networks.piece_tokenizer import PieceTokenizer
-from mlx_ppo.networks.tokenizer import FolderTokenizer
+from mlx_ppo.tokenizers.load import FolderTokenizer
+from mlx_ppo.tokenizers.piece_tokenizer import PieceTokenizer
 
 Fields = dict[str, Any]
 

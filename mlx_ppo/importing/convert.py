@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_ppo.data.model_files import wrong
 from mlx_ppo.errors import ModelError
 from mlx_ppo.importing.folders import copy_folder
 from mlx_ppo.importing.gguf_file import GGUFFile, read_gguf
@@ -19,10 +20,9 @@ from mlx_ppo.importing.gguf_names import Plan, Wanted, plan_model
 from mlx_ppo.importing.gguf_tokenizer import write_tokenizer
 from mlx_ppo.importing.gguf_weights import GROUP, floating_type, kept_bits, read_tensor
 from mlx_ppo.importing.shards import ShardWriter
-from mlx_ppo.networks.export import write_folder
-from mlx_ppo.networks.foreign import foreign
-from mlx_ppo.networks.load import load_trunk
-from mlx_ppo.networks.model_files import wrong
+from mlx_ppo.models.foreign import foreign
+from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.write import write_folder
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _PROMPTS = (

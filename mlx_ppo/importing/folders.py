@@ -7,10 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_ppo.data.model_files import quoted, read_arrays, wrong
 from mlx_ppo.importing.shards import ShardWriter
-from mlx_ppo.networks.folder import ModelFolder, check_model_folder
-from mlx_ppo.networks.load import rope_keys as rope_keys
-from mlx_ppo.networks.model_files import quoted, read_arrays, wrong
+from mlx_ppo.models.folder import ModelFolder, check_model_folder
+from mlx_ppo.models.load import rope_keys as rope_keys
 
 _CARRIED = (".json", ".model", ".jinja", ".txt")
 _INDEX = "model.safetensors.index.json"

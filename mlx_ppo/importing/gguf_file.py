@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from mlx_ppo.data.model_files import check_regular, quoted, wrong
 from mlx_ppo.errors import ModelError
-from mlx_ppo.networks.model_files import check_regular, quoted, wrong
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Kind = GGMLQuantizationType

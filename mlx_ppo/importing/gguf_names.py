@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from mlx_ppo.data.model_files import quoted, wrong
 from mlx_ppo.importing.gguf_file import Array, GGUFFile, Kind, metadata_value
-from mlx_ppo.networks.model_files import quoted, wrong
 
 _ATTENTION = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
 _OUTPUT = {"attn_output": "self_attn.o_proj"}

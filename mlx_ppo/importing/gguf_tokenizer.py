@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from mlx_ppo.data.model_files import quoted, wrong
 from mlx_ppo.errors import ModelError
 from mlx_ppo.importing.gguf_file import GGUFFile, metadata_value
-from mlx_ppo.networks.model_files import quoted, wrong
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # kinds of tokens; 1 is a normal one, 5 an unused one
 _LONGEST_TOKEN = 1 << 12  # characters

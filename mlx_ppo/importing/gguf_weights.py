@@ -7,9 +7,9 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
+from mlx_ppo.data.model_files import quoted, wrong
 from mlx_ppo.importing.gguf_file import Array, GGUFFile, Kind
 from mlx_ppo.importing.gguf_names import Wanted
-from mlx_ppo.networks.model_files import quoted, wrong
 
 GROUP = 32
 _FLOATS = {Kind.F32: mx.float32, Kind.F16: mx.float16, Kind.BF16: mx.bfloat16}

@@ -7,8 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import psutil
 
+from mlx_ppo.compute.device import on_cpu
 from mlx_ppo.memory.plan import Plan
-from mlx_ppo.networks.device import on_cpu
 
 _SHARE = 0.75  # of what is free
 _WORKING_SET = 0.9  # of what Metal recommends

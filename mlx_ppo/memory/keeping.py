@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_ppo.config import TrainConfig
+from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.choices import Change, Choices, Possible, Shapes, applied
-from mlx_ppo.memory.meter import Limit, Meter
 from mlx_ppo.memory.phases import Phase
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, plan_of
 from mlx_ppo.memory.starting import Planned, keep
-from mlx_ppo.networks.device import on_cpu
+from mlx_ppo.runtime.phases import Limit, Meter
 
 NEAR = 0.97  # of the budget; a plan ends at 0.95
 _STATES = "optimizer states"

@@ -7,16 +7,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_ppo.config import RewardSource, TrainConfig
+from mlx_ppo.compute.cpu.activations import use_fast_gates
+from mlx_ppo.compute.cpu.compact import keep_compact
+from mlx_ppo.compute.cpu.rotary import share_turns
+from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.config.sections import RewardSource, TrainConfig
 from mlx_ppo.data.tokenizer import Tokenizer
-from mlx_ppo.memory.stand_ins import weightless
-from mlx_ppo.memory.trace import trace
-from mlx_ppo.networks.activations import use_fast_gates
-from mlx_ppo.networks.adapters import Weights, load_adapters, new_adapters
-from mlx_ppo.networks.compact import keep_compact
-from mlx_ppo.networks.device import on_cpu
-from mlx_ppo.networks.folder import check_model_folder
-from mlx_ppo.networks.heads import (
+from mlx_ppo.memory.simulator.stand_ins import weightless
+from mlx_ppo.memory.simulator.trace import trace
+from mlx_ppo.models.adapters import Weights, load_adapters, new_adapters
+from mlx_ppo.models.folder import check_model_folder
+from mlx_ppo.models.heads import (
     RewardFacts,
     RewardModel,
     check_classifier,
@@ -25,11 +26,10 @@ from mlx_ppo.networks.heads import (
     new_head,
     read_reward_facts,
 )
-from mlx_ppo.networks.load import DTYPES, computing_with, empty_model
-from mlx_ppo.networks.parts import placeholder
-from mlx_ppo.networks.roles import Loading, Roles, load_roles
-from mlx_ppo.networks.rotary import share_turns
-from mlx_ppo.networks.trunk import Trunk
+from mlx_ppo.models.load import DTYPES, computing_with, empty_model
+from mlx_ppo.models.parts import placeholder
+from mlx_ppo.models.roles import Loading, Roles, load_roles
+from mlx_ppo.models.trunk import Trunk
 
 
 class _NoTokenizer:

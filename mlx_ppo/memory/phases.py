@@ -8,21 +8,21 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_ppo.config import PPOSection, TrainConfig
+from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.compute.kv_cache import FULL, new_caches, size_caches
+from mlx_ppo.compute.sequences import Sequences, make_sequences
+from mlx_ppo.config.sections import PPOSection, TrainConfig
 from mlx_ppo.memory.choices import Choices, Possible, Shapes
 from mlx_ppo.memory.model import loading, reading
-from mlx_ppo.memory.replay import named, predict
-from mlx_ppo.memory.stand_ins import present
-from mlx_ppo.memory.trace import trace
-from mlx_ppo.networks.adapters import Weights
-from mlx_ppo.networks.device import on_cpu
-from mlx_ppo.networks.heads import RewardModel
-from mlx_ppo.networks.kv_cache import FULL, new_caches, size_caches
-from mlx_ppo.networks.roles import Roles, evictable
-from mlx_ppo.networks.trunk import Trunk
-from mlx_ppo.records import Sequences, make_sequences
-from mlx_ppo.scoring import critic_values, policy_columns, raw_of
-from mlx_ppo.update import CriticTargets, PolicyTargets, critic_loss, policy_loss
+from mlx_ppo.memory.simulator.replay import named, predict
+from mlx_ppo.memory.simulator.stand_ins import present
+from mlx_ppo.memory.simulator.trace import trace
+from mlx_ppo.models.adapters import Weights
+from mlx_ppo.models.heads import RewardModel
+from mlx_ppo.models.roles import Roles, evictable
+from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.stages.scoring import critic_values, policy_columns, raw_of
+from mlx_ppo.stages.update import CriticTargets, PolicyTargets, critic_loss, policy_loss
 
 Terms = dict[str, int]
 _CACHE = "keys and values (KV cache)"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlx_ppo.config import TrainConfig
+from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.errors import ConfigError
 from mlx_ppo.memory.choices import Choices, Possible, Shapes, concede
 from mlx_ppo.memory.phases import Accountant, Phase

@@ -10,9 +10,9 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
-from mlx_ppo import checkpoint
 from mlx_ppo.cli.main import main
-from mlx_ppo.runs import METRICS, SAMPLES
+from mlx_ppo.runs import checkpoint
+from mlx_ppo.runs.folder import METRICS, SAMPLES
 
 PROMPTS = ("the film", "a very good story", "it was", "bad", "is it not in the story", "the story of a film")
 RULE = """def letters(prompts, completions):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mlx_ppo.networks import chat_template
+from mlx_ppo.tokenizers import chat_template
 
 GOOD = {"prompt": "it was", "completion": " bad", "text": "it was", "rating": 3}
 ROWS = {

@@ -8,10 +8,10 @@ import time
 import mlx.core as mx
 import pytest
 
-from mlx_ppo import checkpoint
 from mlx_ppo.cli.display import Display, harmless
 from mlx_ppo.cli.work import Answers
-from mlx_ppo.provenance import sha256
+from mlx_ppo.runs import checkpoint
+from mlx_ppo.runs.provenance import sha256
 
 ESCAPES = "\x1b[2J\x1b]0;x\x07\u202e[red]\r"
 

@@ -9,9 +9,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from mlx_ppo.data.prompts import load_prompts
-from mlx_ppo.networks import chat_template
-from mlx_ppo.rollout import generate
-from mlx_ppo.targets import load_target
+from mlx_ppo.runs.targets import load_target
+from mlx_ppo.stages.rollout import generate
+from mlx_ppo.tokenizers import chat_template
 
 START, END = 300, 301  # tokens that the tiny model's tokenizer leaves free
 TEMPLATE = (

@@ -18,7 +18,7 @@ FILE_PROBLEMS = [
 def workers(project) -> list[str]:
     """Worker processes of this project that are still alive."""
     shown = subprocess.run(["ps", "-axwwo", "pid,command"], capture_output=True, text=True, timeout=60).stdout
-    return [line for line in shown.splitlines() if "reward_worker.py" in line and str(project.folder) in line]
+    return [line for line in shown.splitlines() if "rewards/worker.py" in line and str(project.folder) in line]
 
 
 @pytest.mark.parametrize(("function", "text", "words"), FILE_PROBLEMS)

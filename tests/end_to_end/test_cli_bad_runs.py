@@ -12,8 +12,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_ppo import checkpoint, runs
-from mlx_ppo.runs import Run
+from mlx_ppo.runs import checkpoint
+from mlx_ppo.runs import folder as runs
+from mlx_ppo.runs.folder import Run
 
 
 @pytest.fixture

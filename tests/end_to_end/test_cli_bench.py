@@ -91,7 +91,7 @@ def test_what_changed_since_an_earlier_result_is_shown(project, kept):
 
 
 def test_nothing_differs_from_itself(kept):
-    from mlx_ppo.throughput import changes, differences
+    from mlx_ppo.bench.throughput import changes, differences
 
     assert differences(kept, kept) == []
     assert all(one.ratio == 1 and not one.beyond for one in changes(kept, kept).values())

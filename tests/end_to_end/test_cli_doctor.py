@@ -10,7 +10,7 @@ import pytest
 
 import mlx_ppo
 from mlx_ppo.cli import doctor, proof
-from mlx_ppo.runtime.blas import Blas
+from mlx_ppo.compute.cpu.blas import Blas
 
 MAIN = "import sys; from mlx_ppo.cli.main import main; sys.exit(main())"
 

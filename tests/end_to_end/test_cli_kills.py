@@ -16,9 +16,9 @@ import time
 import psutil
 import pytest
 
-from mlx_ppo import checkpoint
 from mlx_ppo.errors import RunError
-from mlx_ppo.verification import verify_run
+from mlx_ppo.runs import checkpoint
+from mlx_ppo.runs.verification import verify_run
 
 KILLS = int(os.environ.get("MLX_PPO_KILLS", "20"))
 KILLS_EACH = 5  # of one run, before it may finish

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_ppo.memory import stand_ins
+from mlx_ppo.memory.simulator import stand_ins
 
 FAILS = """import os, signal
 calls = 0

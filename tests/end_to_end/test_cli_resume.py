@@ -5,11 +5,12 @@ from collections.abc import Mapping
 
 import pytest
 
-from mlx_ppo import checkpoint, reward_training, sft, train
-from mlx_ppo.config import TrainConfig
-from mlx_ppo.config_file import read_config
-from mlx_ppo.config_supervised import RewardConfig, SFTConfig
-from mlx_ppo.runs import RESULTS, SAMPLES, Run, create_run
+from mlx_ppo import reward_training, sft, train
+from mlx_ppo.config.file import read_config
+from mlx_ppo.config.sections import TrainConfig
+from mlx_ppo.config.supervised import RewardConfig, SFTConfig
+from mlx_ppo.runs import checkpoint
+from mlx_ppo.runs.folder import RESULTS, SAMPLES, Run, create_run
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
 
 JOBS = {

@@ -20,7 +20,7 @@ def letters(prompts, completions):
 
 def workers(project):
     shown = subprocess.run(["ps", "-axwwo", "stat,command"], capture_output=True, text=True, timeout=60).stdout
-    lines = [line for line in shown.splitlines() if "reward_worker.py" in line and str(project.folder) in line]
+    lines = [line for line in shown.splitlines() if "rewards/worker.py" in line and str(project.folder) in line]
     return [line for line in lines if not line.startswith("Z")]
 
 

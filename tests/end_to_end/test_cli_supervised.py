@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 import mlx_ppo
+from mlx_ppo.compute.cpu.blas import Blas
 from mlx_ppo.errors import RunError
 from mlx_ppo.memory.choices import read_record
-from mlx_ppo.runs import Run
-from mlx_ppo.runtime.blas import Blas
+from mlx_ppo.runs.folder import Run
 
 WAIT = 240  # seconds; a busy machine
 RULE = """import time

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_ppo.metrics import BY_KEY
+from mlx_ppo.runs.metrics import BY_KEY
 
 EXTRA = {"seconds", "tokens_per_second"}
 

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from mlx_ppo.errors import RunError
-from mlx_ppo.runs import Run
-from mlx_ppo.verification import verify_run
+from mlx_ppo.runs.folder import Run
+from mlx_ppo.runs.verification import verify_run
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ import pytest
 from mlx.utils import tree_flatten
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mlx_ppo import checkpoint
-from mlx_ppo.checkpoint import Checkpoint
-from mlx_ppo.config import TrainConfig
-from mlx_ppo.config_file import read_config
-from mlx_ppo.networks.adapters import Weights, adapter_config
-from mlx_ppo.networks.load import load_trunk
-from mlx_ppo.networks.trunk import Trunk
-from mlx_ppo.runs import create_run
+from mlx_ppo.config.file import read_config
+from mlx_ppo.config.sections import TrainConfig
+from mlx_ppo.models.adapters import Weights, adapter_config
+from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.runs import checkpoint
+from mlx_ppo.runs.checkpoint import Checkpoint
+from mlx_ppo.runs.folder import create_run
 
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -16,8 +16,8 @@ from mlx_ppo.errors import ConfigError, ModelError, RunError
 from mlx_ppo.exporting import export as story
 from mlx_ppo.exporting.check import Difference, difference, within
 from mlx_ppo.exporting.export import export
-from mlx_ppo.networks.load import load_trunk
-from mlx_ppo.targets import load_target
+from mlx_ppo.models.load import load_trunk
+from mlx_ppo.runs.targets import load_target
 
 PROMPT = "the film is"
 TORCH = Path(os.environ.get("MLX_PPO_TORCH_PYTHON", "/tmp/w/tv/bin/python"))

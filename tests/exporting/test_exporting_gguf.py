@@ -10,8 +10,8 @@ from mlx_ppo.errors import ConfigError, ModelError, RunError
 from mlx_ppo.exporting import export as story
 from mlx_ppo.exporting import gguf_writer
 from mlx_ppo.exporting.export import export
-from mlx_ppo.networks.load import load_trunk
-from mlx_ppo.targets import load_target
+from mlx_ppo.models.load import load_trunk
+from mlx_ppo.runs.targets import load_target
 
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from tiny_models import COMMON, KINDS, write_weights, write_word_tokenizer
 
 from mlx_ppo.bundle import bundle_root
-from mlx_ppo.config import TrainConfig
-from mlx_ppo.config_file import read_config
-from mlx_ppo.config_supervised import RewardConfig, SFTConfig
+from mlx_ppo.config.file import read_config
+from mlx_ppo.config.sections import TrainConfig
+from mlx_ppo.config.supervised import RewardConfig, SFTConfig
 from mlx_ppo.data.examples import load_examples
+from mlx_ppo.data.model_files import fingerprint, read_arrays
 from mlx_ppo.data.preferences import load_pairs, load_rated
 from mlx_ppo.data.prompts import load_prompts
 from mlx_ppo.errors import UserError
@@ -28,9 +29,8 @@ from mlx_ppo.importing.gguf_file import read_gguf
 from mlx_ppo.importing.gguf_names import plan_model
 from mlx_ppo.importing.gguf_tokenizer import write_tokenizer
 from mlx_ppo.importing.gguf_weights import floating_type, read_tensor
-from mlx_ppo.networks.load import load_trunk
-from mlx_ppo.networks.model_files import fingerprint, read_arrays
-from mlx_ppo.networks.tokenizer import load_tokenizer
+from mlx_ppo.models.load import load_trunk
+from mlx_ppo.tokenizers.load import load_tokenizer
 
 _JOBS = (TrainConfig, SFTConfig, RewardConfig)
 _TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"

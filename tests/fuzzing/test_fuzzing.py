@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from mlx_ppo.bundle import bundle_root
-from mlx_ppo.config import TrainConfig
-from mlx_ppo.config_file import read_config
+from mlx_ppo.config.file import read_config
+from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.errors import ConfigError, ModelError
-from mlx_ppo.networks.tokenizer import load_tokenizer
+from mlx_ppo.tokenizers.load import load_tokenizer
 
 COUNTS = {
     "config": 400,

@@ -13,8 +13,8 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.importing.convert import import_model
 from mlx_ppo.importing.gguf_weights import _blocks, _floats
 from mlx_ppo.importing.shards import ShardWriter
-from mlx_ppo.networks.folder import check_model_folder
-from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.models.folder import check_model_folder
+from mlx_ppo.models.load import load_trunk
 
 
 def arrays_of(folder):

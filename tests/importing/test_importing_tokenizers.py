@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 
 from mlx_ppo.errors import ModelError
 from mlx_ppo.importing.convert import import_model
-from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.models.load import load_trunk
 
 TEXT = "the in a <|im_end|> 12345 I'LL  don't\n\n\tété 日本 🙂"
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from mlx_ppo.importing.convert import import_model
-from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.models.load import load_trunk
 
 PYTHON = os.environ.get("MLX_PPO_TORCH_PYTHON")
 pytestmark = [

@@ -9,15 +9,15 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_ppo.compute.cpu import compact
+from mlx_ppo.compute.cpu.vocabulary import vocabulary_statistics
+from mlx_ppo.compute.kv_cache import new_caches
+from mlx_ppo.data.model_files import json_object
 from mlx_ppo.memory.model import weightless_trunk
-from mlx_ppo.memory.replay import predict
-from mlx_ppo.networks import compact
-from mlx_ppo.networks.adapters import Weights, new_adapters
-from mlx_ppo.networks.kv_cache import new_caches
-from mlx_ppo.networks.load import load_trunk
-from mlx_ppo.networks.model_files import json_object
-from mlx_ppo.networks.trunk import Trunk
-from mlx_ppo.networks.vocabulary import vocabulary_statistics
+from mlx_ppo.memory.simulator.replay import predict
+from mlx_ppo.models.adapters import Weights, new_adapters
+from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.trunk import Trunk
 
 SIZES = {
     "hidden_size": 256,

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_ppo.config import TrainConfig
+from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.errors import ModelError, RunError
 from mlx_ppo.memory import budget, watchdog
 from mlx_ppo.memory.choices import (
@@ -27,10 +27,10 @@ from mlx_ppo.memory.choices import (
     read_record,
 )
 from mlx_ppo.memory.keeping import Keeper, limits_of
-from mlx_ppo.memory.meter import Limit, metering, phase
 from mlx_ppo.memory.starting import plan_run
 from mlx_ppo.memory.watchdog import danger, watching
-from mlx_ppo.networks.load import load_trunk
+from mlx_ppo.models.load import load_trunk
+from mlx_ppo.runtime.phases import Limit, metering, phase
 from mlx_ppo.runtime.signals import Interrupts, Stopped
 
 SHAPES = Shapes(prompt=24, response=24, responses=16, distinct=16, minibatch=8)

@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mlx_ppo import decoding
+from mlx_ppo.bench.dry_run import Measured, dry_run
 from mlx_ppo.cli.main import main
-from mlx_ppo.config import TrainConfig
+from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.random import philox
-from mlx_ppo.dry_run import Measured, dry_run
 from mlx_ppo.errors import ConfigError
 from mlx_ppo.memory.budget import keeping_to
 from mlx_ppo.memory.choices import Shapes, applied
 from mlx_ppo.memory.keeping import limits_of
-from mlx_ppo.memory.meter import metering, phase
 from mlx_ppo.memory.model import weightless_roles
 from mlx_ppo.memory.phases import Accountant
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, fastest, longest_response, make_plan, needed, plan_of, require_fit
 from mlx_ppo.memory.starting import accountant_of
-from mlx_ppo.networks.roles import load_roles
-from mlx_ppo.rollout import generate, sampling
+from mlx_ppo.models.roles import load_roles
+from mlx_ppo.runtime.phases import metering, phase
+from mlx_ppo.stages import decoding
+from mlx_ppo.stages.rollout import generate, sampling
 
 SIZES = {
     "hidden_size": 128,

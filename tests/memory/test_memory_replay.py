@@ -10,13 +10,13 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ppo.algo.logprobs import token_logprobs
-from mlx_ppo.memory.replay import predict
-from mlx_ppo.networks.adapters import Weights, new_adapters
-from mlx_ppo.networks.device import assuming
-from mlx_ppo.networks.load import load_trunk
-from mlx_ppo.networks.output_head import head_statistics
-from mlx_ppo.networks.trunk import Trunk
-from mlx_ppo.networks.vocabulary import vocabulary_statistics
+from mlx_ppo.compute.cpu.vocabulary import vocabulary_statistics
+from mlx_ppo.compute.device import assuming
+from mlx_ppo.compute.output_head import head_statistics
+from mlx_ppo.memory.simulator.replay import predict
+from mlx_ppo.models.adapters import Weights, new_adapters
+from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.trunk import Trunk
 
 KINDS = ["llama", "qwen2", "gemma2"]
 SIZES = {

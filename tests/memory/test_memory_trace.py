@@ -8,12 +8,12 @@ import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.activations import swiglu
 
-from mlx_ppo.memory.graph import Graph
-from mlx_ppo.memory.replay import replay
-from mlx_ppo.memory.stand_ins import Work, outside, standing_in, weightless
-from mlx_ppo.memory.trace import trace
-from mlx_ppo.networks import activations, vocabulary
-from mlx_ppo.networks.vocabulary import vocabulary_statistics
+from mlx_ppo.compute.cpu import activations, vocabulary
+from mlx_ppo.compute.cpu.vocabulary import vocabulary_statistics
+from mlx_ppo.memory.simulator.graph import Graph
+from mlx_ppo.memory.simulator.replay import replay
+from mlx_ppo.memory.simulator.stand_ins import Work, outside, standing_in, weightless
+from mlx_ppo.memory.simulator.trace import trace
 
 LLAMA_8B = {
     "model_type": "llama",

@@ -1,0 +1,1 @@
+"""What the machine reaches, and a run measured."""

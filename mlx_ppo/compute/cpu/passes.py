@@ -1,0 +1,261 @@
+"""The training forward over whole rows, and its gradient, on a CPU by numpy and BLAS.
+
+mlx keeps every array that it evaluates while it traces a gradient, computes elementwise functions on one core and
+unvectorised, and starts each operation on its own. For the kind that `networks.common_blocks` knows, the blocks are
+computed here, both ways: the products by BLAS, what lies between in numpy. Of a block, a gradient keeps what enters it,
+queries, keys, values, what attention gives, and the two sides of the gate; or, where memory is to be saved, only what
+enters. Positions of prompts that several rows share are computed once, in the same products.
+
+Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; Zhang and Sennrich 2019, arXiv:1910.07467 (RMS norm).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_ppo.compute.cpu.attention import silent
+from mlx_ppo.compute.cpu.block_passes import BlockPass, Norm, Places, Positions, Shapes, floats_of, room_for, room_in
+from mlx_ppo.compute.cpu.common_blocks import LOWEST, Turns, kind_of, turns_at, view
+from mlx_ppo.compute.cpu.pass_attention import Part, scores_at_once
+from mlx_ppo.compute.cpu.products import Floats
+from mlx_ppo.compute.sequences import Sequences
+from mlx_ppo.models.adapters import layer_of
+
+if TYPE_CHECKING:
+    from mlx_ppo.models.trunk import Trunk
+
+_avoided: ContextVar[bool] = ContextVar("avoided", default=False)
+
+
+@contextmanager
+def avoiding_passes() -> Iterator[None]:
+    """Have the model itself read whole rows for the length of a `with` block."""
+    token = _avoided.set(True)
+    try:
+        yield
+    finally:
+        _avoided.reset(token)
+
+
+def avoiding() -> bool:
+    """Whether passes are to be avoided."""
+    return _avoided.get()
+
+
+class Layout:
+    """The N positions of a pass, in the order that `Sequences` tells."""
+
+    def __init__(self, sequences: Sequences, read: mx.array | None) -> None:
+        """Look at shapes only."""
+        shared = self._shared = sequences.shared
+        self._read = read
+        if shared is None:
+            rows, count = sequences.tokens.shape
+            self.tokens = sequences.tokens.reshape(-1)
+            self.parts: tuple[Part, ...] = (Part(0, rows, count),)
+        else:
+            (many, width), (rows, count) = shared.prompts.shape, shared.responses.shape
+            self.tokens = mx.concatenate([shared.prompts.reshape(-1), shared.responses.reshape(-1)])
+            self.parts = Part(0, many, width), Part(many * width, rows, count, width)
+        self.size: int = self.tokens.size
+
+    def positions(self) -> tuple[tuple[Part, ...], Places]:
+        """The parts with all that is known of them, and each position's place in its row [N]."""
+        first, *others = self.parts
+        places = np.tile(np.arange(first.length), first.rows)
+        if self._shared is None:
+            return self.parts, places
+        (part,) = others
+        owners, lengths = np.asarray(self._shared.owners), np.asarray(self._shared.lengths)
+        there = np.arange(part.width)[None, :] < lengths[owners, None]
+        padding = None if self._shared.level else np.where(there, np.float32(0), LOWEST)
+        after = lengths[owners, None] + np.arange(part.length)[None, :]
+        found = part._replace(owners=owners.tolist(), padding=padding)
+        return (first, found), np.concatenate([places, after.reshape(-1)])
+
+    def read_last(self) -> Places | None:
+        """Positions [M], in order, of which the last block's feed-forward part is read; None: all."""
+        if self._read is None:
+            return None
+        found = np.unique(np.asarray(self._read))
+        return found if len(found) < self.size else None
+
+
+def states_of(trunk: "Trunk", sequences: Sequences, read: mx.array | None, *, learning: bool, saving: bool) -> mx.array:
+    """Final hidden states [N, D] of all positions, with the weights that lie on the trunk; see `Trunk.states`.
+
+    Args:
+        trunk: one that reads passes.
+        sequences: from kept states, or from tokens.
+        read: positions, in any order; those that nobody reads are left out of the last block's feed-forward part.
+        learning: a gradient will be taken.
+        saving: it is to keep little; costs about a third more time.
+    """
+    kept = (sequences.kept if sequences.shared is None else sequences.shared.kept) if trunk.split else None
+    layout = Layout(sequences, read)
+    if kept is None:
+        entering: mx.array = trunk.inner.embed_tokens(layout.tokens)
+    else:
+        parts = (kept,) if isinstance(kept, mx.array) else kept
+        entering = mx.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+    one = Pass(trunk, layout, 0 if kept is None else trunk.split, saving=saving)
+    return computed(one, entering, *one.learned.values(), learning=learning)
+
+
+def computed(one: "Pass", entering: mx.array, *arrays: mx.array, learning: bool) -> mx.array:
+    """Final states of those [N, D] that enter the first block, as a function that has a gradient if `learning`."""
+
+    @mx.custom_function
+    def function(entering: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+        return one.forward(entering, arrays, keeping=learning)
+
+    @function.vjp
+    def _(
+        primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+    ) -> tuple[mx.array, ...]:
+        if not learning:
+            raise RuntimeError("a gradient of a pass that was not to have one")
+        return one.back(primals[1:], cotangents[0], outputs[1:])
+
+    found: Sequence[mx.array] = function(entering, *arrays)  # type: ignore[assignment]
+    return found[0]
+
+
+class Needs(NamedTuple):
+    """Bytes of a pass."""
+
+    kept: int  # from its forward to its gradient
+    forward: int  # while it goes forward, beside what is kept
+    back: int  # while its gradient is computed, beside the same and what that gives
+    scores: int  # of numpy, twice for the gradient
+
+
+class Pass:
+    """One pass of some rows through a trunk's blocks, and back."""
+
+    def __init__(self, trunk: "Trunk", layout: Layout, start: int, *, saving: bool) -> None:
+        """Look at a trunk with a role's weights on it; nothing is computed.
+
+        Args:
+            trunk: one that reads passes.
+            layout: the positions.
+            start: the first block.
+            saving: keep only what enters a block for the gradient.
+        """
+        number, part = layer_of(name := next(iter(trunk.adapted)))
+        self._prefix = name.removesuffix(f"{number}.{part}")
+        self._norm_name = self._prefix.removesuffix("layers.") + "norm.weight"
+        self.learned: dict[str, mx.array] = {}  # what the role brings, but for what lies before and after
+        self._scales: dict[str, float] = {}
+        for name, layer in trunk.adapted.items():
+            if layer.attached is not None:
+                self.learned[f"{name}.lora_a"], self.learned[f"{name}.lora_b"], self._scales[name] = layer.attached
+        for name, array in trunk.replaced.items():
+            if name.startswith(self._prefix) or name == self._norm_name:
+                self.learned[name] = array
+        self._trunk, self._layout, self._start, self._saving = trunk, layout, start, saving
+        self._through = bool(trunk.replaced)  # what enters is to have a gradient, too
+        numbers = [layer_of(name)[0] for name in self.learned if name != self._norm_name]
+        self._lowest = max(start, 0 if self._through else min(numbers, default=trunk.blocks))
+
+    @silent
+    def forward(self, entering: mx.array, arrays: Sequence[mx.array], *, keeping: bool) -> tuple[mx.array, ...]:
+        """Final states [N, D] of those that enter; and, `keeping`, what of each block the gradient reads."""
+        blocks, norm, positions = self._prepared(arrays)
+        result, states = _copied(entering)
+        kept: list[mx.array] = []
+        _, reused = room_for(self._working(blocks[0], keeping=keeping))
+        for number, block in enumerate(blocks, self._start):
+            room = {**reused, "entering": states}
+            if keeping and number >= self._lowest and not self._saving:
+                own, of_own = room_for(block.kept(len(states)))
+                kept.append(own)
+                room = {**reused, **of_own}
+                room["entering"][:] = states
+            elif keeping and number >= self._lowest:
+                kept.append(mx.array(states))
+            block.forward(room, positions[number - self._start], states)
+        if keeping:
+            kept.append(mx.array(states))
+        norm.forward(states, states)
+        return result, *kept
+
+    @silent
+    def back(self, arrays: Sequence[mx.array], slopes: mx.array, kept: Sequence[mx.array]) -> tuple[mx.array, ...]:
+        """Gradients by what enters (0 where nobody needs them) and by the arrays, for those [N, D] by the states."""
+        blocks, norm, positions = self._prepared(arrays)
+        learned = [mx.zeros(array.shape) for array in arrays]
+        result = mx.zeros(slopes.shape)
+        mx.eval(learned, result)
+        by_name = dict(zip(self.learned, map(np.asarray, learned), strict=True))
+        by_states = np.asarray(result)
+        norm.back(np.asarray(kept[-1]), np.asarray(slopes), by_states, by_name)
+        _, passing = room_for(self._working_back(blocks[0]))
+        for number in reversed(range(self._lowest, self._trunk.blocks)):
+            block, own, there = (
+                blocks[number - self._start],
+                kept[number - self._lowest],
+                positions[number - self._start],
+            )
+            if self._saving:
+                passing["entering"][:] = np.asarray(own)
+                block.forward(passing, there, None)
+            else:
+                passing.update(room_in(own, block.kept(len(by_states))))
+            block.back(passing, there, by_states, by_name, further=number > self._lowest or self._through)
+        return result if self._through else mx.zeros(slopes.shape), *learned
+
+    def needs(self, *, learning: bool) -> Needs:
+        """In bytes, without looking at any weight's values."""
+        blocks, count = self._blocks({}), self._layout.size
+        states = count * blocks[0].o.outputs
+        upper = blocks[self._lowest - self._start :]
+        kept = sum(states if self._saving else floats_of(block.kept(count)) for block in upper) + states
+        return Needs(
+            kept=4 * kept if learning else 0,
+            forward=4 * floats_of(self._working(blocks[0], keeping=learning)),
+            back=4 * floats_of(self._working_back(blocks[0])),
+            scores=scores_at_once(self._layout.parts, blocks[0].heads.number),
+        )
+
+    def _working(self, block: BlockPass, *, keeping: bool) -> Shapes:
+        """What a forward needs beside what the gradient reads."""
+        count, all_kept = self._layout.size, keeping and self._lowest == self._start and not self._saving
+        return block.passing(count) if all_kept else block.reused(count)
+
+    def _working_back(self, block: BlockPass) -> Shapes:
+        """What the gradient needs beside what it reads."""
+        count = self._layout.size
+        again = {**block.kept(count), **block.passing(count)} if self._saving else {}
+        return {**again, **block.back_passing(count)}
+
+    def _prepared(self, arrays: Sequence[mx.array]) -> tuple[list[BlockPass], Norm, list[Positions]]:
+        """The blocks from the first on, the final norm, and where the positions stand for each of these blocks."""
+        trunk, (parts, places) = self._trunk, self._layout.positions()
+        given = dict(zip(self.learned, map(view, arrays), strict=True))
+        blocks = self._blocks(given)
+        all_places = mx.arange(int(places.max()) + 1)
+        turns: dict[tuple[Any, ...], Turns] = {}
+        positions = []
+        for block, layer in zip(blocks, trunk.model.layers[self._start :], strict=True):
+            rope = layer.self_attn.rope
+            if (kind := kind_of(rope)) not in turns:
+                factors, exchanged = turns_at(rope, all_places, block.heads.size)
+                turns[kind] = factors[places], exchanged[places]
+            positions.append(Positions(parts, turns[kind]))
+        positions[-1] = positions[-1]._replace(read=self._layout.read_last())
+        return blocks, Norm(trunk.inner.norm, self._norm_name, given), positions
+
+    def _blocks(self, given: Mapping[str, Floats]) -> list[BlockPass]:
+        layers = list(enumerate(self._trunk.model.layers))[self._start :]
+        return [BlockPass(layer, f"{self._prefix}{number}", given, self._scales) for number, layer in layers]
+
+
+def _copied(array: mx.array) -> tuple[mx.array, Floats]:
+    """A copy, and its memory."""
+    copy = mx.array(np.asarray(array))
+    return copy, np.asarray(copy)

@@ -1,0 +1,1 @@
+"""TOML into one frozen section for each part of a run."""

@@ -1,0 +1,278 @@
+"""The configuration: every key, its type, its bounds, its one default, and the sentence that explains it.
+
+One frozen model a section, one job a class. `mlx_ppo.config.file` reads TOML into them, `mlx_ppo.config.checks` knows
+which keys don't go together.
+"""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _named(value: object) -> object:
+    """An empty text would be the working folder; no system has a null character in a path."""
+    if value == "" or (isinstance(value, str) and "\0" in value):
+        raise ValueError("must name a file or folder")
+    return value
+
+
+InputPath = Annotated[Path, BeforeValidator(_named), Field(strict=False, json_schema_extra={"path": "input"})]
+OutputPath = Annotated[Path, BeforeValidator(_named), Field(strict=False, json_schema_extra={"path": "output"})]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Length = Annotated[int, Field(ge=2)]  # tokens: one more than BOS
+
+
+class Section(BaseModel):
+    """One table of the TOML file: frozen, no unknown keys, no silent conversions, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Where a run is kept and how often it is saved."""
+
+    folder: OutputPath = Field(Path("runs"), description="folder that holds the run folders")
+    name: str = Field(
+        "run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="the run's folder is `folder/name`, or `name-2`, `name-3`, ... where that is taken",
+    )
+    seed: CountOrZero = Field(0, description="every random choice derives from it")
+    save_every: Count = Field(10, description="iterations (or optimizer steps) between checkpoints")
+    keep_last: Count = Field(2, description="checkpoints kept besides the best")
+
+
+class PPORunSection(RunSection):
+    """The run section of `train`."""
+
+    name: str = Field(
+        "ppo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description=RunSection.model_fields["name"].description
+    )
+    iterations: Count = Field(100, description="PPO iterations: sample, score, update")
+    evaluate_every: CountOrZero = Field(0, description="iterations between evaluations; 0: only before and after")
+
+
+class ModelSection(Section):
+    """The trunk: a folder in the format of mlx-lm / Hugging Face, with safetensors."""
+
+    path: InputPath = Field(description="model folder")
+    train: Literal["lora", "full"] = Field("lora", description="train LoRA adapters or all weights")
+    adapter: InputPath | None = Field(None, description="mlx-lm adapter folder to start from")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="compute type; auto: float32 on a CPU, the stored type on a GPU"
+    )
+
+
+class LoraSection(Section):
+    """Low-rank adapters, in mlx-lm's terms."""
+
+    rank: Count = Field(8, description="rank of each adapter")
+    scale: Positive = Field(2.0, description="factor on the adapter's output (mlx-lm's scale: alpha / rank)")
+    layers: CountOrZero = Field(0, description="adapt this many of the uppermost layers; 0: all")
+    targets: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="names inside a layer such as `self_attn.q_proj`; empty: every linear layer"
+    )
+
+
+class OptimizerSection(Section):
+    """AdamW with bias correction."""
+
+    learning_rate: Positive = Field(1e-4, description="rate of the policy (or of the model, in `sft` and `reward`)")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="decay to zero over the run, after warm-up"
+    )
+    warmup_steps: CountOrZero = Field(0, description="optimizer steps of linear warm-up")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="decay of the first moment")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the second moment")
+    eps: Positive = Field(1e-5, description="added to the root of the second moment")
+    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
+    gradient_clip: Positive = Field(1.0, description="bound on the gradient's global norm")
+
+
+class PromptDataSection(Section):
+    """Prompts for `train`: JSONL with `prompt` (text or messages) or `messages`."""
+
+    prompts: InputPath = Field(description="training prompts")
+    eval_prompts: InputPath | None = Field(
+        None, description="held-out prompts for the evaluations; without: training prompts"
+    )
+    eval_count: Count = Field(64, description="how many of them are answered at an evaluation")
+    max_prompt_tokens: Length = Field(256, description="a prompt's bound")
+    overlong: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="what happens to longer ones (counted and shown)"
+    )
+
+
+class RolloutSection(Section):
+    """Sampling from the current policy."""
+
+    prompts: Count = Field(32, description="prompts an iteration")
+    samples_per_prompt: Count = Field(
+        1, description="responses for each prompt (2 or more for the critic-free estimators)"
+    )
+    max_tokens: Count = Field(64, description="a response's bound in tokens")
+    temperature: Positive = Field(
+        1.0, description="sampling temperature; every log-probability is of this distribution"
+    )
+    batch_size: CountOrZero = Field(
+        0, description="sequences decoded together; 0: up to 64, as the memory budget allows. Changes speed and memory"
+    )
+    kv_cache: Literal["auto", "full", "8-bit"] = Field(
+        "auto",
+        description="how keys and values are kept while sampling; 8-bit: a quarter of the memory of float32, sampling "
+        "from a slightly different distribution, which the recomputed log-probabilities account for; auto: full "
+        "unless the memory budget asks for it",
+    )
+
+
+class RewardSource(Section):
+    """One source of scores; several are added by weight."""
+
+    kind: Literal["model", "function"] = Field(description="a trained reward model's folder, or a Python function")
+    path: InputPath | None = Field(None, description="folder written by `mlx-ppo reward` (kind = model)")
+    function: str | None = Field(
+        None,
+        description="`file.py:name` (kind = function); called with lists of prompts and completions, "
+        "in a process of its own",
+    )
+    weight: float = Field(1.0, description="factor on the source's score")
+    timeout: Positive = Field(60.0, description="seconds a call of the function may take")
+
+
+class ScoreSection(Section):
+    """What happens to a response's score before it becomes a reward."""
+
+    combine: Literal["sum", "worst", "cautious"] = Field(
+        "sum",
+        description="of the weighted sources: their sum, the lowest, or the mean less `caution` deviations "
+        "(an ensemble's disagreement)",
+    )
+    caution: NonNegative = Field(1.0, description="deviations subtracted with combine = cautious")
+    clip: NonNegative = Field(0.0, description="bound on the absolute score; 0: none")
+    truncated: Literal["none", "replace", "subtract"] = Field(
+        "none", description="treatment of responses cut by max_tokens"
+    )
+    truncated_value: float = Field(1.0, description="the score put in place, or what is subtracted")
+    overlong_buffer: CountOrZero = Field(
+        0, description="last tokens before max_tokens over which a penalty grows to -1; 0: none"
+    )
+    batch_size: CountOrZero = Field(
+        0, description="sequences scored together; 0: up to 32, as the memory budget allows. Changes speed and memory"
+    )
+
+
+class CriticSection(Section):
+    """The value function."""
+
+    kind: Literal["adapters", "head", "model"] = Field(
+        "adapters",
+        description="own adapters and head on the shared trunk; a head on the policy's states; or a model of its own",
+    )
+    path: InputPath | None = Field(
+        None, description="the critic's model folder (kind = model); without: the reward model's or the policy's"
+    )
+    initialise: Literal["reward", "policy"] = Field(
+        "reward", description="start from the reward model where one fits, or from the trunk as it is"
+    )
+    learning_rate: Positive = Field(3e-4, description="the critic's rate")
+    warmup_iterations: CountOrZero = Field(0, description="first iterations that train only the critic")
+
+
+class PPOSection(Section):
+    """The update."""
+
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo"] = Field(
+        "gae", description="with a critic (gae), or critic-free within a prompt's group"
+    )
+    epochs: Count = Field(2, description="passes over each rollout")
+    minibatches: Count = Field(4, description="optimizer steps a pass")
+    micro_batch: CountOrZero = Field(
+        0, description="responses a forward and backward pass; 0: as many of the minibatch as the memory budget allows"
+    )
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto", description="compute blocks again for the gradient; auto: where the memory budget asks for it"
+    )
+    clip_low: Share = Field(0.2, description="lower bound of the ratio is 1 - clip_low")
+    clip_high: NonNegative = Field(0.28, description="upper bound of the ratio is 1 + clip_high")
+    dual_clip: NonNegative = Field(
+        3.0, description="bound on the loss where the advantage is negative; 0: none, else above 1"
+    )
+    value_clip: NonNegative = Field(0.2, description="how far a value may move from the old one; 0: no bound")
+    discount: Share = Field(1.0, description="discount of later rewards")
+    lambda_policy: Share = Field(0.95, description="GAE lambda of the advantages")
+    lambda_critic: Share = Field(1.0, description="GAE lambda of the value targets")
+    length_adaptive: NonNegative = Field(0.0, description="alpha of a lambda_policy of 1 - 1/(alpha * length); 0: off")
+    whiten: bool = Field(True, description="whiten the advantages over the rollout (gae)")
+    aggregate: Literal["token-mean", "sequence-mean", "constant"] = Field(
+        "token-mean", description="denominator of the policy loss (constant: responses times max_tokens)"
+    )
+    entropy_coef: NonNegative = Field(0.0, description="entropy bonus")
+    stop_at_kl: NonNegative = Field(
+        0.0, description="end the passes when the approximate KL to the old policy exceeds it; 0: off"
+    )
+
+
+class KLSection(Section):
+    """The penalty for leaving the reference, inside the reward."""
+
+    coef: NonNegative = Field(0.05, description="factor on log pi - log pi_ref of each token")
+    controller: Literal["fixed", "adaptive"] = Field("fixed", description="keep coef, or steer towards the target")
+    target: Positive = Field(6.0, description="nats a sequence (adaptive)")
+    horizon: Positive = Field(10_000.0, description="samples over which the controller acts (adaptive)")
+
+
+class Job(BaseModel):
+    """A whole configuration file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    command: ClassVar[str]
+
+
+class MemorySection(Section):
+    """What the run may use."""
+
+    budget_gb: NonNegative = Field(
+        0.0, description="bound on the process's memory in GiB; 0: three quarters of what is free at the start"
+    )
+    retries: CountOrZero = Field(
+        0, description="how many times a run that the system kills goes on by itself, each time with a smaller plan"
+    )
+    residency: Literal["auto", "resident", "evict"] = Field(
+        "auto",
+        description="weights that only some phases read (reward models with a trunk of their own; the reference under "
+        "full fine-tuning): kept in memory, or read anew from disk in every iteration; auto: where the budget asks "
+        "for it",
+    )
+    compact: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="on a CPU, keep a quantised model quantised in memory and dequantise each matrix at its use, "
+        "which is slower; auto: where the budget asks for it",
+    )
+    positions: CountOrZero = Field(
+        0,
+        description="response positions whose logits are computed together; 0: as many as make 64 MB of logits, fewer "
+        "where the budget asks for it",
+    )
+
+
+class TrainConfig(Job):
+    """`mlx-ppo train`."""
+
+    command: ClassVar[str] = "train"
+    run: PPORunSection = PPORunSection()
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    data: PromptDataSection
+    rollout: RolloutSection = RolloutSection()
+    reward: Annotated[tuple[RewardSource, ...], Field(strict=False, min_length=1)]
+    score: ScoreSection = ScoreSection()
+    critic: CriticSection = CriticSection()
+    ppo: PPOSection = PPOSection()
+    kl: KLSection = KLSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    memory: MemorySection = MemorySection()

@@ -1,0 +1,129 @@
+"""Every key of the stages before PPO, `sft` and `reward`, and the table of all jobs."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from mlx_ppo.config.sections import (
+    Count,
+    CountOrZero,
+    InputPath,
+    Job,
+    Length,
+    LoraSection,
+    ModelSection,
+    NonNegative,
+    OptimizerSection,
+    RunSection,
+    Section,
+    TrainConfig,
+)
+
+
+class TrainableModelSection(ModelSection):
+    """The model section of `sft` and `reward`, which write a model folder at the end."""
+
+    initialise: Literal["weights", "random"] = Field(
+        "weights",
+        description="start from the folder's weights, or (`sft`, train = full) from random ones for its config.json",
+    )
+    embeddings: InputPath | None = Field(
+        None, description="with initialise = random: take the token embeddings from this model folder of the same width"
+    )
+    save_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="type of the weights in the finished folder; checkpoints keep float32"
+    )
+
+
+class ExampleDataSection(Section):
+    """Examples for `sft`: JSONL with `text`, `prompt` and `completion`, or `messages`."""
+
+    train: InputPath = Field(description="training examples")
+    validation: InputPath | None = Field(
+        None, description="held-out examples; the weights with the lowest loss on them are kept"
+    )
+    max_tokens: Length = Field(512, description="an example's bound")
+    overlong: Literal["drop", "truncate", "error"] = Field(
+        "truncate", description="what happens to longer ones (counted and shown)"
+    )
+
+
+class SFTSection(Section):
+    """Supervised fine-tuning."""
+
+    epochs: Count = Field(3, description="passes over the examples")
+    batch_size: Count = Field(16, description="examples an optimizer step")
+    token_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of input tokens replaced by random ones while training (regularises small data)"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="dropout on the outputs of attention and feed-forward blocks while training"
+    )
+    patience: CountOrZero = Field(
+        0, description="stop after this many epochs without a better validation loss; 0: never"
+    )
+
+
+class SFTConfig(Job):
+    """`mlx-ppo sft`."""
+
+    command: ClassVar[str] = "sft"
+    run: RunSection = RunSection(name="sft")
+    model: TrainableModelSection
+    lora: LoraSection = LoraSection()
+    data: ExampleDataSection
+    sft: SFTSection = SFTSection()
+    optimizer: OptimizerSection = OptimizerSection()
+
+
+class FeedbackDataSection(Section):
+    """Human feedback for `reward`: JSONL with `chosen` and `rejected`, or with `rating` or `ratings`."""
+
+    train: InputPath = Field(description="training feedback")
+    validation: InputPath | None = Field(
+        None, description="held-out feedback; the weights with the lowest loss on it are kept"
+    )
+    test: InputPath | None = Field(None, description="feedback for the final figures only")
+    max_tokens: Length = Field(512, description="a text's bound")
+    overlong: Literal["drop", "truncate", "error"] = Field(
+        "truncate", description="what happens to longer ones (counted and shown)"
+    )
+
+
+class RewardTrainingSection(Section):
+    """Reward model training."""
+
+    objective: Literal["pairs", "regression", "both"] = Field(
+        "pairs", description="Bradley-Terry on pairs; squared error to the mean ratings; or their sum"
+    )
+    pooling: Literal["last", "mean", "sqrt"] = Field(
+        "last",
+        description="the head reads the last token's final state, the mean over the text, "
+        "or the sum divided by the root of the length",
+    )
+    min_difference: NonNegative = Field(1.0, description="ratings make a pair where they differ by at least this much")
+    pairs_per_item: Count = Field(4, description="pairs drawn for each rated text and epoch")
+    centering: NonNegative = Field(0.0, description="factor on (chosen + rejected)^2, which keeps scores near 0")
+    epochs: Count = Field(5, description="passes over the feedback")
+    batch_size: Count = Field(32, description="texts (or pairs) an optimizer step")
+    token_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of input tokens replaced by random ones while training"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="dropout on the outputs of attention and feed-forward blocks while training"
+    )
+
+
+class RewardConfig(Job):
+    """`mlx-ppo reward`."""
+
+    command: ClassVar[str] = "reward"
+    run: RunSection = RunSection(name="reward")
+    model: TrainableModelSection
+    lora: LoraSection = LoraSection()
+    data: FeedbackDataSection
+    reward_training: RewardTrainingSection = RewardTrainingSection()
+    optimizer: OptimizerSection = OptimizerSection()
+
+
+JOBS: dict[str, type[Job]] = {job.command: job for job in (TrainConfig, SFTConfig, RewardConfig)}

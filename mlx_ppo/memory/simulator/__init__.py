@@ -1,0 +1,1 @@
+"""What mlx would allocate, by tracing and replaying."""

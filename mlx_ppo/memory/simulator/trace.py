@@ -1,0 +1,170 @@
+"""A function of mlx arrays into a graph of operations with shapes and types. Nothing is computed, nothing loaded."""
+
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_ppo.memory.simulator.fusing import fused
+from mlx_ppo.memory.simulator.graph import Graph, Operation, Pause, Tensor
+from mlx_ppo.memory.simulator.stand_ins import Inside, Work, mark_of, spelt_out, standing_in
+
+
+def trace(function: Callable[..., Any], *arrays: Any) -> Graph:
+    """Record what a function would compute.
+
+    Arguments stand for arrays that are in memory already; they themselves are never evaluated, so `mx.zeros(shape)`
+    does, whatever its size. Evaluated arrays that the function captures count as in memory too (use
+    `stand_ins.weightless` for a model whose weights are not loaded); lazy arrays that it captures are computed inside
+    the graph. Operations that differ in nothing are merged, as by `mx.compile`.
+
+    Args:
+        function: pure; returns arrays, or nested lists and dictionaries of them; must not read an array's values.
+        *arrays: its arguments: arrays, or nested lists and dictionaries of arrays.
+    Raises:
+        ValueError: the function evaluates an array, or uses `mx.custom_function` or `mx.checkpoint`, which mlx can't
+            trace; see `mlx_ppo.memory.simulator.stand_ins`.
+    """
+    return fused(_recorded(function, *arrays), _activations())
+
+
+def _recorded(function: Callable[..., Any], *arrays: Any) -> Graph:
+    def flat(*values: mx.array) -> list[mx.array]:
+        left = iter(values)
+        return _leaves(function(*(_filled(argument, left) for argument in arrays)))
+
+    records: list[dict[str, Any]] = []
+    with standing_in() as marks, spelt_out():
+        mx.export_function(records.append, flat, *_leaves(arrays))
+    return _graph(records, [len(_leaves(argument)) for argument in arrays], marks)
+
+
+@functools.cache
+def _activations() -> tuple[Graph, ...]:
+    """Compiled functions of models as they appear in a trace, those that contain others first."""
+    from mlx_lm.models.activations import swiglu
+
+    functions: list[tuple[Callable[..., Any], int]] = [
+        (swiglu, 2),
+        (nn.gelu_approx, 1),
+        (nn.gelu_fast_approx, 1),
+        (nn.gelu, 1),
+        (nn.silu, 1),
+    ]
+    return tuple(_recorded(function, *[mx.zeros((2, 3))] * count) for function, count in functions)
+
+
+def _leaves(tree: Any) -> list[mx.array]:
+    """The arrays of nested lists and dictionaries, in order; whatever else is there doesn't count."""
+    if isinstance(tree, mx.array):
+        return [tree]
+    inner = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list | tuple) else ()
+    return [leaf for part in inner for leaf in _leaves(part)]
+
+
+def _filled(tree: Any, leaves: Iterator[mx.array]) -> Any:
+    """The same nesting around other arrays; mlx's own functions would split names at their dots."""
+    if isinstance(tree, mx.array):
+        return next(leaves)
+    if isinstance(tree, Mapping):
+        return {name: _filled(part, leaves) for name, part in tree.items()}
+    if not isinstance(tree, list | tuple):
+        return tree
+    parts = [_filled(part, leaves) for part in tree]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else parts
+
+
+def _graph(records: Sequence[dict[str, Any]], lengths: Sequence[int], marks: Sequence[Work]) -> Graph:
+    tensors: dict[str, Tensor] = {}
+
+    def known(entries: Sequence[tuple[str, tuple[int, ...], mx.Dtype]]) -> tuple[Tensor, ...]:
+        for name, shape, dtype in entries:
+            if name not in tensors:
+                tensors[name] = Tensor(tuple(shape), dtype)
+        return tuple(tensors[name] for name, _, _ in entries)
+
+    parts: dict[str, tuple[Tensor, ...]] = {}
+    operations: list[Operation] = []
+    for record in records:
+        kind = record["type"]
+        if kind == "primitive":
+            made = known(record["outputs"])
+            operation = Operation(record["name"], list(record["arguments"]), known(record["inputs"]), made)
+            for tensor in made:
+                tensor.operation = operation
+            operations.append(operation)
+        elif kind == "constants":
+            parts[kind] = known([(name, array.shape, array.dtype) for name, array in record[kind]])
+        elif kind in ("inputs", "outputs"):
+            parts[kind] = known(record[kind])
+    left = iter(parts["inputs"])
+    arguments = tuple(tuple(itertools.islice(left, length)) for length in lengths)
+    pauses = _pauses(operations, marks)
+    return Graph(arguments, parts["constants"], parts["outputs"], tuple(operations), pauses)
+
+
+def _pauses(operations: list[Operation], marks: Sequence[Work]) -> tuple[Pause, ...]:
+    """The places that `stand_ins.outside` marked, in the order of calls; the marks themselves are taken away."""
+    found: dict[int, Pause] = {}
+    graphs: dict[Hashable, Graph] = {}
+    readers_of: dict[Tensor, list[int]] = {}
+    for place, operation in enumerate(operations):
+        for tensor in operation.inputs:
+            readers_of.setdefault(tensor, []).append(place)
+    removed: set[Operation] = set()
+    for operation in operations:
+        number = mark_of(operation.name, operation.arguments)
+        if number is None:
+            continue
+        reads = _unmarked(operation, removed)
+        readers = _readers(operation.outputs[0], operations, readers_of, removed)
+        (result,) = [other for other in readers if any(tensor in other.inputs for tensor in reads)]
+        gradients = tuple(other for other in readers if other is not result)
+        forward, gradient, forward_arrays, gradient_arrays, inside = marks[number]
+        work, arrays = (forward, gradient), (forward_arrays, gradient_arrays)
+        nested = (_inside(inside[0], graphs), _inside(inside[1], graphs))
+        found[number] = Pause(reads, result, gradients, work, arrays, nested)
+    operations[:] = [operation for operation in operations if operation not in removed]
+    return tuple(found[number] for number in sorted(found))
+
+
+def _inside(inside: Inside | None, known: dict[Hashable, Graph]) -> tuple[Graph, int] | None:
+    if inside is None:
+        return None
+    key = inside.key if inside.key is not None else id(inside)
+    if key not in known:
+        known[key] = trace(inside.function, *inside.arguments)
+    return known[key], inside.beside
+
+
+def _unmarked(operation: Operation, removed: set[Operation]) -> tuple[Tensor, ...]:
+    """Remove a mark, and return what it waited for: the arrays that the code outside reads."""
+    removed.add(operation)
+    while operation.name != "Depends":
+        maker = operation.inputs[0].operation
+        assert maker is not None, "a mark always follows a Depends"
+        operation = maker
+        removed.add(operation)
+    return operation.inputs[1:]
+
+
+def _readers(
+    mark: Tensor, operations: Sequence[Operation], readers_of: Mapping[Tensor, Sequence[int]], removed: set[Operation]
+) -> list[Operation]:
+    """Remove a mark, and conditions derived from it, from what reads them; returns that."""
+    marks, places = [mark], set()
+    for tensor in marks:
+        for place in readers_of.get(tensor, ()):
+            operation = operations[place]
+            if operation.name in ("AsType", "LogicalNot"):
+                marks.append(operation.outputs[0])
+                removed.add(operation)
+            elif operation not in removed:
+                places.add(place)
+    readers = [operations[place] for place in sorted(places)]
+    for operation in readers:
+        operation.inputs = tuple(tensor for tensor in operation.inputs if tensor not in marks)
+    return readers

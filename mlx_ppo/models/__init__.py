@@ -1,0 +1,1 @@
+"""What a model is, and which weights a role has."""

@@ -1,1 +1,0 @@
-"""Models: folders, tokenizers, one shared trunk with adapters, heads, and the four roles on it."""

@@ -1,0 +1,1 @@
+"""Where scores come from beside models: a person's own functions."""

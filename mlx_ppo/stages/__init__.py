@@ -1,0 +1,1 @@
+"""Prompts into new weights, a stage a file."""

@@ -1,0 +1,327 @@
+"""A scored rollout into new weights: epochs, minibatches, micro-batches, two optimizers."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_ppo.algo.diagnostics import approx_kl, clip_fractions, effective_sample_size
+from mlx_ppo.algo.losses import aggregate, clipped_policy_loss, clipped_value_loss
+from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.compute.sequences import Sequences
+from mlx_ppo.config.sections import PPOSection
+from mlx_ppo.data.random import philox
+from mlx_ppo.errors import RunError
+from mlx_ppo.models.adapters import Weights
+from mlx_ppo.models.roles import Critic, Roles, token_statistics
+from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.runtime.phases import phase
+from mlx_ppo.stages.optimizer import Optimizer, finite_norm
+from mlx_ppo.stages.records import PPOBatch, Rollout, number
+
+RATIO_TOLERANCE = 1e-4
+_RATIO_TOLERANCE_HALF = 5e-2
+
+Gradients = dict[str, mx.array]
+
+
+@dataclass
+class Learner:
+    """Weights that learn, with their optimizer."""
+
+    weights: Weights
+    optimizer: Optimizer
+
+
+@dataclass
+class UpdateStats:
+    """What was seen during the update; every list has one number a minibatch unless said otherwise."""
+
+    policy_loss: list[float] = field(default_factory=list)
+    value_loss: list[float] = field(default_factory=list)
+    clip_low: list[float] = field(default_factory=list)
+    clip_high: list[float] = field(default_factory=list)
+    kl_to_old: list[float] = field(default_factory=list)  # k3, nats a token
+    effective_samples: list[float] = field(default_factory=list)
+    policy_norm: list[float] = field(default_factory=list)
+    critic_norm: list[float] = field(default_factory=list)
+    first_ratio_error: float = 0.0  # largest |ratio - 1| in the first minibatch
+    stopped_early: bool = False  # stop_at_kl ended the passes
+
+
+def update(
+    roles: Roles,
+    policy: Learner,
+    critic: Learner | None,
+    rollout: Rollout,
+    batch: PPOBatch,
+    *,
+    section: PPOSection,
+    temperature: float,
+    max_tokens: int,
+    seed_parts: tuple[int | str, ...],
+    train_policy: bool = True,
+    pass_size: Callable[[], int] | None = None,
+) -> UpdateStats:
+    """Several passes over the rollout; `policy` and `critic` are changed in place.
+
+    Args:
+        roles: the shared trunks.
+        policy: weights and optimizer of the policy.
+        critic: the same of the critic; None with a critic-free estimator.
+        rollout: the responses.
+        batch: old log-probabilities, advantages, old values, returns.
+        section: the `[ppo]` section.
+        temperature: of the sampling distribution.
+        max_tokens: T of the "constant" denominator.
+        seed_parts: what the order of the minibatches derives from.
+        train_policy: False while only the critic is warmed up.
+        pass_size: asked before every optimizer step how many responses a forward and backward pass may have, which
+            changes memory, not the gradient; without it, `section.micro_batch`.
+    Raises:
+        RunError: a loss or gradient is not finite, or the first minibatch's ratio is not 1. Nothing is applied then.
+    """
+    stats = UpdateStats()
+    generator = philox(*seed_parts)
+    size = pass_size or (lambda: section.micro_batch)
+    step = _Step(roles, policy, critic, rollout, batch, section, temperature, max_tokens, size)
+    for epoch in range(section.epochs):
+        order = generator.permutation(len(rollout.prompts))
+        for index, rows in enumerate(np.array_split(order, section.minibatches)):
+            first = epoch == 0 and index == 0
+            step.run(rows.tolist(), stats, first=first, train_policy=train_policy)
+        if (
+            section.stop_at_kl
+            and train_policy
+            and np.mean(stats.kl_to_old[-section.minibatches :]) > section.stop_at_kl
+        ):
+            stats.stopped_early = epoch + 1 < section.epochs
+            break
+    return stats
+
+
+@dataclass
+class _Step:
+    """One optimizer step of policy and critic over one minibatch."""
+
+    roles: Roles
+    policy: Learner
+    critic: Learner | None
+    rollout: Rollout
+    batch: PPOBatch
+    section: PPOSection
+    temperature: float
+    max_tokens: int
+    pass_size: Callable[[], int]
+
+    def run(self, rows: Sequence[int], stats: UpdateStats, *, first: bool, train_policy: bool) -> None:
+        size, sharing = self.pass_size() or len(rows), self._sharing
+        if sharing:  # rows of one prompt side by side
+            rows = sorted(rows, key=self.rollout.prompts.__getitem__)
+        micro = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+        mask = self.rollout.mask[mx.array(list(rows))]
+        tokens = number(mask.sum())
+        if tokens == 0:
+            return
+        denominator = {
+            "token-mean": tokens,
+            "sequence-mean": number(mask.any(axis=1).sum()),
+            "constant": float(len(rows) * self.max_tokens),
+        }[self.section.aggregate]
+        policy_gradients: Gradients = {}
+        critic_gradients: Gradients = {}
+        policy_loss = value_loss = 0.0
+        logprobs: list[mx.array] = []
+        ratios: list[mx.array] = []
+        for part in micro:
+            sequences = self.rollout.sequences(part, sharing=sharing)
+            with phase("update policy"):
+                loss, (now, ratio, states), gradients = self._policy(sequences, part, denominator, train_policy)
+            policy_loss += loss
+            logprobs.append(now)
+            ratios.append(ratio)
+            _accumulate(policy_gradients, gradients)
+            del gradients  # they would stay in memory beside the sum
+            if self.critic is not None:
+                with phase("update critic"):
+                    loss, gradients = self._critic(self.critic, sequences, part, tokens, states)
+                value_loss += loss
+                _accumulate(critic_gradients, gradients)
+                del gradients
+        if not np.isfinite(policy_loss) or not np.isfinite(value_loss):
+            raise RunError(f"the loss is not finite (policy {policy_loss}, critic {value_loss}); nothing was applied")
+        self._watch(rows, micro, mx.concatenate(logprobs), mx.concatenate(ratios), stats, first=first)
+        finite_norm(critic_gradients, what="critic")  # before the policy's step: both are applied, or neither
+        stats.policy_loss.append(policy_loss)
+        if train_policy:
+            with phase("update step"):
+                applied = self.policy.optimizer.step(self.policy.weights, policy_gradients, what="policy")
+            self.policy.weights, norm = applied
+            stats.policy_norm.append(norm)
+        if self.critic is not None:
+            stats.value_loss.append(value_loss)
+            with phase("update step"):
+                applied = self.critic.optimizer.step(self.critic.weights, critic_gradients, what="critic")
+            self.critic.weights, norm = applied
+            stats.critic_norm.append(norm)
+
+    @functools.cached_property
+    def _sharing(self) -> bool:
+        """Several responses have one prompt, and can be read on top of it."""
+        several = len(set(self.rollout.prompts)) < len(self.rollout.prompts)
+        critic = self.roles.critic
+        trunks = [self.roles.trunk, *([critic.trunk] if critic is not None else [])]
+        saving = self.section.gradient_checkpointing == "on"
+        return several and all(trunk.shares_learning(saving=saving) for trunk in trunks)
+
+    def _policy(
+        self, sequences: Sequences, rows: list[int], denominator: float, train: bool
+    ) -> tuple[float, tuple[mx.array, mx.array, mx.array], Gradients]:
+        """Loss, (log-probabilities, ratios, states) and gradients of one micro-batch; no gradients without `train`."""
+        index = mx.array(rows)
+        targets = PolicyTargets(self.batch.old_logprobs[index], self.batch.advantages[index], denominator)
+        weights, section = self.policy.weights, self.section
+        loss_of = policy_loss(self.roles.trunk, weights, sequences, targets, section, self.temperature, learning=train)
+        if train:
+            (loss, now, ratio, states), gradients = mx.value_and_grad(loss_of)(dict(weights.arrays))
+        else:
+            (loss, now, ratio, states), gradients = loss_of(weights.arrays), {}
+        mx.eval(loss, now, ratio, states, gradients)
+        return number(loss), (now, ratio, states), gradients
+
+    def _critic(
+        self, learner: Learner, sequences: Sequences, rows: list[int], tokens: float, policy_states: mx.array
+    ) -> tuple[float, Gradients]:
+        index = mx.array(rows)
+        critic = self.roles.critic
+        assert critic is not None and self.batch.old_values is not None and self.batch.returns is not None
+        old, returns = self.batch.old_values[index], self.batch.returns[index]
+        targets = CriticTargets(old, returns, tokens)
+        states = policy_states if critic.kind == "head" else None
+        loss_of = critic_loss(critic, learner.weights, sequences, targets, self.section, states)
+        loss, gradients = mx.value_and_grad(loss_of)(dict(learner.weights.arrays))
+        mx.eval(loss, gradients)
+        return number(loss), gradients
+
+    def _watch(
+        self,
+        rows: Sequence[int],
+        micro: list[list[int]],
+        logprobs: mx.array,
+        ratio: mx.array,
+        stats: UpdateStats,
+        *,
+        first: bool,
+    ) -> None:
+        """Diagnostics before the step; in the very first minibatch the ratio must be 1."""
+        index = mx.array([row for part in micro for row in part])
+        mask = self.rollout.mask[index]
+        if first:
+            error = number(mx.where(mask, mx.abs(ratio - 1), 0.0).max())
+            stats.first_ratio_error = error
+            exact_types = {mx.float32, mx.uint32} if on_cpu() else {mx.float32}  # there quantised blocks are, too
+            exact = all(array.dtype in exact_types for array in self.roles.trunk.base.values())
+            if not error <= (RATIO_TOLERANCE if exact else _RATIO_TOLERANCE_HALF):
+                raise RunError(
+                    f"self-check failed: the first minibatch's ratio to the old policy is off 1 by {error:.2g}; "
+                    "the weights that scored are not those that are trained"
+                )
+        low, high = clip_fractions(
+            ratio,
+            self.batch.advantages[index],
+            mask,
+            clip_low=self.section.clip_low,
+            clip_high=self.section.clip_high,
+        )
+        stats.clip_low.append(number(low))
+        stats.clip_high.append(number(high))
+        stats.kl_to_old.append(number(approx_kl(logprobs, self.batch.old_logprobs[index], mask)[1]))
+        stats.effective_samples.append(number(effective_sample_size(ratio, mask)))
+
+
+class PolicyTargets(NamedTuple):
+    """What the policy's loss compares with, for the rows of a micro-batch."""
+
+    old_logprobs: mx.array  # [B, T]
+    advantages: mx.array  # [B, T]
+    denominator: float  # of the whole minibatch
+
+
+class CriticTargets(NamedTuple):
+    """What the critic's loss compares with, for the rows of a micro-batch."""
+
+    old_values: mx.array  # [B, T]
+    returns: mx.array  # [B, T]
+    tokens: float  # of the whole minibatch
+
+
+def policy_loss(
+    trunk: Trunk,
+    weights: Weights,
+    sequences: Sequences,
+    targets: PolicyTargets,
+    section: PPOSection,
+    temperature: float,
+    *,
+    learning: bool = True,
+) -> Callable[[Mapping[str, mx.array]], tuple[mx.array, mx.array, mx.array, mx.array]]:
+    """The loss as a function of the policy's arrays: loss [], log-probabilities and ratios [B, T], states [N, D].
+
+    `learning`: its gradient will be taken; it can be without, but that is slower.
+    """
+    by_logprobs = learning and not section.entropy_coef
+
+    def loss_of(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        with trunk.using(weights.holding(arrays)), _saving_memory(trunk, section):
+            states = trunk.response_states(sequences, learning=learning)
+            now, entropy = token_statistics(trunk, states, sequences, temperature=temperature, learning=by_logprobs)
+        losses, ratio = clipped_policy_loss(
+            now,
+            targets.old_logprobs,
+            targets.advantages,
+            clip_low=section.clip_low,
+            clip_high=section.clip_high,
+            dual_clip=section.dual_clip or None,
+        )
+        if section.entropy_coef:
+            losses = losses - section.entropy_coef * entropy
+        total = aggregate(losses, sequences.mask, mode=section.aggregate, denominator=targets.denominator)
+        return total, now, ratio, mx.stop_gradient(states)
+
+    return loss_of
+
+
+def critic_loss(
+    critic: Critic,
+    weights: Weights,
+    sequences: Sequences,
+    targets: CriticTargets,
+    section: PPOSection,
+    policy_states: mx.array | None,
+) -> Callable[[Mapping[str, mx.array]], mx.array]:
+    """The loss [] as a function of the critic's arrays; it reads the policy's states [N, D] where they are given."""
+
+    def loss_of(arrays: Mapping[str, mx.array]) -> mx.array:
+        own = weights.holding(arrays)
+        with _saving_memory(critic.trunk, section):
+            states = policy_states if policy_states is not None else critic.states(own, sequences, learning=True)
+        values = sequences.spread(critic.values(own, states))
+        losses, _ = clipped_value_loss(values, targets.old_values, targets.returns, clip=section.value_clip or None)
+        return aggregate(losses, sequences.mask, mode="token-mean", denominator=targets.tokens)
+
+    return loss_of
+
+
+def _saving_memory(trunk: Trunk, section: PPOSection) -> AbstractContextManager[None]:
+    return trunk.checkpointing() if section.gradient_checkpointing == "on" else nullcontext()
+
+
+def _accumulate(total: Gradients, part: Gradients) -> None:
+    """Add gradients in place; an evaluation between micro-batches keeps their graphs from piling up."""
+    for name, gradient in part.items():
+        total[name] = total[name] + gradient if name in total else gradient
+    mx.eval(total)

@@ -1,0 +1,108 @@
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_ppo.config.sections import TrainConfig
+from mlx_ppo.stages.advantages import advantages
+from mlx_ppo.stages.records import PPOBatch, Rollout, Scored
+
+LENGTHS = [4, 1, 3, 2, 4, 2]
+GROUP = [0, 0, 0, 1, 1, 1]
+B, T = len(LENGTHS), 4
+GENERATOR = np.random.default_rng(0)
+SCORES, POLICY, REFERENCE, VALUES = (GENERATOR.normal(size=shape) for shape in (B, (B, T), (B, T), (B, T)))
+MASK = np.arange(T)[None, :] < np.array(LENGTHS)[:, None]
+
+
+def found(kl_coef: float, *, critic: bool = True, **ppo: Any) -> PPOBatch:
+    config = TrainConfig.model_validate(
+        {
+            "model": {"path": "m"},
+            "data": {"prompts": "p"},
+            "reward": [{"kind": "model", "path": "r"}],
+            "rollout": {"samples_per_prompt": 3},
+            "ppo": ppo,
+        }
+    )
+    policy, reference, values = (
+        mx.array(np.where(MASK, array, np.nan), mx.float32) for array in (POLICY, REFERENCE, VALUES)
+    )
+    rollout = Rollout(
+        prompts=((1,),) * B,
+        responses=tuple((5,) * length for length in LENGTHS),
+        logprobs=policy,
+        mask=mx.array(MASK),
+        finished=mx.array([True] * B),
+        group=mx.array(GROUP),
+        records=({},) * B,
+    )
+    scores = mx.array(SCORES, mx.float32)
+    scored = Scored(scores, {"s": scores}, policy, reference, policy, values if critic else None)
+    return advantages(config, rollout, scored, kl_coef=kl_coef)
+
+
+def gae_by_hand(kl_coef: float, discount: float, lambdas: list[float]) -> np.ndarray:
+    """One response, one token at a time, in float64; the score is on the last token, as end-of-sequence or not."""
+    result = np.zeros((B, T))
+    for row, length in enumerate(LENGTHS):
+        following = 0.0
+        for slot in reversed(range(length)):
+            reward = -kl_coef * (POLICY[row, slot] - REFERENCE[row, slot])
+            reward += SCORES[row] if slot == length - 1 else 0.0
+            next_value = VALUES[row, slot + 1] if slot < length - 1 else 0.0
+            delta = reward + discount * next_value - VALUES[row, slot]
+            following = delta + discount * lambdas[row] * following
+            result[row, slot] = following
+    return result
+
+
+def whitened(array: np.ndarray) -> np.ndarray:
+    counted = array[MASK]
+    return np.where(MASK, (array - counted.mean()) / np.sqrt(counted.var(ddof=1) + 1e-8), 0.0)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+@pytest.mark.parametrize("whiten", [True, False])
+@pytest.mark.parametrize(("discount", "lambda_policy", "lambda_critic"), [(1.0, 0.95, 1.0), (0.9, 0.0, 0.7)])
+def test_gae_with_a_lambda_each_for_policy_and_critic(
+    kl_coef: float, whiten: bool, discount: float, lambda_policy: float, lambda_critic: float
+) -> None:
+    batch = found(kl_coef, whiten=whiten, discount=discount, lambda_policy=lambda_policy, lambda_critic=lambda_critic)
+    estimates = gae_by_hand(kl_coef, discount, [lambda_policy] * B)
+    expected = whitened(estimates) if whiten else estimates
+    np.testing.assert_allclose(np.array(batch.advantages), expected, atol=2e-5)
+    returns = np.where(MASK, gae_by_hand(kl_coef, discount, [lambda_critic] * B) + VALUES, 0.0)
+    np.testing.assert_allclose(np.array(batch.returns), returns, atol=2e-5)
+    np.testing.assert_array_equal(np.array(batch.old_values)[MASK], VALUES[MASK].astype(np.float32))
+    np.testing.assert_array_equal(np.array(batch.old_logprobs)[MASK], POLICY[MASK].astype(np.float32))
+    if lambda_critic == discount == 1.0:
+        k1 = np.where(MASK, POLICY - REFERENCE, 0.0)
+        to_come = SCORES[:, None] - kl_coef * np.cumsum(k1[:, ::-1], axis=1)[:, ::-1]
+        np.testing.assert_allclose(np.array(batch.returns)[MASK], to_come[MASK], atol=2e-5)
+
+
+def test_lambda_by_length_is_the_policys_alone() -> None:
+    batch = found(0.3, whiten=False, length_adaptive=0.4)
+    lambdas = [max(0.0, 1 - 1 / (0.4 * length)) for length in LENGTHS]
+    assert len(set(lambdas)) == 3
+    np.testing.assert_allclose(np.array(batch.advantages), gae_by_hand(0.3, 1.0, lambdas), atol=2e-5)
+    returns = np.where(MASK, gae_by_hand(0.3, 1.0, [1.0] * B) + VALUES, 0.0)
+    np.testing.assert_allclose(np.array(batch.returns), returns, atol=2e-5)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
+def test_without_a_critic_the_penalised_scores_are_compared_within_a_group(kind: str, kl_coef: float) -> None:
+    batch = found(kl_coef, critic=False, advantage=kind)
+    totals = SCORES - kl_coef * np.where(MASK, POLICY - REFERENCE, 0.0).sum(axis=1)
+    expected = np.zeros(B)
+    for rows in (slice(0, 3), slice(3, 6)):
+        own = totals[rows]
+        centred = own - own.mean()
+        others = own - (own.sum() - own) / 2
+        expected[rows] = {"grpo": centred / (own.std(ddof=1) + 1e-4), "dr_grpo": centred, "rloo": others}[kind]
+    np.testing.assert_allclose(np.array(batch.advantages), np.where(MASK, expected[:, None], 0.0), atol=2e-5)
+    assert batch.old_values is None
+    assert batch.returns is None
