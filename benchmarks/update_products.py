@@ -26,10 +26,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_ppo.bench.dry_run import dry_run
-from mlx_ppo.bench.machine import gigaflops
 from mlx_ppo.bench.operations import products
 from mlx_ppo.cli.bench import config_of_folder
 from mlx_ppo.compute.cpu.passes import avoiding_passes
+from mlx_ppo.compute.machine import gigaflops
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.phases import Accountant, Cost
 from mlx_ppo.memory.plan import make_plan

@@ -79,7 +79,7 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
 
     held_out = validation if validation is not None else train
     best = fit(
-        Task(batches, loss, lambda weights: measure(trunk, weights, held_out, config)),
+        Task(trunk.engine, batches, loss, lambda weights: measure(trunk, weights, held_out, config)),
         Fit(weights, optimizer),
         run,
         reporter,

@@ -71,7 +71,7 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
     steps = config.sft.epochs * math.ceil(len(lengths) / size)
     optimizer = Optimizer(config.optimizer, learning_rate=config.optimizer.learning_rate, total_steps=steps)
     best = fit(
-        Task(batches, loss, validate),
+        Task(trunk.engine, batches, loss, validate),
         Fit(weights, optimizer),
         run,
         reporter,

@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from mlx_ppo.compute.engine import Engine
 from mlx_ppo.config.sections import RunSection
 from mlx_ppo.config.supervised import TrainableModelSection
 from mlx_ppo.data.random import mx_key, philox
@@ -44,6 +45,7 @@ class Task(Generic[Batch]):
     named figures, of which the one called "loss" is to be as low as possible.
     """
 
+    engine: Engine
     batches: Callable[[int], Sequence[Batch]]
     loss: Callable[[Weights, Batch, mx.array], mx.array]
     validate: Callable[[Weights], dict[str, float]]
@@ -162,7 +164,7 @@ def _step(task: Task[Batch], state: Fit, batch: Batch, seed: int) -> float:
     value = number(loss)
     if not np.isfinite(value):
         raise RunError(f"the loss is not finite at step {state.optimizer.steps + 1}; the update was not applied")
-    state.weights, _ = state.optimizer.step(state.weights, gradients, what="model")
+    state.weights, _ = state.optimizer.step(task.engine, state.weights, gradients, what="model")
     return value
 
 

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_ppo.compute.cpu.engine import CpuEngine
 from mlx_ppo.config.sections import OptimizerSection, RunSection
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights
@@ -60,7 +61,7 @@ def go(
     section = RunSection(save_every=3, keep_last=1)
     with Run(folder) as run:
         best = fit(
-            Task(target, loss, validate),
+            Task(CpuEngine(), target, loss, validate),
             state,
             run,
             Silent(),

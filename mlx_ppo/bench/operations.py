@@ -6,16 +6,18 @@ a prompt once for several, or leaves out a part of the last block that nobody re
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_ppo.compute.cpu.passes import avoiding_passes
 from mlx_ppo.compute.kv_cache import FULL, new_caches, size_caches
 from mlx_ppo.memory.choices import Choices
 from mlx_ppo.memory.phases import Accountant, Cost
 from mlx_ppo.memory.simulator.graph import Graph, Operation
 from mlx_ppo.memory.simulator.trace import trace
+from mlx_ppo.models.heads import RewardModel
+from mlx_ppo.models.roles import Roles
 
 PREFILL, DECODE = "rollout prefill", "rollout decode"
 _PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherMM", "GatherQMM"}
@@ -61,7 +63,8 @@ def flops_of(accountant: Accountant, choices: Choices) -> dict[str, int]:
     """
     config, shapes = accountant.config, accountant.shapes
     one = _Counter(accountant)
-    one.phases(Choices(1, 1, 1, checkpointing=False, positions=_ALL, kv_cache=choices.kv_cache))
+    with _read_by_mlx(accountant.roles):  # the same products, where a trace sees them
+        one.phases(Choices(1, 1, 1, checkpointing=False, positions=_ALL, kv_cache=choices.kv_cache))
     responses = config.rollout.prompts * config.rollout.samples_per_prompt
     found = {}
     for name, count in one.found.items():
@@ -94,6 +97,21 @@ def _bytes_read(graph: Graph) -> int:
     return sum(tensor.nbytes for operation in products(graph) for tensor in operation.inputs)
 
 
+@contextmanager
+def _read_by_mlx(roles: Roles) -> Iterator[None]:
+    """No kernels of this project for the length of a `with` block."""
+    models = [source.scorer.trunk for source in roles.sources if isinstance(source.scorer, RewardModel)]
+    critics = [roles.critic.trunk] if roles.critic is not None else []
+    before = {trunk: trunk.capabilities for trunk in (roles.trunk, *critics, *models)}
+    try:
+        for trunk, capabilities in before.items():
+            trunk.capabilities = capabilities._replace(rows=False)
+        yield
+    finally:
+        for trunk, capabilities in before.items():
+            trunk.capabilities = capabilities
+
+
 class _Counter(Accountant):
     """Counts operations of products instead of predicting memory: those of one response, by phase."""
 
@@ -106,6 +124,5 @@ class _Counter(Accountant):
         name = str(key[0])
         if name != "step":
             name = _NAMES.get(name, name)
-            with avoiding_passes():  # the same products, where a trace sees them
-                self.found[name] = self.found.get(name, 0) + flops(trace(function, *arrays))
+            self.found[name] = self.found.get(name, 0) + flops(trace(function, *arrays))
         return Cost()

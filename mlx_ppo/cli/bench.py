@@ -16,7 +16,6 @@ from rich.table import Column, Table
 
 import mlx_ppo
 from mlx_ppo.bench.dry_run import dry_run
-from mlx_ppo.bench.machine import gigabytes, gigaflops, processors
 from mlx_ppo.bench.operations import DECODE, decoding, flops_of
 from mlx_ppo.bench.throughput import (
     FORMAT,
@@ -33,6 +32,7 @@ from mlx_ppo.bench.throughput import (
 )
 from mlx_ppo.bundle import example_config
 from mlx_ppo.cli.plan import longest_prompt
+from mlx_ppo.compute.machine import gigabytes, gigaflops, processors
 from mlx_ppo.config.file import read_config
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.errors import ConfigError, printable

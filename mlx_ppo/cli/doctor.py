@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-import mlx.core as mx
 import psutil
 
 import mlx_ppo
-from mlx_ppo.bench.machine import SIDE, gigaflops, processors
-from mlx_ppo.cli.proof import NOWHERE, Surroundings
-from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.compute import device
+from mlx_ppo.compute.machine import SIDE, gigaflops, processors
 from mlx_ppo.errors import RunError
 from mlx_ppo.memory.budget import cgroup_room, default_budget
 from mlx_ppo.runs.folder import METRICS
 from mlx_ppo.runtime import offline
+from mlx_ppo.runtime.surroundings import NOWHERE, Surroundings
 
 _GIB = 1 << 30
 _SLOW = 15.0  # GFLOP/s; the reference BLAS has 2 to 6, OpenBLAS some 50 a core
@@ -71,7 +70,7 @@ def _findings() -> Iterator[Finding]:
     versions = ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "numpy"))
     yield Finding("mlx-ppo", f"{mlx_ppo.__version__}, Python {platform.python_version()}, {versions}")
     yield Finding("system", f"{platform.system()} {platform.release()}, {platform.machine()}")
-    yield Finding("device", f"{'CPU' if on_cpu() else 'Metal'}, {mx.device_info().get('device_name', 'unnamed')}")
+    yield Finding("device", f"{device.kind()}, {device.name()}")
     yield _memory()
     yield _threads()
     yield _products()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mlx_ppo.cli.main import PROGRAM
+from mlx_ppo.cli import PROGRAM
 from mlx_ppo.cli.work import Order, stopped, work, worth_keeping
 from mlx_ppo.config.file import read_config
 from mlx_ppo.config.sections import Job, TrainConfig

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 import mlx_ppo
+from mlx_ppo.cli import PROGRAM
 from mlx_ppo.errors import ConfigError, DamageError, RunError, UserError, printable
 from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
 
@@ -22,7 +23,6 @@ _SET = click.option(
 _DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Check the configuration, read the data, print token statistics, train nothing."
 )
-PROGRAM = "program"  # the context's object where the process is the command's own, which a library's call isn't
 _FILE = click.Path(path_type=Path)
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_ppo.bench.dry_run import Measured, dry_run
-from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.compute.choose import chosen_engine, engine_for, using
 from mlx_ppo.config.file import read_config
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.model_files import json_object
 from mlx_ppo.errors import ConfigError, ModelError, UserError
 from mlx_ppo.memory.phases import Accountant, Phase
 from mlx_ppo.memory.plan import GIB, RESERVE, Plan, longest_response, make_plan, needed, plan_of, require_fit, smallest
-from mlx_ppo.memory.simulator.stand_ins import as_on_metal
 from mlx_ppo.memory.starting import accountant_of, budget_of
 
 _BAR = 18
@@ -54,15 +52,16 @@ def show(
     config = read_config(TrainConfig, path, overrides)
     given = json_object(model_config) if model_config is not None else None
     budget = int(memory_gb * GIB) if memory_gb is not None else budget_of(config)
-    metal = device == "gpu" if device is not None else not on_cpu()
-    if measure and (given is not None or metal != (not on_cpu())):
+    engine = engine_for(device)
+    if measure and (given is not None or engine.name != chosen_engine().name):
         raise ConfigError("--measure runs the model of the configuration on this machine; leave out the other options")
-    with as_on_metal() if metal and on_cpu() else nullcontext():
+    with using(engine):
         longest = config.data.max_prompt_tokens if given is not None else longest_prompt(config)
         accountant = accountant_of(config, given, longest)
         plan = make_plan(accountant, config, budget)
         served, saved = accountant.shared()
         facts = {
+            "engine": engine.name,
             "fits": plan.fits,
             "needs_gib": round(plan.process / GIB, 3),
             "budget_gib": round(budget / GIB, 3),
@@ -83,7 +82,7 @@ def show(
         phases = [{**asdict(phase), "peak": phase.peak} for phase in plan.phases]
         click.echo(json.dumps({**facts, "choices": asdict(plan.choices), "phases": phases}, indent=2))
         return
-    _print(plan, facts, metal, measured)
+    _print(plan, facts, measured)
 
 
 def longest_prompt(config: TrainConfig) -> int:
@@ -150,9 +149,9 @@ def _speeds(config: TrainConfig, measured: Measured) -> dict[str, float]:
     return {**speeds, "iteration": round(tokens / sum(seconds.values()), 1)}
 
 
-def _print(plan: Plan, facts: Mapping[str, Any], metal: bool, measured: Measured | None) -> None:
+def _print(plan: Plan, facts: Mapping[str, Any], measured: Measured | None) -> None:
     console = Console()
-    _print_phases(console, plan, metal, measured)
+    _print_phases(console, plan, facts, measured)
     if plan.concessions:
         told = (f"{what} ({-saved / GIB:+.2f} GiB)" if saved > 0 else what for what, saved in plan.concessions)
         console.print(f"made smaller to fit: {', '.join(told)}")
@@ -178,10 +177,10 @@ def _print(plan: Plan, facts: Mapping[str, Any], metal: bool, measured: Measured
     console.print(f"[bold]{plan.process / GIB:.2f} GiB of {facts['budget_gib']:.2f}: {verdict}[/bold]")
 
 
-def _print_phases(console: Console, plan: Plan, metal: bool, measured: Measured | None) -> None:
+def _print_phases(console: Console, plan: Plan, facts: Mapping[str, Any], measured: Measured | None) -> None:
     """A row and a bar a phase, and under the table what the largest consists of."""
     most = max(needed(phase) for phase in plan.phases) + plan.overhead
-    table = Table(title="memory by phase, MB" + (" (computed for Metal, not measured)" if metal else ""))
+    table = Table(title=f"memory by phase, MB, engine {facts['engine']}, computed")
     for column in ("phase", "stays", "comes and goes", "process", *(["measured"] if measured else [])):
         table.add_column(column, justify="left" if column == "phase" else "right")
     table.add_column("")

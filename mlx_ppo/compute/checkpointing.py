@@ -4,31 +4,39 @@ Source: Chen et al. 2016, arXiv:1604.06174.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_ppo.compute.cpu.attention import fast_attention
-from mlx_ppo.compute.device import on_cpu
-from mlx_ppo.models.adapters import parameters_of
+from mlx_ppo.compute.adapted import parameters_of
+from mlx_ppo.compute.needs import Inside, Work, is_traced, made_outside
+
+Function = Callable[..., mx.array]
 
 
-def checkpointed(block: nn.Module) -> Callable[..., mx.array]:
+def checkpointed(
+    block: nn.Module, *, trained: bool, twice: Callable[[Function], Function], computing: Callable[[], Any]
+) -> Function:
     """A function that does what the block does.
 
     Gradients flow to the states that enter and to the weights that are on the block at the call: its attached adapters
-    or, where there are none, its parameters. These weights are put on the block once more while it is computed again,
-    which is after the caller has taken them off.
+    and, if these are `trained`, its parameters. They are put on the block once more while it is computed again, which
+    is after the caller has taken them off.
+
+    Args:
+        block: of a model.
+        trained: the block's own parameters learn. A frozen block's may be quantised, and have no gradient.
+        twice: makes a function of arrays whose inside is computed again for the gradient.
+        computing: a context around whatever is computed.
     """
 
     def call(states: mx.array, *given: Any, **named: Any) -> mx.array:
         layers = [layer for layer in block.modules() if getattr(layer, "attached", None) is not None]
         scales = [layer.attached[2] for layer in layers]
-        own = {} if layers else parameters_of(block)
+        own = parameters_of(block) if trained else {}
         names = list(own)
         arrays = [array for layer in layers for array in layer.attached[:2]] + list(own.values())
 
@@ -36,7 +44,8 @@ def checkpointed(block: nn.Module) -> Callable[..., mx.array]:
             pairs = [arrays[at : at + 2] for at in range(0, 2 * len(layers), 2)]
             attached = [(a, b, scale) for (a, b), scale in zip(pairs, scales, strict=True)]
             parameters = tree_unflatten(list(zip(names, arrays[2 * len(layers) :], strict=True)))
-            with _carrying(block, layers, attached, parameters if names else {}), fast_attention():
+            around: AbstractContextManager[None] = computing()
+            with _carrying(block, layers, attached, parameters if names else {}), around:
                 after: mx.array = block(states, *given, **named)
             return after
 
@@ -45,34 +54,36 @@ def checkpointed(block: nn.Module) -> Callable[..., mx.array]:
     return call
 
 
-def twice(inside: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """The same function of arrays; its inside is computed again for the gradient, of which nothing else is kept."""
-    return _by_itself(inside) if on_cpu() else cast(Callable[..., mx.array], mx.checkpoint(inside))
+def twice_in_mlx(inside: Function) -> Function:
+    """The same function of arrays, by `mx.checkpoint`."""
+    if is_traced():
+        return planned_twice(inside, copies=False)
+    found: Function = mx.checkpoint(inside)
+    return found
 
 
-def _by_itself(inside: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """The same function, whose inside is evaluated at once, both ways, and leaves nothing in memory.
+def planned_twice(inside: Function, *, copies: bool) -> Function:
+    """What a checkpointed block allocates, for a planner: a block by itself, and again together with its gradient.
 
-    mlx keeps every array that it evaluates while it traces a gradient, for as long as its results live; and the numpy
-    code of this project makes it evaluate. So what goes in and comes out here are copies that know of no graph.
+    `copies`: it works on copies of what it is given.
     """
 
-    @mx.custom_function
+    def gradient(cotangent: mx.array, *primals: mx.array) -> Sequence[mx.array]:
+        values, gradients = mx.vjp(inside, list(primals), [cotangent])
+        return [*values, *gradients]  # the values too: what computes them outside of mlx does so whoever asks
+
     def function(*primals: mx.array) -> mx.array:
-        return copied(inside(*map(copied, primals)))
+        states, *arrays = primals
+        like = [mx.zeros(primal.shape, primal.dtype) for primal in primals]
+        key = tuple((primal.shape, primal.dtype) for primal in primals)
+        beside = sum(primal.nbytes for primal in primals) if copies else 0
+        forward = Inside(inside, like, beside, ("block", key))
+        backward = Inside(gradient, [like[0], *like], beside + states.nbytes, ("gradient", key))
+        picked = [made_outside(array, 1, [array], Work(0, 0)).sum() for array in arrays]
+        kept = made_outside(states, states.shape[-1], [states], Work(0, 0, 0, 0, (forward, backward)))
+        return kept + sum(picked, mx.zeros((), kept.dtype)).astype(kept.dtype)
 
-    @function.vjp
-    def _(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-        found = mx.vjp(inside, [copied(primal) for primal in primals], [copied(cotangent)])[1]
-        return tuple(copied(gradient) for gradient in found)
-
-    return cast(Callable[..., mx.array], function)
-
-
-def copied(array: mx.array) -> mx.array:
-    """The same values in an array that knows of no graph."""
-    half = array.dtype in (mx.bfloat16, mx.float16)  # numpy has no bfloat16; float32 holds both exactly
-    return mx.array(np.asarray(array.astype(mx.float32) if half else array)).astype(array.dtype)
+    return function
 
 
 @contextmanager

@@ -1,25 +1,29 @@
-"""Which device computes: the one place that the networks ask."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+"""Facts of the device on which mlx computes by default."""
 
 import mlx.core as mx
 
-_assumed: ContextVar[bool | None] = ContextVar("assumed", default=None)
+
+def kind() -> str:
+    """One of CPU, Metal and CUDA."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return "CPU"
+    return "Metal" if mx.metal.is_available() else "CUDA"
 
 
-def on_cpu() -> bool:
-    """Whether mlx computes on the CPU here, or a plan assumes so."""
-    assumed = _assumed.get()
-    return mx.default_device().type == mx.DeviceType.cpu if assumed is None else assumed
+def name() -> str:
+    """What the device calls itself."""
+    return str(mx.device_info().get("device_name", "unnamed"))
 
 
-@contextmanager
-def assuming(cpu: bool) -> Iterator[None]:
-    """Let `on_cpu` say so within a `with` block, to trace what another device would do."""
-    before = _assumed.set(cpu)
-    try:
-        yield
-    finally:
-        _assumed.reset(before)
+def working_set() -> int | None:
+    """Bytes that Metal recommends to use; None on other devices.
+
+    Source: mlx's documentation of `mx.device_info`, key max_recommended_working_set_size.
+    """
+    size = None if kind() == "CPU" else mx.device_info().get("max_recommended_working_set_size")
+    return int(size) if size else None
+
+
+def arrays_are_resident() -> bool:
+    """Whether mlx's arrays count as resident memory of the process."""
+    return kind() == "CPU"

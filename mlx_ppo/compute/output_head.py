@@ -12,141 +12,156 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_ppo.compute.checkpointing import copied
-from mlx_ppo.compute.cpu.common_blocks import output_of
-from mlx_ppo.compute.cpu.vocabulary import vocabulary_statistics
-from mlx_ppo.compute.device import on_cpu
-from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.algo.logprobs import entropy, token_logprobs
+from mlx_ppo.compute.engine import Body
+from mlx_ppo.compute.needs import is_traced, with_gradient
 
 _TOGETHER = 64_000_000  # bytes of float32 logits
+_LOWEST = -1e30  # in place of the minus infinity of a token that cannot be, whose mass 0 it is multiplied by
 
 Statistics = Callable[..., tuple[mx.array, mx.array]]  # (states [C, D], tokens [C], *arrays) -> [C], [C]
 
 
-def head_statistics(
-    trunk: Trunk, states: mx.array, tokens: mx.array, *, temperature: float, learning: bool = False
-) -> tuple[mx.array, mx.array]:
-    """Log-probabilities and entropies [N], in nats, of tokens [N] that states [N, D] predict.
+class OutputHead:
+    """Log-probabilities by chunks, in mlx; an engine may compute parts of it otherwise."""
 
-    Args:
-        trunk: with the role's weights on it; `trunk.positions` rows are worked on together.
-        states: after the final norm.
-        tokens: integers.
-        temperature: of the sampling distribution.
-        learning: a gradient by the log-probabilities will be taken, and the entropies not be read: they may be NaN.
-            Gradients are the same without; the logits are then computed again for them, or kept where they are few.
-    """
-    size = _together(trunk, states)
-    ahead = learning and not trunk.replaced and len(states) > (0 if on_cpu() else size)
-    if len(states) <= size and not ahead:
-        return vocabulary_statistics(_logits(trunk, states), tokens, temperature=temperature)
-    names = _names_read(trunk, states) if trunk.replaced else ()
+    always_ahead = False  # take the gradient along also where all positions are one chunk
 
     def statistics(
-        states: mx.array, tokens: mx.array, *arrays: mx.array, summed: bool = False
+        self, body: Body, states: mx.array, tokens: mx.array, *, temperature: float, learning: bool = False
     ) -> tuple[mx.array, mx.array]:
-        with trunk.bearing(dict(zip(names, arrays, strict=True))):
-            return vocabulary_statistics(_logits(trunk, states), tokens, temperature=temperature, summed=summed)
+        """Log-probabilities and entropies [N], in nats, of tokens [N] that states [N, D] predict.
 
-    found = _by_chunks(statistics, size, ahead, states, tokens, *(trunk.replaced[name] for name in names))
-    return found[0], found[1]
+        Args:
+            body: with the role's weights on it; `body.positions` rows are worked on together.
+            states: after the final norm.
+            tokens: integers.
+            temperature: of the sampling distribution.
+            learning: a gradient by the log-probabilities will be taken, and the entropies not be read: they may be NaN.
+                Gradients are the same without; the logits are then computed again for them, or kept where they are few.
+        """
+        if not len(states):
+            return mx.zeros((0,)), mx.zeros((0,))
+        size = self._together(body, states)
+        ahead = learning and not body.replaced and len(states) > (0 if self.always_ahead else size)
+        if len(states) <= size and not ahead:
+            return self.vocabulary(self.logits(body, states), tokens, temperature=temperature)
+        names = _names_read(body, states) if body.replaced else ()
 
+        def statistics(
+            states: mx.array, tokens: mx.array, *arrays: mx.array, summed: bool = False
+        ) -> tuple[mx.array, mx.array]:
+            with body.bearing(dict(zip(names, arrays, strict=True))):
+                logits = self.logits(body, states)
+                return self.vocabulary(logits, tokens, temperature=temperature, summed=summed)
 
-def _logits(trunk: Trunk, states: mx.array) -> mx.array:
-    """As `Trunk.logits`; a plain matrix that learns gets a gradient that lies as it does.
+        by_chunks = self.planned_chunks if is_traced() else self._by_chunks
+        found = by_chunks(statistics, size, ahead, states, tokens, *(body.replaced[name] for name in names))
+        return found[0], found[1]
 
-    mlx's own lies transposed, and adding the embedding's, where both are one matrix, takes longer than the product.
-    """
-    if not trunk.replaced or not trunk.reads_steps:
-        return trunk.logits(states)
-    layer = output_of(trunk)
-    if "bias" in layer:
-        return trunk.logits(states)
-    logits: mx.array = _times(states, layer.weight)  # type: ignore[assignment]
-    return logits
+    def vocabulary(
+        self, logits: mx.array, tokens: mx.array, *, temperature: float, summed: bool = False
+    ) -> tuple[mx.array, mx.array]:
+        """Log-probabilities [N] of tokens [N] and entropies [N], in nats, under softmax(logits [N, V] / temperature).
 
+        d log p_a / d z_j = ([j = a] - p_j) / temperature,   d H / d z_j = -p_j (log p_j + H) / temperature
 
-@mx.custom_function
-def _times(states: mx.array, matrix: mx.array) -> mx.array:
-    return states @ matrix.T
+        `summed`: whatever gradient is taken is that of the sum of the log-probabilities, which is computed along; the
+        entropies aren't read, and may be NaN.
+        """
+        if not summed:
+            logprobs = token_logprobs(logits[None], tokens[None], temperature=temperature)[0]
+            return logprobs, entropy(logits[None], temperature=temperature)[0]
+        given = logits.astype(mx.float32), tokens, mx.array(1.0 / temperature)
+        if is_traced():
+            logprobs, entropies, gradient = map(mx.stop_gradient, _summed_forward(*given))
+            return with_gradient(given[0], gradient, logprobs), entropies
+        found: tuple[mx.array, ...] = _summed(*given)  # type: ignore[assignment]
+        return found[0], found[1]
 
+    def logits(self, body: Body, states: mx.array) -> mx.array:
+        """Logits [C, V] of states [C, D]."""
+        return body.logits(states)
 
-@_times.vjp
-def _times_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    states, matrix = primals
-    return cotangent @ matrix, cotangent.T @ states
+    def apart(self, array: mx.array) -> mx.array:
+        """The same values; where what is evaluated in a gradient's trace would stay in memory, without its graph."""
+        return array
 
+    def added(self, total: mx.array | None, part: mx.array) -> mx.array:
+        """The sum in float32 of what there was, if anything, and a part; the total may be used up."""
+        part = part.astype(mx.float32)
+        return part if total is None else total + part
 
-def _together(trunk: Trunk, states: mx.array) -> int:
-    """How many positions to work on together: at most what is set, and about equally many each time."""
-    vocabulary = trunk.logits(states[:1]).shape[-1]  # a shape is known without computing
-    count = -(-len(states) // (trunk.positions or max(1, _TOGETHER // (4 * vocabulary))))
-    return -(-len(states) // max(1, count))
+    def planned_chunks(
+        self, statistics: Statistics, size: int, ahead: bool, states: mx.array, tokens: mx.array, *arrays: mx.array
+    ) -> Sequence[mx.array]:
+        """What `_by_chunks` allocates, for a planner; without `ahead`, a gradient keeps all logits: overestimated."""
+        found = self._forward(statistics, size, ahead, states, tokens, *arrays)
+        if not ahead:
+            return found
+        logprobs, entropies, gradient = map(mx.stop_gradient, found)
+        return with_gradient(states, gradient, logprobs), entropies
 
+    def _together(self, body: Body, states: mx.array) -> int:
+        """How many positions to work on together: at most what is set, and about equally many each time."""
+        vocabulary = body.logits(states[:1]).shape[-1]  # a shape is known without computing
+        count = -(-len(states) // (body.positions or max(1, _TOGETHER // (4 * vocabulary))))
+        return -(-len(states) // max(1, count))
 
-def _names_read(trunk: Trunk, states: mx.array) -> tuple[str, ...]:
-    """Names of those of a role's own parameters that the head reads."""
-    records: list[dict[str, Any]] = []
+    def _by_chunks(
+        self, statistics: Statistics, size: int, ahead: bool, states: mx.array, tokens: mx.array, *arrays: mx.array
+    ) -> Sequence[mx.array]:
+        """What `statistics` gives for all states, and, `ahead`, d log-probability / d state; with gradients."""
 
-    def logits(states: mx.array, *arrays: mx.array) -> mx.array:
-        with trunk.bearing(dict(zip(trunk.replaced, arrays, strict=True))):
-            return trunk.logits(states)
+        @mx.custom_function
+        def function(states: mx.array, tokens: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+            return self._forward(statistics, size, ahead, states, tokens, *arrays)
 
-    mx.export_function(records.append, logits, mx.zeros(states[:1].shape, states.dtype), *trunk.replaced.values())
-    given = next(record["inputs"] for record in records if record["type"] == "inputs")[1:]
-    read = {tensor[0] for record in records if record["type"] == "primitive" for tensor in record["inputs"]}
-    return tuple(name for name, tensor in zip(trunk.replaced, given, strict=True) if tensor[0] in read)
+        @function.vjp
+        def _(
+            primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+        ) -> tuple[mx.array, ...]:
+            states, tokens, *arrays = primals
+            by_logprob, by_entropy = cotangents[:2]
+            if ahead:  # nobody reads the entropies then
+                return self.apart((by_logprob[:, None] * outputs[2]).astype(states.dtype)), mx.zeros_like(tokens)
+            found: list[Sequence[mx.array]] = []
+            totals: Sequence[mx.array] = ()
+            for part, chunk in _chunks(self.apart(states), size, found):
+                by_part = [by_logprob[part], by_entropy[part]]
+                gradient, totals = self._pulled_back(_for(statistics, tokens[part]), [chunk, *arrays], by_part, totals)
+                found.append([gradient, *totals])
+            by_states = mx.concatenate([parts[0] for parts in found])
+            by_arrays = (total.astype(array.dtype) for total, array in zip(totals, arrays, strict=True))
+            return by_states, mx.zeros_like(tokens), *by_arrays
 
+        found: Sequence[mx.array] = function(states, tokens, *arrays)  # type: ignore[assignment]
+        return found
 
-def _by_chunks(
-    statistics: Statistics, size: int, ahead: bool, states: mx.array, tokens: mx.array, *arrays: mx.array
-) -> Sequence[mx.array]:
-    """What `statistics` gives for all states, and, `ahead`, d log-probability / d state; with gradients."""
-
-    @mx.custom_function
-    def function(states: mx.array, tokens: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
-        return forward(statistics, size, ahead, states, tokens, *arrays)
-
-    @function.vjp
-    def _(
-        primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+    def _forward(
+        self, statistics: Statistics, size: int, ahead: bool, states: mx.array, tokens: mx.array, *arrays: mx.array
     ) -> tuple[mx.array, ...]:
-        states, tokens, *arrays = primals
-        by_logprob, by_entropy = cotangents[:2]
-        if ahead and not by_entropy.any().item():
-            return _apart((by_logprob[:, None] * outputs[2]).astype(states.dtype)), mx.zeros_like(tokens)
+        """Chunk by chunk; each waits for the one before, or mlx would begin with the logits of all."""
         found: list[Sequence[mx.array]] = []
-        totals: Sequence[mx.array] = ()
-        for part, chunk in _chunks(_apart(states), size, found):
-            by_part = [by_logprob[part], by_entropy[part]]
-            slopes, totals = _pulled_back(_for(statistics, tokens[part]), [chunk, *arrays], by_part, totals)
-            found.append([slopes, *totals])
-        by_states = mx.concatenate([parts[0] for parts in found])
-        by_arrays = (total.astype(array.dtype) for total, array in zip(totals, arrays, strict=True))
-        return by_states, mx.zeros_like(tokens), *by_arrays
+        for part, chunk in _chunks(self.apart(states), size, found):
+            if ahead:
+                found.append([*map(self.apart, one_ahead(statistics, chunk, tokens[part]))])
+            else:
+                found.append([*map(self.apart, statistics(chunk, tokens[part], *arrays))])
+        return tuple(mx.concatenate(list(column)) for column in zip(*found, strict=True))
 
-    found: Sequence[mx.array] = function(states, tokens, *arrays)  # type: ignore[assignment]
-    return found
-
-
-def forward(
-    statistics: Statistics, size: int, ahead: bool, states: mx.array, tokens: mx.array, *arrays: mx.array
-) -> tuple[mx.array, ...]:
-    """Chunk by chunk.
-
-    Each chunk waits for the one before; otherwise mlx would begin with the logits of all. On the CPU, where numpy makes
-    mlx evaluate, they are evaluated one by one, and cut off from their graph: mlx keeps all that it evaluates while it
-    traces a gradient, for as long as results live.
-    """
-    found: list[Sequence[mx.array]] = []
-    for part, chunk in _chunks(_apart(states), size, found):
-        if ahead:
-            found.append([*map(_apart, one_ahead(statistics, chunk, tokens[part]))])
-        else:
-            found.append([*map(_apart, statistics(chunk, tokens[part], *arrays))])
-    return tuple(mx.concatenate(list(column)) for column in zip(*found, strict=True))
+    def _pulled_back(
+        self,
+        function: Callable[..., tuple[mx.array, mx.array]],
+        given: list[mx.array],
+        cotangents: list[mx.array],
+        totals: Sequence[mx.array],
+    ) -> tuple[mx.array, list[mx.array]]:
+        """The gradient by the states, and those by the arrays added to totals; nothing else outlives the call."""
+        gradient, *others = mx.vjp(function, given, cotangents)[1]
+        before: Sequence[mx.array | None] = totals or [None] * len(others)
+        return self.apart(gradient), [*map(self.added, before, others)]
 
 
 def one_ahead(statistics: Statistics, states: mx.array, tokens: mx.array) -> tuple[mx.array, ...]:
@@ -156,20 +171,22 @@ def one_ahead(statistics: Statistics, states: mx.array, tokens: mx.array) -> tup
         logprobs, entropies = statistics(states, tokens, summed=True)
         return logprobs.sum(), logprobs, entropies
 
-    (_, logprobs, entropies), slopes = mx.value_and_grad(function)(states)
-    return logprobs, entropies, slopes
+    (_, logprobs, entropies), gradient = mx.value_and_grad(function)(states)
+    return logprobs, entropies, gradient
 
 
-def _pulled_back(
-    function: Callable[..., tuple[mx.array, mx.array]],
-    given: list[mx.array],
-    cotangents: list[mx.array],
-    totals: Sequence[mx.array],
-) -> tuple[mx.array, list[mx.array]]:
-    """The gradient by the states, and those by the arrays added to totals, if any; nothing else outlives the call."""
-    slopes, *others = mx.vjp(function, given, cotangents)[1]
-    before: Sequence[mx.array | None] = totals or [None] * len(others)
-    return _apart(slopes), [*map(_added, before, others)]
+def _names_read(body: Body, states: mx.array) -> tuple[str, ...]:
+    """Names of those of a role's own parameters that the head reads."""
+    records: list[dict[str, Any]] = []
+
+    def logits(states: mx.array, *arrays: mx.array) -> mx.array:
+        with body.bearing(dict(zip(body.replaced, arrays, strict=True))):
+            return body.logits(states)
+
+    mx.export_function(records.append, logits, mx.zeros(states[:1].shape, states.dtype), *body.replaced.values())
+    given = next(record["inputs"] for record in records if record["type"] == "inputs")[1:]
+    read = {tensor[0] for record in records if record["type"] == "primitive" for tensor in record["inputs"]}
+    return tuple(name for name, tensor in zip(body.replaced, given, strict=True) if tensor[0] in read)
 
 
 def _chunks(states: mx.array, size: int, found: Sequence[Sequence[mx.array]]) -> Iterator[tuple[slice, mx.array]]:
@@ -181,22 +198,26 @@ def _chunks(states: mx.array, size: int, found: Sequence[Sequence[mx.array]]) ->
         yield slice(start, start + size), chunk
 
 
-def _apart(array: mx.array) -> mx.array:
-    return copied(array) if on_cpu() else array
-
-
-def _added(total: mx.array | None, part: mx.array) -> mx.array:
-    """The sum in float32; on the CPU in the memory of the total, which nobody else has seen."""
-    part = part.astype(mx.float32)
-    if not on_cpu():
-        return part if total is None else total + part
-    given = np.asarray(part)
-    if total is None:  # it lies as the parts do, transposed or not, or adding would take four times as long
-        return mx.array(given.T).T if given.flags.f_contiguous else mx.array(given)
-    values = np.asarray(total)
-    values += given
-    return total
-
-
 def _for(statistics: Statistics, tokens: mx.array) -> Callable[..., tuple[mx.array, mx.array]]:
     return lambda states, *arrays: statistics(states, tokens, *arrays)
+
+
+def _summed_forward(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Log-probabilities, entropies, and the gradient [N, V] of each log-probability by its logits."""
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) * inverse
+    masses, log_total = mx.softmax(scaled, axis=-1), mx.logsumexp(scaled, axis=-1)
+    logprobs = mx.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_total
+    entropies = log_total - (masses * mx.maximum(scaled, _LOWEST)).sum(axis=-1)
+    (masses,) = mx.depends([masses], [logprobs, entropies])
+    gradient = (masses * -inverse).at[mx.arange(len(tokens)), tokens].add(inverse)
+    return logprobs, entropies, gradient
+
+
+_summed = mx.custom_function(_summed_forward)
+
+
+@_summed.vjp
+def _summed_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, ...]:
+    return outputs[2], mx.zeros_like(primals[1]), mx.zeros_like(primals[2])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_ppo.compute.choose import exactly
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.errors import ConfigError
 from mlx_ppo.exporting.check import Floats, policy_logits, within
@@ -55,7 +56,7 @@ def export(run: Path, target: Path, *, form: str, dtype: str | None, bits: int |
     _check_options(form, dtype, bits)
     if os.path.lexists(target):
         raise ConfigError(f"{target}: already there; name a new folder")
-    with _on_cpu(), _new_parents(target):
+    with exactly(), _new_parents(target):
         policy = _load(run)
         if form == "adapters":
             return _adapters(policy, target)
@@ -71,17 +72,6 @@ def _check_options(form: str, dtype: str | None, bits: int | None) -> None:
         raise ConfigError(f"--dtype: {form} has no type {dtype!r}; {mend}")
     if bits is not None and form != "fused":
         raise ConfigError("--quantize: only with --format fused" + ("; use --dtype q8_0" if form == "gguf" else ""))
-
-
-@contextlib.contextmanager
-def _on_cpu() -> Iterator[None]:
-    """Where float32 is exact and quantised trunks are dequantised at load, whatever device the run was on."""
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    try:
-        yield
-    finally:
-        mx.set_default_device(before)
 
 
 @contextlib.contextmanager

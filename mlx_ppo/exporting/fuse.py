@@ -10,10 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_ppo.compute.adapted import parameters_of
+from mlx_ppo.compute.portable import DTYPES
 from mlx_ppo.errors import ModelError
-from mlx_ppo.models.adapters import HEAD, Weights, parameters_of
+from mlx_ppo.models.adapters import HEAD, Weights
 from mlx_ppo.models.folder import ModelFolder
-from mlx_ppo.models.load import DTYPES
 from mlx_ppo.models.load import rope_keys as rope_keys
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.models.write import carry

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import psutil
 
-from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.compute.device import working_set
 from mlx_ppo.memory.plan import Plan
 
 _SHARE = 0.75  # of what is free
@@ -23,8 +23,8 @@ def default_budget() -> int:
     if limit is not None:
         free = min(free, limit)
     budget = int(_SHARE * free)
-    working_set = _recommended_working_set()
-    return budget if working_set is None else min(budget, int(_WORKING_SET * working_set))
+    recommended = working_set()
+    return budget if recommended is None else min(budget, int(_WORKING_SET * recommended))
 
 
 def cgroup_room() -> int | None:
@@ -43,39 +43,25 @@ def cgroup_room() -> int | None:
         return None
 
 
-def _recommended_working_set() -> int | None:
-    """Bytes that Metal recommends to use; None on a CPU.
-
-    Source: mlx's documentation of `mx.device_info`, key max_recommended_working_set_size.
-    """
-    if on_cpu():
-        return None
-    size = mx.device_info().get("max_recommended_working_set_size")
-    return int(size) if size else None
-
-
 @contextmanager
 def keeping_to(plan: Plan) -> Iterator[None]:
     """Mlx's limits for the length of a `with` block; the former ones come back, whatever happens.
 
     The cache of freed buffers gets what the plan leaves. The memory limit, from which on mlx waits for what it has
-    begun, is the largest phase's peak on a CPU (see `keeping.limits_of`), the budget on a GPU. On Metal, weights and
-    caches are kept wired, never the whole working set.
+    begun, is the largest phase's peak outside of phases that have a limit of their own (see `keeping.limits_of`). On
+    Metal, weights and caches are kept wired, never the whole working set.
     """
     cache = mx.set_cache_limit(plan.freed)
-    limit = plan.largest.peak if on_cpu() else plan.budget
-    memory = mx.set_memory_limit(limit) if limit is not None else None
-    working_set = _recommended_working_set()
-    wired = None
-    if working_set is not None:
+    memory = mx.set_memory_limit(plan.largest.peak)
+    recommended, wired = working_set(), None
+    if recommended is not None:
         resident = sum(plan.largest.resident.values())
-        wired = mx.set_wired_limit(min(resident + _WIRED_SPARE, int(_WORKING_SET * working_set)))
+        wired = mx.set_wired_limit(min(resident + _WIRED_SPARE, int(_WORKING_SET * recommended)))
     try:
         yield
     finally:
         mx.set_cache_limit(cache)
-        if memory is not None:
-            mx.set_memory_limit(memory)
+        mx.set_memory_limit(memory)
         if wired is not None:
             mx.set_wired_limit(wired)
         mx.clear_cache()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.compute.device import arrays_are_resident
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.choices import Change, Choices, Possible, Shapes, applied
 from mlx_ppo.memory.phases import Phase
@@ -60,7 +60,7 @@ class Keeper:
         if self.record.factors or self.plan.budget is None:
             return
         factors = self._factors(lengths, states)
-        overhead = self.meter.overhead() + _SPARE if on_cpu() else RUNTIME
+        overhead = self.meter.overhead() + _SPARE if arrays_are_resident() else RUNTIME
         self.record = replace(self.record, factors=factors, overhead=overhead)
         self.plan = make_plan(
             self.accountant,
@@ -130,7 +130,7 @@ def limits_of(phases: Sequence[Phase]) -> Mapping[str, Limit]:
 
     By default mlx runs some hundred operations ahead, and peaks are up to twice as high as they need to be.
     """
-    return {phase.name: Limit(phase.peak, phase.transient) for phase in phases} if on_cpu() else {}
+    return {phase.name: Limit(phase.peak, phase.transient) for phase in phases}
 
 
 def is_tight(plan: Plan) -> bool:

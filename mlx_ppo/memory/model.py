@@ -5,16 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from mlx_ppo.compute.cpu.activations import use_fast_gates
-from mlx_ppo.compute.cpu.compact import keep_compact
-from mlx_ppo.compute.cpu.rotary import share_turns
-from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.compute.adapted import parameters_of
+from mlx_ppo.compute.choose import chosen_engine
+from mlx_ppo.compute.portable import DTYPES
 from mlx_ppo.config.sections import RewardSource, TrainConfig
 from mlx_ppo.data.tokenizer import Tokenizer
-from mlx_ppo.memory.simulator.stand_ins import weightless
 from mlx_ppo.memory.simulator.trace import trace
+from mlx_ppo.memory.simulator.weightless import weightless
 from mlx_ppo.models.adapters import Weights, load_adapters, new_adapters
 from mlx_ppo.models.folder import check_model_folder
 from mlx_ppo.models.heads import (
@@ -26,7 +24,7 @@ from mlx_ppo.models.heads import (
     new_head,
     read_reward_facts,
 )
-from mlx_ppo.models.load import DTYPES, computing_with, empty_model
+from mlx_ppo.models.load import compute_dtype, computing_with, empty_model
 from mlx_ppo.models.parts import placeholder
 from mlx_ppo.models.roles import Loading, Roles, load_roles
 from mlx_ppo.models.trunk import Trunk
@@ -66,22 +64,25 @@ def weightless_trunk(config: dict[str, Any], name: str, *, dtype: str, compact: 
     Raises:
         ModelError: mlx-lm doesn't know the architecture, or the config is incomplete or can't be computed with.
     """
+    engine = chosen_engine()
     model = empty_model(config, name)
-    quantised = any(isinstance(module, nn.QuantizedLinear) for module in model.modules())
-    if on_cpu() and dtype in ("auto", "float32") and quantised and compact:
-        keep_compact(model)
-    elif on_cpu() and dtype in ("auto", "float32") and quantised:
-        plain = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
-        model = empty_model(plain, name)
+    if is_quantised(config) and engine.unpacks(dtype) and not compact:
+        model = empty_model(_unquantised(config), name)
+    elif is_quantised(config):
+        model, _ = engine.unpacked(model, dtype, compact=True)
     stored = DTYPES.get(str(config.get("torch_dtype") or config.get("dtype")), mx.float32)
-    model.set_dtype(DTYPES.get(dtype, mx.float32 if on_cpu() else stored))
-    use_fast_gates(model)
-    share_turns(model)
+    model.set_dtype(stored)
+    model.set_dtype(compute_dtype(engine, dtype, parameters_of(model), model))
+    engine.prepare(model)
     tokenizer: Tokenizer = _NoTokenizer(1000)
-    trunk = Trunk(weightless(model), tokenizer, name, checked=False)
     with computing_with(name):
+        trunk = Trunk(weightless(model), tokenizer, name, engine, checked=False)
         trace(trunk.hidden, mx.zeros((1, 2), mx.int32))
     return trunk
+
+
+def _unquantised(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
 
 
 def weightless_roles(

@@ -8,15 +8,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_ppo.compute.device import on_cpu
 from mlx_ppo.compute.kv_cache import FULL, new_caches, size_caches
 from mlx_ppo.compute.sequences import Sequences, make_sequences
 from mlx_ppo.config.sections import PPOSection, TrainConfig
 from mlx_ppo.memory.choices import Choices, Possible, Shapes
 from mlx_ppo.memory.model import loading, reading
 from mlx_ppo.memory.simulator.replay import named, predict
-from mlx_ppo.memory.simulator.stand_ins import present
 from mlx_ppo.memory.simulator.trace import trace
+from mlx_ppo.memory.simulator.weightless import present
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Roles, evictable
@@ -216,12 +215,12 @@ class Accountant:
         head = critic if roles.critic is not None and roles.critic.kind == "head" else None
         of_policy = policy_columns(roles, self.policy, head, temperature)
         of_reference = policy_columns(roles, roles.reference, None, temperature)
-        sharing = roles.trunk.shares_prompts
+        sharing = roles.trunk.capabilities.shares
         functions: list[tuple[str, Trunk | None, Callable[[Sequences], list[mx.array]], bool]]
         functions = [("score policy", None, of_policy, sharing)]
         if roles.critic is not None and critic is not None and head is None:
             of_critic = critic_values(roles.critic, critic)
-            functions.append(("score critic", None, of_critic, roles.critic.trunk.shares_prompts))
+            functions.append(("score critic", None, of_critic, roles.critic.trunk.capabilities.shares))
         anew = {id(source.scorer) for source in roles.sources if source.own_tokens}
         for model in self._rewards():
             functions.append(
@@ -247,11 +246,8 @@ class Accountant:
             states = {"gradients so far": own + (others if several else 0), "policy's states": self._states(rows)}
             found.append(_phase("update critic", resident | states, self._critic(rows, choices)))
         largest = max((array.nbytes for array in {**self.policy.arrays, **self._critic_arrays()}.values()), default=0)
-        if on_cpu():  # there the moments change where they are, and new weights take the gradients' memory
-            transposed = not self.roles.trunk.reads_passes  # as mlx makes a matrix's gradient
-            stepping = {"a gradient, copied": largest if transposed else 0}
-        else:
-            stepping = {"new weights and optimizer states": 2 * max(own, others) + largest}
+        transposed = not self.roles.trunk.capabilities.rows  # as mlx makes a matrix's gradient
+        stepping = self.roles.trunk.engine.step_needs(own, others, largest, transposed=transposed)
         return [*found, _phase("update step", step | {"gradients so far": own + others}, Cost(stepping))]
 
     def _policy(self, rows: int, choices: Choices) -> Cost:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_ppo.compute.device import on_cpu
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.budget import default_budget
 from mlx_ppo.memory.choices import PLAN, Change, Record, as_document, one_smaller, read_record, shapes_of
@@ -47,7 +46,7 @@ def accountant_of(config: TrainConfig, model_config: dict[str, Any] | None, long
 
     content = model_config if model_config is not None else config_of(config.model.path)
     own = made(compact=False)
-    if on_cpu() and config.model.train == "lora" and is_quantised(content):
+    if own.roles.trunk.engine.unpacks(config.model.dtype) and config.model.train == "lora" and is_quantised(content):
         own = Accountant(config, own.roles, own.policy, own.critic, shapes, compact=lambda: made(compact=True))
     return own
 

@@ -1,7 +1,4 @@
-"""LoRA adapters that can be exchanged on a trunk, and mlx-lm's format for them on disk.
-
-A trunk's linear layers are replaced by ones that add an adapter's output while one is attached and cost nothing
-otherwise. Parameter names stay those of the plain model.
+"""A role's weights: LoRA adapters or all parameters, a scalar head; and mlx-lm's format for them on disk.
 
 Source: Hu et al. 2021, arXiv:2106.09685, eq. 3 (with mlx-lm's `scale` in place of alpha / rank).
 """
@@ -14,15 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from mlx_ppo.compute.cpu.compact import CompactLinear
+from mlx_ppo.compute.adapted import dimensions, layer_of
 from mlx_ppo.data.model_files import json_object, read_arrays
 from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
 
 HEAD = "head."
-BRANCH_ENDS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2", "w2", "wo", "dense_4h_to_h")
 
 
 @dataclass(frozen=True)
@@ -41,97 +36,6 @@ class Weights:
         return replace(self, arrays=arrays)
 
 
-class _Adapted:
-    """Mixin: the base layer's output plus scale * (x A) B while an adapter is attached; dropout where asked for."""
-
-    attached: tuple[mx.array, mx.array, float] | None
-    noise: tuple[float, mx.array] | None
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y: mx.array = super().__call__(x)  # type: ignore[misc]
-        if self.attached is not None:
-            a, b, scale = self.attached
-            rows = (-1, x.shape[-1])  # the factor on the small side, the sum inside the product
-            added = mx.addmm(
-                y.reshape(-1, y.shape[-1]), x.reshape(rows) @ a.astype(x.dtype), (scale * b).astype(x.dtype)
-            )
-            y = added.reshape(y.shape)
-        if self.noise is not None:
-            share, key = self.noise
-            y = mx.where(mx.random.bernoulli(1 - share, y.shape, key=key), y / (1 - share), 0.0)
-        return y
-
-
-class AdaptedLinear(_Adapted, nn.Linear):
-    """`nn.Linear` to which an adapter can be attached."""
-
-
-class AdaptedEmbedding(_Adapted, nn.Embedding):
-    """`nn.Embedding` on whose output dropout can act."""
-
-
-class AdaptedQuantizedLinear(_Adapted, nn.QuantizedLinear):
-    """`nn.QuantizedLinear` to which an adapter can be attached."""
-
-
-class AdaptedCompactLinear(_Adapted, CompactLinear):
-    """`CompactLinear` to which an adapter can be attached."""
-
-
-_ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: AdaptedLinear,
-    nn.QuantizedLinear: AdaptedQuantizedLinear,
-    CompactLinear: AdaptedCompactLinear,
-}
-
-
-def plain(layer: nn.Module) -> None:
-    """Leave nothing attached to a layer."""
-    object.__setattr__(layer, "attached", None)
-    object.__setattr__(layer, "noise", None)
-
-
-def make_adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Replace every linear layer inside the model's blocks by its adaptable form.
-
-    Returns:
-        The adaptable layers by their dotted names.
-    """
-    modules: list[tuple[str, nn.Module]] = model.named_modules()
-    prefix = next(name for name, module in modules if module is model.layers[0]).removesuffix("0")
-    adapted: dict[str, nn.Module] = {}
-    for name, module in modules:
-        kind = _ADAPTED.get(type(module))
-        if kind is not None and name.startswith(prefix):
-            module.__class__ = kind
-            plain(module)
-            adapted[name] = module
-    return adapted
-
-
-def make_noisy(inner: nn.Module, adapted: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """The layers on whose output dropout acts: the embedding, and the last of each attention and feed-forward part."""
-    found = [layer for name, layer in adapted.items() if name.endswith(BRANCH_ENDS)]
-    for module in inner.values():
-        if type(module) is nn.Embedding:
-            module.__class__ = AdaptedEmbedding
-            plain(module)
-            found.append(module)
-    return found
-
-
-def parameters_of(model: nn.Module) -> dict[str, mx.array]:
-    """A model's parameters by their dotted names."""
-    return dict(tree_flatten(model.parameters()))
-
-
-def layer_of(name: str) -> tuple[int, str]:
-    """A block's number and the name inside it, from a dotted name such as `model.layers.3.mlp.up_proj`."""
-    parts = name.split(".")
-    at = next(index for index, part in enumerate(parts) if part.isdigit())
-    return int(parts[at]), ".".join(parts[at + 1 :])
-
-
 def lowest_block(weights: Weights) -> int | None:
     """The lowest block that some weights change; 0 where they change what lies outside the blocks; None for none."""
     names = [name for name in weights.arrays if not name.startswith(HEAD)]
@@ -143,14 +47,6 @@ def _block_of(name: str) -> int:
         return layer_of(name)[0]
     except StopIteration:  # the embedding, the final norm, the output layer
         return 0
-
-
-def dimensions(layer: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer, quantised or not."""
-    outputs, inputs = layer.weight.shape
-    if isinstance(layer, nn.QuantizedLinear):
-        inputs = inputs * 32 // layer.bits
-    return inputs, outputs
 
 
 def new_adapters(

@@ -145,7 +145,7 @@ class RewardModel:
     @property
     def shares_prompts(self) -> bool:
         """Whether `raw` may be given shared prompts."""
-        return self.facts.pooling == "last" and self.trunk.shares_prompts
+        return self.facts.pooling == "last" and self.trunk.capabilities.shares
 
     def normalised(self, raw: mx.array) -> mx.array:
         """Scores of mean 0 and deviation 1 on the reference texts."""

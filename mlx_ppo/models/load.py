@@ -1,28 +1,25 @@
 """A checked local folder into a trunk: model, tokenizer, compute type. Nothing is ever looked up elsewhere."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_ppo.compute.cpu.activations import use_fast_gates
-from mlx_ppo.compute.cpu.compact import keep_compact
-from mlx_ppo.compute.cpu.rotary import share_turns
-from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.compute.adapted import BRANCH_ENDS, parameters_of
+from mlx_ppo.compute.choose import chosen_engine
+from mlx_ppo.compute.engine import Engine
 from mlx_ppo.data.model_files import read_arrays
 from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
-from mlx_ppo.models.adapters import BRANCH_ENDS, parameters_of
 from mlx_ppo.models.folder import ModelFolder, check_depth, check_model_folder
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.runtime.open_files import open_files_limit_kept
 from mlx_ppo.tokenizers.load import load_tokenizer
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _LONGEST_ERROR = 300  # characters
 _INITIAL_DEVIATION = 0.02
 _EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
@@ -41,8 +38,7 @@ def load_trunk(
 
     Args:
         path: folder with config.json, safetensors and a tokenizer.
-        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, where half precision and quantised
-            products are slow; the stored types on a GPU.
+        dtype: "float32", "bfloat16", "float16", or "auto": what suits the engine, see `Engine.dtype`.
         random_seed: start from random weights of this seed instead of the folder's.
         embeddings: then take the token embeddings from this model folder.
         classifier: the folder has a sequence classifier's head and may lack an output layer; neither is loaded.
@@ -51,24 +47,31 @@ def load_trunk(
     Raises:
         ModelError: whatever is wrong with the folder, in one line.
     """
-    folder = check_model_folder(path, weights=random_seed is None)
-    given = random_seed is None
-    model, config, remark = _read(folder, dtype, strict=given, classifier=classifier, compact=compact and given)
+    folder, engine = check_model_folder(path, weights=random_seed is None), chosen_engine()
+    form = _Form(dtype, classifier=classifier, compact=compact and random_seed is None)
+    model, config, remark = _read(folder, engine, form, strict=random_seed is None)
     if random_seed is not None:
         _randomise(model, random_seed)
         if embeddings is not None:
             _take_embeddings(model, embeddings)
-    _settle(model, _target(dtype), path)
-    use_fast_gates(model)
-    share_turns(model)
+    _settle(model, engine, form, path)
+    engine.prepare(model)
     tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
     _check_vocabulary(folder, model, tokenizer.vocab_size, tokenizer.eos_id)
     with computing_with(str(path)):
-        trunk = Trunk(model, tokenizer, str(path))
+        trunk = Trunk(model, tokenizer, str(path), engine)
     trunk.remark = remark
     if random_seed is None:
-        trunk.reload = _reload(folder, dtype, classifier=classifier, compact=compact)
+        trunk.reload = _reload(folder, engine, form)
     return trunk
+
+
+class _Form(NamedTuple):
+    """How a model is to be read."""
+
+    dtype: str
+    classifier: bool
+    compact: bool
 
 
 @contextmanager
@@ -86,9 +89,7 @@ def computing_with(name: str) -> Iterator[None]:
         raise ModelError(f"{name}: mlx-lm cannot compute with this model ({_said(error)})") from None
 
 
-def _read(
-    folder: ModelFolder, dtype: str, *, strict: bool, classifier: bool, compact: bool
-) -> tuple[nn.Module, dict[str, Any], str]:
+def _read(folder: ModelFolder, engine: Engine, form: _Form, *, strict: bool) -> tuple[nn.Module, dict[str, Any], str]:
     """A model whose weights are read when they are needed, its config, and what a person should know of how.
 
     Raises:
@@ -96,42 +97,30 @@ def _read(
     """
     path = folder.path
     with open_files_limit_kept():
-        from mlx_lm.utils import dequantize_model, load_model
-    given = {**rope_keys(folder.config), **({"tie_word_embeddings": True} if classifier else {})}
+        from mlx_lm.utils import load_model
+    given = {**rope_keys(folder.config), **({"tie_word_embeddings": True} if form.classifier else {})}
     try:
         model, config = load_model(
-            path, lazy=True, strict=strict and not classifier, model_config=given, trust_remote_code=False
+            path, lazy=True, strict=strict and not form.classifier, model_config=given, trust_remote_code=False
         )
     except Exception as error:
         raise ModelError(f"{path}: mlx-lm cannot load this model ({_said(error)})") from None
-    missing = sorted(set(parameters_of(model)) - set(folder.tensors)) if classifier else []
+    missing = sorted(set(parameters_of(model)) - set(folder.tensors)) if form.classifier else []
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]!r} is missing")
-    quantised = any(isinstance(module, nn.QuantizedLinear) for module in model.modules())
-    if not (on_cpu() and dtype in ("auto", "float32") and quantised):
-        return model, config, ""
-    model.set_dtype(mx.float32)  # scales too: in half precision the blocks would lose what they hold
-    remark = f"{path.name}: quantised; computed in float32 here, because a CPU is slow with quantised products"
-    if not compact:
-        return dequantize_model(model), config, remark
-    keep_compact(model)
-    return model, config, remark + ", of one matrix at a time"
+    model, remark = engine.unpacked(model, form.dtype, compact=form.compact)
+    return model, config, f"{path.name}: {remark}" if remark else ""
 
 
-def _target(dtype: str) -> mx.Dtype | None:
-    """The compute type; None for the stored one."""
-    return DTYPES.get(dtype, mx.float32 if on_cpu() else None)
-
-
-def _reload(folder: ModelFolder, dtype: str, *, classifier: bool, compact: bool) -> Callable[[], dict[str, mx.array]]:
+def _reload(folder: ModelFolder, engine: Engine, form: _Form) -> Callable[[], dict[str, mx.array]]:
     """A function that reads the same weights again, for a trunk that was evicted."""
     seen = _stamps(folder)
 
     def read() -> dict[str, mx.array]:
         if _stamps(folder) != seen:
             raise ModelError(f"{folder.path}: its weights changed on disk while a run was reading them in turns")
-        model, _, _ = _read(folder, dtype, strict=True, classifier=classifier, compact=compact)
-        _settle(model, _target(dtype), folder.path)
+        model, _, _ = _read(folder, engine, form, strict=True)
+        _settle(model, engine, form, folder.path)
         return parameters_of(model)
 
     return read
@@ -219,17 +208,26 @@ def _take_embeddings(model: nn.Module, source: Path) -> None:
     raise ModelError(f"{source}: has no token embeddings {name} of shape {own.shape}")
 
 
-def _settle(model: nn.Module, dtype: mx.Dtype | None, path: Path) -> None:
+def _settle(model: nn.Module, engine: Engine, form: _Form, path: Path) -> None:
     """Read and cast tensor by tensor, so that the peak is one tensor above the model; refuse NaN and infinity."""
     arrays = parameters_of(model)
+    dtype = compute_dtype(engine, form.dtype, arrays, model)
     for name in list(arrays):
         array = arrays.pop(name)  # whatever else held it would keep it in memory, once read, beside what it is cast to
         if mx.issubdtype(array.dtype, mx.floating):
-            settled = array if dtype is None else array.astype(dtype)
+            settled = array.astype(dtype)
             if not mx.isfinite(settled).all().item():
                 raise ModelError(f"{path}: {name} contains NaN or infinity; the weights are damaged")
             model.update(tree_unflatten([(name, settled)]))
     mx.eval(parameters_of(model))
+
+
+def compute_dtype(engine: Engine, wanted: str, arrays: Mapping[str, mx.array], model: nn.Module) -> mx.Dtype:
+    """The type that an engine computes a model in, for a setting of `model.dtype`."""
+    stored = next(array.dtype for array in arrays.values() if mx.issubdtype(array.dtype, mx.floating))
+    packed = [module for module in model.modules() if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)]
+    beyond = sum(module.weight.size * (32 // module.bits - 1) for module in packed)  # numbers that an element holds
+    return engine.dtype(wanted, stored, sum(array.size for array in arrays.values()) + beyond)
 
 
 def _check_vocabulary(folder: ModelFolder, model: nn.Module, tokens: int, end: int) -> None:

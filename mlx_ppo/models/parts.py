@@ -33,6 +33,10 @@ class Entered(Exception):
         self.states = states
 
 
+class NotReached(ValueError):
+    """A block that should have been reached was not."""
+
+
 class InPlace:
     """Stands in for a block: calls something else instead, and is the block in every other respect."""
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_ppo.compute.output_head import head_statistics
 from mlx_ppo.compute.sequences import Sequences
 from mlx_ppo.config.sections import CriticSection, LoraSection, ModelSection, RewardSource, TrainConfig
 from mlx_ppo.errors import ModelError
@@ -86,9 +85,11 @@ def token_statistics(
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities and entropies [B, T] of the counted tokens, from the states [N, D] that predict them.
 
-    `learning`: a gradient by the log-probabilities will be taken, and no entropy read, see `head_statistics`.
+    `learning`: a gradient by the log-probabilities will be taken, and no entropy read, see `OutputHead.statistics`.
     """
-    logprobs, entropies = head_statistics(trunk, states, sequences.targets, temperature=temperature, learning=learning)
+    logprobs, entropies = trunk.engine.statistics(
+        trunk, states, sequences.targets, temperature=temperature, learning=learning
+    )
     return sequences.spread(logprobs), sequences.spread(entropies)
 
 
@@ -137,7 +138,6 @@ def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles
             roles.critic, critic_weights = _load_critic(config, roles, loading)
         trunk.share_below(_on_trunk(roles, policy, critic_weights))
         if config.memory.residency == "evict":
-            trunk.joins_batches  # noqa: B018  found out once, with the weights there
             roles.evictable = evictable(roles, config)
             roles.evict()
     except BaseException:

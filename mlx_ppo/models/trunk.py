@@ -10,18 +10,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_ppo.compute.checkpointing import checkpointed
-from mlx_ppo.compute.cpu.attention import fast_attention
-from mlx_ppo.compute.cpu.common_blocks import understood
-from mlx_ppo.compute.cpu.passes import avoiding, states_of
-from mlx_ppo.compute.device import on_cpu
-from mlx_ppo.compute.probes import decode_alike, passes_alike, shares_prompts, starts_from_kept, steps_alike
+from mlx_ppo.compute.adapted import make_adaptable, make_noisy, parameters_of, plain
+from mlx_ppo.compute.engine import Capabilities, Engine
+from mlx_ppo.compute.probes import starts_from_kept
 from mlx_ppo.compute.sequences import Sequences
-from mlx_ppo.compute.shared_prompts import LayerCache, Reading
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
-from mlx_ppo.models.adapters import HEAD, Weights, lowest_block, make_adaptable, make_noisy, parameters_of, plain
-from mlx_ppo.models.parts import Entered, InPlace, States, placeholder
+from mlx_ppo.models.adapters import HEAD, Weights, lowest_block
+from mlx_ppo.models.parts import Entered, InPlace, NotReached, States, placeholder
 
 _INNER_NAMES = ("model", "backbone", "transformer")
 
@@ -34,20 +30,24 @@ class Trunk:
     enter it can be kept and given to `hidden`, which starts from them.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, name: str, *, checked: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer, name: str, engine: Engine, *, checked: bool = True
+    ) -> None:
         """Prepare a loaded model.
 
         Args:
             model: of mlx-lm; its linear layers are replaced by ones to which adapters can be attached.
             tokenizer: its own.
             name: its folder, for messages.
-            checked: compute a little to see that the architecture is understood; False where weights aren't there.
+            engine: computes with it.
+            checked: compute a little to see that the architecture is supported; False where weights aren't there.
         Raises:
-            ModelError: the architecture isn't understood.
+            ModelError: the architecture isn't supported.
         """
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.engine = engine
         self.remark = ""  # what a person should know of how it was loaded
         self.reload: Callable[[], Mapping[str, mx.array]] | None = None  # reads the frozen weights again
         self.present = True  # the frozen weights are in memory
@@ -68,40 +68,22 @@ class Trunk:
         model.eval()
         if checked:
             self._check_split()
-            self.reads_passes, self.reads_steps  # noqa: B018  found out with the trunk's own weights
-
-    @functools.cached_property
-    def decodes_batches(self) -> bool:
-        """Whether rows of different length, decoded together, get the states that they get alone.
-
-        Some architectures of mlx-lm broadcast a batch's padding mask along the wrong axis; some of those raise, others
-        are silently wrong.
-        """
-        return decode_alike(self, [(0, 1)]) and decode_alike(self, [(0, 1, 2)])
-
-    @functools.cached_property
-    def joins_batches(self) -> bool:
-        """Whether the same holds for rows that join others which are being decoded."""
-        return self.decodes_batches and decode_alike(self, [(0, 1), (2, 3)])
-
-    @functools.cached_property
-    def shares_prompts(self) -> bool:
-        """Whether responses read on top of prompts that they share get the states that they get in whole rows."""
-        return shares_prompts(self, computing=self._checked)
-
-    @functools.cached_property
-    def reads_steps(self) -> bool:
-        """Whether `networks.steps` can read a token of each row and give logits, as the model does."""
-        return self._checked and steps_alike(self)
-
-    @functools.cached_property
-    def reads_passes(self) -> bool:
-        """Whether `networks.passes` can read whole rows, as the model does."""
-        return understood(self) and (not self._checked or passes_alike(self))
+        self.capabilities: Capabilities = engine.capabilities(self, checked=checked)
+        self.width = self._find_width()  # the size D of a hidden state
 
     def shares_learning(self, *, saving: bool) -> bool:
-        """Whether a pass with a gradient may share prompts; a checkpointed block of mlx knows no such thing."""
-        return self.shares_prompts and (not saving or (on_cpu() and self.reads_passes))
+        """Whether a pass with a gradient may share prompts; `saving`: with gradient checkpointing."""
+        return self.engine.shares_learning(self, saving=saving)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the tokenizer."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether dropout acts just now."""
+        return any(layer.noise for layer in self._noisy)
 
     @property
     def inner(self) -> nn.Module:
@@ -121,8 +103,6 @@ class Trunk:
         Where there is nothing to read them from again, they stay evicted.
         """
         if self.present:
-            if self._checked:  # what is found out once, from the weights
-                self.shares_prompts, self.joins_batches, self.width  # noqa: B018
             self._hold({name: placeholder(array) for name, array in self.base.items()})
             gc.collect()
             mx.clear_cache()
@@ -148,14 +128,6 @@ class Trunk:
         """The number of transformer blocks."""
         return len(self.model.layers)
 
-    @functools.cached_property
-    def width(self) -> int:
-        """The size D of a hidden state: that of the final norm or, where it has no such name, by a small pass."""
-        norms = [name for name in self.base if name.endswith("norm.weight") and ".layers." not in name]
-        if norms:
-            return int(self.base[norms[-1]].shape[0])
-        return int(self.hidden(mx.zeros((1, 1), mx.int32)).shape[-1])
-
     def share_below(self, roles: Iterable[Weights]) -> None:
         """Set `split` to the lowest block that any of these roles changes, if this architecture can start there."""
         lowest = [lowest_block(weights) for weights in roles]
@@ -174,7 +146,7 @@ class Trunk:
         """
         inner = self.inner
         below = {} if kept is None else {block: functools.partial(_given, kept) for block in range(self.split)}
-        with self._instead(below), fast_attention():
+        with self._instead(below), self.engine.computing():
             states: mx.array = inner(tokens) if cache is None else inner(tokens, cache=cache)
         return states
 
@@ -204,7 +176,7 @@ class Trunk:
                 self.hidden(tokens)
         except Entered as reached:
             return reached.states
-        raise RuntimeError("the split block was not reached")
+        raise NotReached("the split block was not reached")
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits [..., V] of hidden states [..., D], by whatever the architecture does after its inner part."""
@@ -222,20 +194,7 @@ class Trunk:
 
         `read`: positions; the others' may be 0. `learning`: a gradient will be taken; there may be none without.
         """
-        if on_cpu() and self.reads_passes and not avoiding() and not any(layer.noise for layer in self._noisy):
-            return states_of(self, sequences, read, learning=learning, saving=self._saving)
-        shared = sequences.shared
-        if shared is None:
-            states = self.hidden(sequences.tokens, kept=sequences.kept)
-            return states.reshape(-1, states.shape[-1])
-        reading = Reading(shared)
-        caches = [LayerCache(reading) for _ in self.model.layers]
-        of_prompts, of_responses = shared.kept or (None, None)
-        before = self.hidden(shared.prompts, caches, kept=of_prompts)
-        reading.answer()
-        after = self.hidden(shared.responses, caches, kept=of_responses)
-        width = before.shape[-1]
-        return mx.concatenate([before.reshape(-1, width), after.reshape(-1, width)])
+        return self.engine.states(self, sequences, read, learning=learning, saving=self._saving)
 
     def response_states(self, sequences: Sequences, *, learning: bool = False) -> mx.array:
         """Hidden states [N, D] from which each of the N counted response tokens is predicted; see `states`."""
@@ -294,7 +253,7 @@ class Trunk:
         """Keep only what enters each block for a gradient that is taken within; costs about a third more time."""
         self._saving, numbers = True, range(self.split, self.blocks)
         try:
-            with self._instead({number: checkpointed(self._layers[number]) for number in numbers}):
+            with self._instead({n: self.engine.checkpointed(self, self._layers[n]) for n in numbers}):
                 yield
         finally:
             self._saving = False
@@ -328,8 +287,15 @@ class Trunk:
         if arrays:
             self.model.update(tree_unflatten(list(arrays.items())))
 
+    def _find_width(self) -> int:
+        """That of the final norm or, where it has no such name, by a small pass."""
+        norms = [name for name in self.base if name.endswith("norm.weight") and ".layers." not in name]
+        if norms:
+            return int(self.base[norms[-1]].shape[0])
+        return int(self.hidden(mx.zeros((1, 1), mx.int32)).shape[-1])
+
     def _check_split(self) -> None:
-        """Logits of split and whole model must agree, or the architecture isn't understood."""
+        """Logits of split and whole model must agree, or the architecture isn't supported."""
         probe = mx.array([[1, 2, 3]]) % self.tokenizer.vocab_size
         whole = self.model(probe)
         split = self.logits(self.hidden(probe))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_ppo.compute.portable import DTYPES
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import HEAD, Weights, adapter_config
-from mlx_ppo.models.load import DTYPES
 from mlx_ppo.models.trunk import Trunk
 
 _CARRIED = (".json", ".model", ".jinja", ".txt")

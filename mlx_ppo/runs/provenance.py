@@ -53,10 +53,9 @@ def software() -> dict[str, Any]:
 
 def device() -> str:
     """What computes here; asking loads mlx, so it is noted by the process that computes."""
-    import mlx.core as mx
+    from mlx_ppo.compute.device import kind, name
 
-    kind = "CPU" if mx.default_device().type == mx.DeviceType.cpu else "GPU"
-    return f"{kind}: {mx.device_info().get('device_name', 'unknown')}"
+    return f"{kind()}: {name()}"
 
 
 def differences(record: Record) -> list[str]:

@@ -6,15 +6,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_ppo.compute.cpu.steps import MOST_ROWS, Steps
-from mlx_ppo.compute.kv_cache import FULL, join, keep_rows, new_caches, share_offsets, size_caches
+from mlx_ppo.compute.engine import Reader
+from mlx_ppo.compute.kv_cache import FULL, join, keep_rows, new_caches, size_caches
 from mlx_ppo.data.batches import pad_right
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.trunk import Trunk
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
-_PIECE = 1 << 18  # elements
 _LITTLE = 128  # prompt tokens that are read together however much is padding: fewer would take nearly as long
 _PADDED = 1.1  # positions read for each token of longer prompts, at most
 _REFILL = 4  # a refill is worth a prefill of its own where one in so many places is free
@@ -58,8 +57,8 @@ class Decoder:
             requests: those of similar prompt length are decoded together, and those of one prompt side by side.
             places: sequences decoded together.
             max_tokens: bound T on a response.
-            temperature: see `sample`.
-            cache_form: see `networks.kv_cache`.
+            temperature: of the sampling distribution; 0 takes the most probable token.
+            cache_form: see `compute.kv_cache`.
         """
         self.trunk, self.requests, self.places = trunk, requests, places
         self.max_tokens, self.temperature, self.cache_form = max_tokens, temperature, cache_form
@@ -77,8 +76,8 @@ class Decoder:
         self._live: Ints = self._waiting[:0]  # requests that have places, in the caches' order
         self._cache: list[Any] = []
         self._states = mx.zeros((0,))  # [live, D], after the last token of each
-        self._steps: Steps | None = None  # where few rows are read one token at a time on a CPU
-        self._joins = count > 1 and trunk.joins_batches
+        self._reader: Reader | None = None
+        self._joins = count > 1 and trunk.capabilities.joins
 
     @property
     def unfinished(self) -> bool:
@@ -105,12 +104,12 @@ class Decoder:
         Args:
             on_tokens: called with the number of tokens sampled at each step.
         Raises:
-            RunError: see `sample`.
+            RunError: the policy's logits are not finite.
         """
-        if self._steps is None and self.places <= MOST_ROWS and self.cache_form == FULL and self.trunk.reads_steps:
-            self._steps = Steps(self.trunk, self.places)
+        if self._reader is None:
+            self._reader = self.trunk.engine.reader(self.trunk, self.places, full=self.cache_form == FULL)
         while len(self._live) and not self._refill_due():
-            self._step(on_tokens)
+            self._step(self._reader, on_tokens)
 
     def response(self, row: int) -> Response:
         """What was sampled for a request."""
@@ -141,24 +140,28 @@ class Decoder:
         free, wanted = self.places - len(self._live), min(len(self._waiting), -(-self.places // _REFILL))
         return self._joins and 0 < wanted <= free
 
-    def _step(self, on_tokens: Callable[[int], None]) -> None:
+    def _step(self, reader: Reader, on_tokens: Callable[[int], None]) -> None:
         live, slots = self._live, self._lengths[self._live]
-        if self._steps:
-            logits = self._steps.logits(self._states)
-        else:
-            logits = np.asarray(self.trunk.logits(self._states).astype(mx.float32))
-        picked, logprobs = sample(logits, self._draws[live, slots], self.temperature)
-        del logits  # it would stay in memory beside the next token's
+        picked, logprobs = reader.sample(self._states, self._draws[live, slots], self.temperature)
+        going = slots + 1 < self.max_tokens
+        # nothing is predicted from a last token, but a reward model reads its state
+        whole = self.keeping or (reader.ahead and bool(going.any()))
+        if whole and reader.ahead:
+            self._advance(reader, picked, slots)
+            mx.async_eval(self._states, picked, logprobs)
+        picked, logprobs = np.asarray(picked), np.asarray(logprobs)
+        if not np.isfinite(logprobs).all():
+            raise RunError("the policy's logits are not finite; nothing was sampled")
         self._tokens[live, slots], self._logprobs[live, slots] = picked, logprobs
         self._lengths[live] += 1
         on_tokens(len(live))
         self._finished[live] = np.isin(picked, self._stops)
-        going = ~self._finished[live] & (slots + 1 < self.max_tokens)
-        if self.keeping:  # nothing is predicted from a last token, but a reward model reads its state
-            self._advance(picked)
+        going &= ~self._finished[live]
+        if whole and not reader.ahead:
+            self._advance(reader, picked, slots)
         self._keep(np.flatnonzero(going))
-        if not self.keeping and going.any():
-            self._advance(picked[going])
+        if not whole and going.any():
+            self._advance(reader, picked[going], slots[going])
 
     def _keep(self, places: Ints) -> None:
         """Free all other places."""
@@ -172,25 +175,19 @@ class Decoder:
             self._cache = []
 
     def _detach(self) -> None:
-        if self._steps:
-            self._steps.detach()
+        if self._reader is not None:
+            self._reader.detach()
 
     def _room(self, rows: Ints) -> int:
         """Tokens of the longest of some requests at most: no cache needs more, as its rows end at the same place."""
         return int(self._prompts[rows].max()) + self.max_tokens
 
-    def _advance(self, tokens: Ints) -> None:
-        """Read one more token of each request that has a place."""
-        if self._steps:
-            self._states, entering = self._steps.read(tokens, self._cache)
-        else:
-            share_offsets(self._cache)
-            states, of_all = self._read(mx.array(tokens[:, None]), self._cache)
-            self._states, entering = states[:, -1], None if of_all is None else of_all[:, -1]
+    def _advance(self, reader: Reader, tokens: Any, slots: Ints) -> None:
+        """Read one more token of each request that has a place; the tokens' numbers in their responses are `slots`."""
+        self._states, entering = reader.read(tokens, self._cache)
         if self.keeping and entering is not None:
-            mx.eval(entering)
-            columns = self._prompts[self._live] + self._lengths[self._live] - 1
-            self.kept.add(self._live, columns, entering)
+            mx.async_eval(entering)
+            self.kept.add(self._live, self._prompts[self._live] + slots, entering)
 
     def _read(self, tokens: mx.array, cache: list[Any]) -> tuple[mx.array, mx.array | None]:
         """States [rows, S, D] of tokens [rows, S], and what is to be kept of them."""
@@ -250,42 +247,3 @@ class Kept:
         gathered[mx.array(rows.astype(np.int32)), mx.array(columns.astype(np.int32))] = states
         mx.eval(gathered)
         return gathered
-
-
-def sample(logits: Floats, draws: Floats, temperature: float) -> tuple[np.ndarray[Any, Any], Floats]:
-    """Pick a token for each row by the inverse of its cumulative distribution.
-
-    Args:
-        logits: [B, V] float32.
-        draws: [B] uniform in [0, 1).
-        temperature: 0 takes the most probable token.
-    Returns:
-        tokens [B] and their log-probabilities [B] under softmax(logits / temperature) (temperature 1 where it is 0).
-    Raises:
-        RunError: a logit is NaN or positive infinity.
-    """
-    tokens, logprobs = np.empty(len(logits), np.int64), np.empty(len(logits), np.float32)
-    count = max(1, _PIECE // logits.shape[-1])  # rows at once, so that what lies between stays small
-    for start in range(0, len(logits), count):
-        rows = slice(start, start + count)
-        tokens[rows], logprobs[rows] = _sample_rows(logits[rows], draws[rows], temperature)
-    return tokens, logprobs
-
-
-def _sample_rows(logits: Floats, draws: Floats, temperature: float) -> tuple[np.ndarray[Any, Any], Floats]:
-    scaled = logits / temperature if temperature > 0 else logits
-    top = scaled.max(axis=-1, keepdims=True)
-    if not np.isfinite(top).all():
-        raise RunError("the policy's logits are not finite; nothing was sampled")
-    scaled = scaled - top
-    masses = np.exp(scaled)
-    rows = np.arange(len(scaled))
-    if temperature > 0:
-        cumulative = np.cumsum(masses, axis=-1, dtype=np.float64)
-        wanted = draws.astype(np.float64) * cumulative[:, -1]
-        tokens = np.array([np.searchsorted(c, w, side="right") for c, w in zip(cumulative, wanted, strict=True)])
-        total = cumulative[:, -1]
-    else:
-        tokens = scaled.argmax(axis=-1)
-        total = masses.sum(axis=-1, dtype=np.float64)
-    return tokens, (scaled[rows, tokens] - np.log(total)).astype(np.float32)

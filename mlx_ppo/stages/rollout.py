@@ -44,7 +44,7 @@ def generate(
         seed_parts: what the random draws derive from, with the prompt's position and the sample's number.
         positions: each prompt's number in the stream of prompts.
         records: each prompt's JSONL record, carried along.
-        cache_form: of keys and values, see `networks.kv_cache`. With "8-bit" the sampling distribution is a slightly
+        cache_form: of keys and values, see `compute.kv_cache`. With "8-bit" the sampling distribution is a slightly
             different one, in which a batch's last digits may turn a rounding; and no states are kept for later passes,
             whose numbers shall be exact.
         on_tokens: called with the number of tokens sampled at each step.
@@ -57,7 +57,7 @@ def generate(
             draws = philox(*seed_parts, position, sample).random(max_tokens, dtype=np.float32)
             requests.append(Request(prompt, draws))
     places = batch_size or len(requests)
-    if places > 1 and not trunk.decodes_batches:
+    if places > 1 and not trunk.capabilities.batches:
         places = 1
     decoder = Decoder(
         trunk, requests, places=places, max_tokens=max_tokens, temperature=temperature, cache_form=cache_form

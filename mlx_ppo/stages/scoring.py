@@ -132,12 +132,12 @@ def score(
 
     with phase("score policy"):
         columns = policy_columns(roles, policy, head, temperature)
-        old, entropy, *rest = _by_rows(rollout, size, columns, sharing=roles.trunk.shares_prompts)
+        old, entropy, *rest = _by_rows(rollout, size, columns, sharing=roles.trunk.capabilities.shares)
     values = rest[0] if rest else None
     if roles.critic is not None and critic is not None and head is None:
         with phase("score critic"):
             of_critic = critic_values(roles.critic, critic)
-            values = _by_rows(rollout, size, of_critic, sharing=roles.critic.trunk.shares_prompts)[0]
+            values = _by_rows(rollout, size, of_critic, sharing=roles.critic.trunk.capabilities.shares)[0]
     raw = raw_scores(roles, rollout, batch_size=size)
     scores = combined_scores(raw, roles, rollout, section, max_tokens)
     with phase("score reference"):
@@ -181,7 +181,7 @@ def policy_logprobs(
             states = roles.trunk.response_states(sequences)
             return [token_statistics(roles.trunk, states, sequences, temperature=temperature)[0]]
 
-    return _by_rows(rollout, batch_size, under_weights, sharing=roles.trunk.shares_prompts)[0]
+    return _by_rows(rollout, batch_size, under_weights, sharing=roles.trunk.capabilities.shares)[0]
 
 
 def reference_logprobs(roles: Roles, rollout: Rollout, *, temperature: float, batch_size: int) -> mx.array:

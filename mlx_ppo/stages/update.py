@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_ppo.algo.diagnostics import approx_kl, clip_fractions, effective_sample_size
 from mlx_ppo.algo.losses import aggregate, clipped_policy_loss, clipped_value_loss
-from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.compute.engine import Engine
 from mlx_ppo.compute.sequences import Sequences
 from mlx_ppo.config.sections import PPOSection
 from mlx_ppo.data.random import philox
@@ -155,19 +155,25 @@ class _Step:
         if not np.isfinite(policy_loss) or not np.isfinite(value_loss):
             raise RunError(f"the loss is not finite (policy {policy_loss}, critic {value_loss}); nothing was applied")
         self._watch(rows, micro, mx.concatenate(logprobs), mx.concatenate(ratios), stats, first=first)
-        finite_norm(critic_gradients, what="critic")  # before the policy's step: both are applied, or neither
+        finite_norm(
+            self._engine, critic_gradients, what="critic"
+        )  # before the policy's step: both are applied, or neither
         stats.policy_loss.append(policy_loss)
         if train_policy:
             with phase("update step"):
-                applied = self.policy.optimizer.step(self.policy.weights, policy_gradients, what="policy")
+                applied = self.policy.optimizer.step(self._engine, self.policy.weights, policy_gradients, what="policy")
             self.policy.weights, norm = applied
             stats.policy_norm.append(norm)
         if self.critic is not None:
             stats.value_loss.append(value_loss)
             with phase("update step"):
-                applied = self.critic.optimizer.step(self.critic.weights, critic_gradients, what="critic")
+                applied = self.critic.optimizer.step(self._engine, self.critic.weights, critic_gradients, what="critic")
             self.critic.weights, norm = applied
             stats.critic_norm.append(norm)
+
+    @property
+    def _engine(self) -> Engine:
+        return self.roles.trunk.engine
 
     @functools.cached_property
     def _sharing(self) -> bool:
@@ -223,8 +229,7 @@ class _Step:
         if first:
             error = number(mx.where(mask, mx.abs(ratio - 1), 0.0).max())
             stats.first_ratio_error = error
-            exact_types = {mx.float32, mx.uint32} if on_cpu() else {mx.float32}  # there quantised blocks are, too
-            exact = all(array.dtype in exact_types for array in self.roles.trunk.base.values())
+            exact = self.roles.trunk.engine.exact(self.roles.trunk)
             if not error <= (RATIO_TOLERANCE if exact else _RATIO_TOLERANCE_HALF):
                 raise RunError(
                     f"self-check failed: the first minibatch's ratio to the old policy is off 1 by {error:.2g}; "

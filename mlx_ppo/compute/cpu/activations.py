@@ -1,6 +1,6 @@
-"""The gated activation of feed-forward blocks, by the device's fastest exact way.
+"""The gated activation of feed-forward blocks, by numpy.
 
-mlx's elementwise functions run on one core and unvectorised on the CPU (silu times gate: 24 ns an element), so there
+mlx's elementwise functions run on one core and unvectorised on the CPU (silu times gate: 24 ns an element), so here
 numpy computes the same, with its own gradient, in pieces that stay in the processor's cache.
 
 Source: Shazeer 2020, arXiv:2002.05202, eq. 6 (SwiGLU).
@@ -13,19 +13,77 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.compute.needs import Work, outside, planned
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 _PIECE = 1 << 15  # elements at once: a handful of such arrays fits a core's cache
-_NAMES = {"down_proj", "swiglu", "gate_proj", "up_proj"}
+# mlx-lm's feed-forward parts that are down(silu(gate(x)) * up(x)) and nothing else; a test holds the list to mlx-lm.
+_GATED = frozenset(
+    [
+        "Klear.KlearMLP",
+        "afm7.MLP",
+        "afmoe.MLP",
+        "baichuan_m1.MLP",
+        "bailing_hybrid.MLP",
+        "bailing_moe.BailingMoeMLP",
+        "bailing_moe_linear.MLP",
+        "bailing_moe_v3.BailingMLP",
+        "cohere.MLP",
+        "cohere2.MLP",
+        "deepseek.DeepseekMLP",
+        "deepseek_v2.DeepseekV2MLP",
+        "deepseek_v3.DeepseekV3MLP",
+        "deepseek_v32.DeepseekV32MLP",
+        "dots1.Dots1MLP",
+        "ernie4_5.MLP",
+        "ernie4_5_moe.Ernie4_5_MLP",
+        "exaone4.MLP",
+        "exaone_moe.MLP",
+        "falcon_h1.FalconH1MLP",
+        "glm4_moe.MLP",
+        "glm4_moe_lite.Glm4MoeLiteMLP",
+        "granite.MLP",
+        "granitemoehybrid.GraniteMoeHybridMLP",
+        "helium.HeliumMLP",
+        "hunyuan.MLP",
+        "hunyuan_v1_dense.MLP",
+        "internlm3.MLP",
+        "jamba.JambaMLP",
+        "kimi_linear.KimiMLP",
+        "laguna.MLP",
+        "lfm2_moe.MLP",
+        "llama.MLP",
+        "llama4.MLP",
+        "llama4_text.MLP",
+        "longcat_flash.LongcatFlashMLP",
+        "mimo.MLP",
+        "mimo_v2_flash.MLP",
+        "minicpm.MLP",
+        "minicpm3.MLP",
+        "ministral3.MLP",
+        "nanbeige.MLP",
+        "olmo2.MLP",
+        "olmo3.Olmo3MLP",
+        "plamo.MLP",
+        "qwen2.MLP",
+        "qwen2_moe.MLP",
+        "qwen3.MLP",
+        "qwen3_moe.MLP",
+        "qwen3_next.Qwen3NextMLP",
+        "seed_oss.MLP",
+        "stablelm.MLP",
+        "telechat3.Telechat3MLP",
+        "youtu_llm.YoutuLLMMLP",
+    ]
+)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up, elementwise, for arrays of one shape."""
-    if not on_cpu() or gate.dtype != mx.float32 or up.dtype != mx.float32:
+    if gate.dtype != mx.float32 or up.dtype != mx.float32:
         product: mx.array = nn.silu(gate) * up
         return product
-    found: mx.array = _on_cpu(gate, up)  # type: ignore[assignment]
+    found: mx.array = _swiglu(gate, up)
     return found
 
 
@@ -39,11 +97,17 @@ class GatedMLP(nn.Module):
 
 
 def use_fast_gates(model: nn.Module) -> None:
-    """Give every feed-forward block that computes exactly this formula the class above; others are left alone."""
+    """Give every feed-forward block that is known to compute exactly this formula the class above."""
     for module in model.modules():
-        code = getattr(type(module).__call__, "__code__", None) if callable(module) else None
-        if code is not None and set(code.co_names) == _NAMES:
+        if kind_of(module) in _GATED:
             module.__class__ = GatedMLP
+
+
+def kind_of(module: nn.Module) -> str:
+    """A module's type as `file.Class` of mlx-lm's models; empty for one that isn't theirs."""
+    kind = type(module)
+    package, _, file = kind.__module__.rpartition(".")
+    return f"{file}.{kind.__name__}" if package == "mlx_lm.models" else ""
 
 
 def swiglu_into(gate: Floats, up: Floats, out: Floats) -> None:
@@ -94,16 +158,27 @@ def _backward(gate: Floats, up: Floats, cotangent: Floats, by_gate: Floats, by_u
 
 
 @mx.custom_function
-def _on_cpu(gate: mx.array, up: mx.array) -> mx.array:
+def _swiglu_numpy(gate: mx.array, up: mx.array) -> mx.array:
     values, factors = np.asarray(gate), np.asarray(up)
     out = np.empty_like(values, order="C")
     swiglu_into(np.ascontiguousarray(values), np.ascontiguousarray(factors), out)
     return mx.array(out)
 
 
-@_on_cpu.vjp
-def _on_cpu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+@_swiglu_numpy.vjp
+def _swiglu_numpy_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array]:
     given = [np.ascontiguousarray(np.asarray(array)) for array in (*primals, cotangent)]
     by_gate, by_up = np.empty_like(given[0]), np.empty_like(given[0])
     _by_pieces(_backward, *given, by_gate, by_up)
     return mx.array(by_gate), mx.array(by_up)
+
+
+def _planned(gate: mx.array, up: mx.array) -> mx.array:
+    """Selecting has gradients of the same shapes. Numpy holds what it returns as well."""
+    anywhere = mx.broadcast_to(mx.array(True), gate.shape)
+    return mx.where(outside(anywhere, [gate, up], Work(gate.nbytes, 2 * gate.nbytes)), gate, up)
+
+
+_swiglu = planned(_swiglu_numpy, _planned)

@@ -1,6 +1,6 @@
-"""Attention of several positions, by the device's fastest exact way.
+"""Attention of several positions, its weights by numpy.
 
-On the CPU mlx makes attention of single operations, and its softmax is unvectorised (12 ns an element). There numpy
+On the CPU mlx makes attention of single operations, and its softmax is unvectorised (12 ns an element). Here numpy
 computes the weights, mask and scale included, with their own gradient.
 
 Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; Ainslie et al. 2023, arXiv:2305.13245 (grouped heads).
@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.compute.needs import Work, outside, planned
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 silent = np.errstate(over="ignore", invalid="ignore")  # what isn't finite is found, and said, further on
@@ -22,10 +22,7 @@ _LOWEST = np.finfo(np.float32).min  # of a score that doesn't count, as in mlx: 
 
 @contextmanager
 def fast_attention() -> Iterator[None]:
-    """Let mlx-lm's models compute attention by `attend` for the length of a `with` block, on a CPU."""
-    if not on_cpu():
-        yield
-        return
+    """Let mlx-lm's models compute attention by `attend` for the length of a `with` block."""
     before = mx.fast.scaled_dot_product_attention
     try:
         mx.fast.scaled_dot_product_attention = attend
@@ -59,7 +56,7 @@ def attend(
         mask = mx.tri(count, length, length - count, mx.bool_)
     together = (rows, groups, heads // groups * count)
     scores = (q.reshape(*together, -1) @ k.swapaxes(-1, -2)).reshape(rows, heads, count, length)
-    weights: mx.array = _weights(scores, mask, mx.array(scale))  # type: ignore[assignment]
+    weights: mx.array = _weights(scores, mask, mx.array(scale))
     return (weights.reshape(*together, length) @ v).reshape(rows, heads, count, v.shape[-1])
 
 
@@ -72,7 +69,7 @@ def softmax_in_place(scores: Floats) -> None:
 
 @mx.custom_function
 @silent
-def _weights(scores: mx.array, mask: mx.array, scale: mx.array) -> mx.array:
+def _weights_numpy(scores: mx.array, mask: mx.array, scale: mx.array) -> mx.array:
     values, allowed, factor = np.asarray(scores), np.asarray(mask), np.float32(np.asarray(scale))
     allowed = np.broadcast_to(allowed, values.shape)
     weights = np.empty(values.shape, np.float32)
@@ -86,9 +83,9 @@ def _weights(scores: mx.array, mask: mx.array, scale: mx.array) -> mx.array:
     return mx.array(weights)
 
 
-@_weights.vjp
+@_weights_numpy.vjp
 @silent
-def _weights_vjp(
+def _weights_numpy_vjp(
     primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, weights: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     _, mask, scale = primals
@@ -102,3 +99,13 @@ def _weights_vjp(
         if counts.dtype == np.bool_:
             np.putmask(out, ~counts, 0)
     return mx.array(slopes), mx.zeros_like(mask), mx.zeros_like(scale)
+
+
+def _planned(scores: mx.array, mask: mx.array, scale: mx.array) -> mx.array:
+    """Selecting has a gradient of the same shape. Numpy holds what it returns as well."""
+    anywhere = mx.broadcast_to(mx.array(True), scores.shape)
+    work = Work(scores.nbytes, scores.nbytes + scores.nbytes // len(scores))
+    return mx.where(outside(anywhere, [scores, mask, scale], work), scores, mx.zeros(()))
+
+
+_weights = planned(_weights_numpy, _planned)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.compute.cpu.activations import by_rows, swiglu_back, swiglu_into
-from mlx_ppo.compute.cpu.common_blocks import Turns, inverse_size, normed, turned, turned_back, view
+from mlx_ppo.compute.cpu.common_blocks import Rotation, inverse_size, normed, rotated, rotated_back, view
 from mlx_ppo.compute.cpu.pass_attention import Heads, Part, Vectors, attend, attend_back
 from mlx_ppo.compute.cpu.products import Floats, multiply
 
@@ -22,7 +22,7 @@ class Positions(NamedTuple):
     """Where the N positions stand."""
 
     parts: Sequence[Part]
-    turns: Turns  # [N, 1, D], for their places
+    rotation: Rotation  # [N, 1, D], for their places
     read: Places | None = None  # [M], rising: those whose states are read when they leave the block; None: all
 
 
@@ -130,7 +130,7 @@ class BlockPass:
             raw = layer.forward(normed, room.get(f"raw {name}", room[name]))
             if norm is not None:
                 raw = norm.forward(self._split(raw), self._split(room[name]))
-            _turn(turned, self._split(raw), positions.turns, self._split(room[name]))
+            _turn(rotated, self._split(raw), positions.rotation, self._split(room[name]))
         self.v.forward(normed, room["v"])
         attend(positions.parts, Vectors(room["q"], room["k"], room["v"]), self.heads, room["mixed"])
         mixed = room["mixed"]
@@ -188,7 +188,7 @@ class BlockPass:
         self.before.forward(room["entering"], normed)
         for name, norm in (("q", self.q_norm), ("k", self.k_norm)):
             split = self._split(room[f"by {name}"])
-            _turn(turned_back, split, positions.turns, split)
+            _turn(rotated_back, split, positions.rotation, split)
             if norm is not None:
                 given, split[:] = split.copy(), 0
                 norm.back(self._split(room[f"raw {name}"]), given, split, learned)
@@ -243,7 +243,7 @@ class Linear:
         return small
 
     def learn(self, x: Floats, given: Floats, small: Floats | None, learned: Room) -> None:
-        """Add the gradients by weights; `small` is what `back` returned, or None."""
+        """Add the gradients by weights; `small` is what `back` rerotated, or None."""
         if self._a is not None and self._b is not None:
             small = self._back_small(given) if small is None else small
             multiply(x.T, small, learned[f"{self._name}.lora_a"], add=True)
@@ -301,11 +301,11 @@ class Norm:
         by_rows(some, states, given, by_states)
 
 
-def _turn(function: Callable[[Floats, Turns], Floats], vectors: Floats, turns: Turns, out: Floats) -> None:
+def _turn(function: Callable[[Floats, Rotation], Floats], vectors: Floats, rotation: Rotation, out: Floats) -> None:
     def some(vectors: Floats, factors: Floats, exchanged: Floats, out: Floats) -> None:
         out[:] = function(vectors, (factors, exchanged))
 
-    by_rows(some, vectors, *turns, out)
+    by_rows(some, vectors, *rotation, out)
 
 
 def _gathered(vectors: Floats, read: Places, into: Floats) -> Floats:

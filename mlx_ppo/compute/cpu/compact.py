@@ -13,6 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_ppo.compute.needs import Work, outside, planned
+
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 PIECE = 1 << 22  # elements of a matrix that are written out at once
 _IN_CACHE = 1 << 17  # elements that numpy works on at once
@@ -51,7 +53,8 @@ class CompactLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[..., in] float32 to [..., out]."""
-        return _on_cpu(x, _packed(self))
+        found: mx.array = _product(x, _packed(self))
+        return found
 
 
 class CompactEmbedding(nn.QuantizedEmbedding):
@@ -64,7 +67,8 @@ class CompactEmbedding(nn.QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """[..., in] float32 to [..., out]."""
-        return _on_cpu(x, _packed(self))
+        found: mx.array = _product(x, _packed(self))
+        return found
 
 
 _COMPACT: dict[type[nn.Module], type[nn.Module]] = {
@@ -84,7 +88,7 @@ def _packed(layer: nn.Module) -> Packed:
     return Packed(*given, layer.group_size, layer.bits, layer.mode)
 
 
-def _on_cpu(x: mx.array, packed: Packed) -> mx.array:
+def _product_numpy(x: mx.array, packed: Packed) -> mx.array:
     """Rows x [..., in] times the matrix transposed, plus the bias.
 
     All that is evaluated here is made of copies: mlx keeps what it evaluates while it traces a gradient for as long as
@@ -158,3 +162,20 @@ def _values(array: mx.array) -> Floats:
 
 def _copy(array: mx.array) -> mx.array:
     return mx.array(_values(array))
+
+
+def _planned(x: mx.array, packed: Packed) -> mx.array:
+    """Gathering makes an array as the product does, its gradient one like x.
+
+    There is a piece of the matrix, and what is multiplied with it; and what comes out, before it is copied.
+    """
+    shape = (*x.shape[:-1], packed.outputs)
+    columns = next(packed.pieces()).stop
+    matrix, part = columns * packed.inputs * 4, x.size // packed.inputs * columns * 4
+    whole = x.size // packed.inputs * packed.outputs * 4 if columns < packed.outputs else 0
+    work = Work(0, 0, x.nbytes + matrix + part + whole, part + matrix + 2 * x.nbytes)
+    index = outside(mx.broadcast_to(mx.array(0), shape), [x], work)
+    return mx.take_along_axis(x, index, axis=-1)
+
+
+_product = planned(_product_numpy, _planned)

@@ -1,7 +1,7 @@
 """The training forward over whole rows, and its gradient, on a CPU by numpy and BLAS.
 
 mlx keeps every array that it evaluates while it traces a gradient, computes elementwise functions on one core and
-unvectorised, and starts each operation on its own. For the kind that `networks.common_blocks` knows, the blocks are
+unvectorised, and starts each operation on its own. For the kind that `compute.cpu.common_blocks` knows, the blocks are
 computed here, both ways: the products by BLAS, what lies between in numpy. Of a block, a gradient keeps what enters it,
 queries, keys, values, what attention gives, and the two sides of the gate; or, where memory is to be saved, only what
 enters. Positions of prompts that several rows share are computed once, in the same products.
@@ -9,41 +9,21 @@ enters. Positions of prompts that several rows share are computed once, in the s
 Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; Zhang and Sennrich 2019, arXiv:1910.07467 (RMS norm).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_ppo.compute.adapted import layer_of
 from mlx_ppo.compute.cpu.attention import silent
 from mlx_ppo.compute.cpu.block_passes import BlockPass, Norm, Places, Positions, Shapes, floats_of, room_for, room_in
-from mlx_ppo.compute.cpu.common_blocks import LOWEST, Turns, kind_of, turns_at, view
+from mlx_ppo.compute.cpu.common_blocks import LOWEST, Rotation, angles_of, rotation_at, view
 from mlx_ppo.compute.cpu.pass_attention import Part, scores_at_once
 from mlx_ppo.compute.cpu.products import Floats
+from mlx_ppo.compute.engine import Body
+from mlx_ppo.compute.needs import Work, is_traced, made_outside
 from mlx_ppo.compute.sequences import Sequences
-from mlx_ppo.models.adapters import layer_of
-
-if TYPE_CHECKING:
-    from mlx_ppo.models.trunk import Trunk
-
-_avoided: ContextVar[bool] = ContextVar("avoided", default=False)
-
-
-@contextmanager
-def avoiding_passes() -> Iterator[None]:
-    """Have the model itself read whole rows for the length of a `with` block."""
-    token = _avoided.set(True)
-    try:
-        yield
-    finally:
-        _avoided.reset(token)
-
-
-def avoiding() -> bool:
-    """Whether passes are to be avoided."""
-    return _avoided.get()
 
 
 class Layout:
@@ -85,25 +65,26 @@ class Layout:
         return found if len(found) < self.size else None
 
 
-def states_of(trunk: "Trunk", sequences: Sequences, read: mx.array | None, *, learning: bool, saving: bool) -> mx.array:
-    """Final hidden states [N, D] of all positions, with the weights that lie on the trunk; see `Trunk.states`.
+def states_of(body: Body, sequences: Sequences, read: mx.array | None, *, learning: bool, saving: bool) -> mx.array:
+    """Final hidden states [N, D] of all positions, with the weights that lie on the body; see `Trunk.states`.
 
     Args:
-        trunk: one that reads passes.
+        body: one that reads passes.
         sequences: from kept states, or from tokens.
         read: positions, in any order; those that nobody reads are left out of the last block's feed-forward part.
         learning: a gradient will be taken.
         saving: it is to keep little; costs about a third more time.
     """
-    kept = (sequences.kept if sequences.shared is None else sequences.shared.kept) if trunk.split else None
+    kept = (sequences.kept if sequences.shared is None else sequences.shared.kept) if body.split else None
     layout = Layout(sequences, read)
     if kept is None:
-        entering: mx.array = trunk.inner.embed_tokens(layout.tokens)
+        entering: mx.array = body.inner.embed_tokens(layout.tokens)
     else:
         parts = (kept,) if isinstance(kept, mx.array) else kept
         entering = mx.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
-    one = Pass(trunk, layout, 0 if kept is None else trunk.split, saving=saving)
-    return computed(one, entering, *one.learned.values(), learning=learning)
+    one = Pass(body, layout, 0 if kept is None else body.split, saving=saving)
+    compute = _planned if is_traced() else computed
+    return compute(one, entering, *one.learned.values(), learning=learning)
 
 
 def computed(one: "Pass", entering: mx.array, *arrays: mx.array, learning: bool) -> mx.array:
@@ -135,32 +116,32 @@ class Needs(NamedTuple):
 
 
 class Pass:
-    """One pass of some rows through a trunk's blocks, and back."""
+    """One pass of some rows through a body's blocks, and back."""
 
-    def __init__(self, trunk: "Trunk", layout: Layout, start: int, *, saving: bool) -> None:
-        """Look at a trunk with a role's weights on it; nothing is computed.
+    def __init__(self, body: Body, layout: Layout, start: int, *, saving: bool) -> None:
+        """Look at a body with a role's weights on it; nothing is computed.
 
         Args:
-            trunk: one that reads passes.
+            body: one that reads passes.
             layout: the positions.
             start: the first block.
             saving: keep only what enters a block for the gradient.
         """
-        number, part = layer_of(name := next(iter(trunk.adapted)))
+        number, part = layer_of(name := next(iter(body.adapted)))
         self._prefix = name.removesuffix(f"{number}.{part}")
         self._norm_name = self._prefix.removesuffix("layers.") + "norm.weight"
         self.learned: dict[str, mx.array] = {}  # what the role brings, but for what lies before and after
         self._scales: dict[str, float] = {}
-        for name, layer in trunk.adapted.items():
+        for name, layer in body.adapted.items():
             if layer.attached is not None:
                 self.learned[f"{name}.lora_a"], self.learned[f"{name}.lora_b"], self._scales[name] = layer.attached
-        for name, array in trunk.replaced.items():
+        for name, array in body.replaced.items():
             if name.startswith(self._prefix) or name == self._norm_name:
                 self.learned[name] = array
-        self._trunk, self._layout, self._start, self._saving = trunk, layout, start, saving
-        self._through = bool(trunk.replaced)  # what enters is to have a gradient, too
+        self._body, self._layout, self._start, self._saving = body, layout, start, saving
+        self._through = bool(body.replaced)  # what enters is to have a gradient, too
         numbers = [layer_of(name)[0] for name in self.learned if name != self._norm_name]
-        self._lowest = max(start, 0 if self._through else min(numbers, default=trunk.blocks))
+        self._lowest = max(start, 0 if self._through else min(numbers, default=body.blocks))
 
     @silent
     def forward(self, entering: mx.array, arrays: Sequence[mx.array], *, keeping: bool) -> tuple[mx.array, ...]:
@@ -195,7 +176,7 @@ class Pass:
         by_states = np.asarray(result)
         norm.back(np.asarray(kept[-1]), np.asarray(slopes), by_states, by_name)
         _, passing = room_for(self._working_back(blocks[0]))
-        for number in reversed(range(self._lowest, self._trunk.blocks)):
+        for number in reversed(range(self._lowest, self._body.blocks)):
             block, own, there = (
                 blocks[number - self._start],
                 kept[number - self._lowest],
@@ -235,23 +216,23 @@ class Pass:
 
     def _prepared(self, arrays: Sequence[mx.array]) -> tuple[list[BlockPass], Norm, list[Positions]]:
         """The blocks from the first on, the final norm, and where the positions stand for each of these blocks."""
-        trunk, (parts, places) = self._trunk, self._layout.positions()
+        body, (parts, places) = self._body, self._layout.positions()
         given = dict(zip(self.learned, map(view, arrays), strict=True))
         blocks = self._blocks(given)
         all_places = mx.arange(int(places.max()) + 1)
-        turns: dict[tuple[Any, ...], Turns] = {}
+        rotation: dict[tuple[Any, ...], Rotation] = {}
         positions = []
-        for block, layer in zip(blocks, trunk.model.layers[self._start :], strict=True):
+        for block, layer in zip(blocks, body.model.layers[self._start :], strict=True):
             rope = layer.self_attn.rope
-            if (kind := kind_of(rope)) not in turns:
-                factors, exchanged = turns_at(rope, all_places, block.heads.size)
-                turns[kind] = factors[places], exchanged[places]
-            positions.append(Positions(parts, turns[kind]))
+            if (kind := angles_of(rope)) not in rotation:
+                factors, exchanged = rotation_at(rope, all_places, block.heads.size)
+                rotation[kind] = factors[places], exchanged[places]
+            positions.append(Positions(parts, rotation[kind]))
         positions[-1] = positions[-1]._replace(read=self._layout.read_last())
-        return blocks, Norm(trunk.inner.norm, self._norm_name, given), positions
+        return blocks, Norm(body.inner.norm, self._norm_name, given), positions
 
     def _blocks(self, given: Mapping[str, Floats]) -> list[BlockPass]:
-        layers = list(enumerate(self._trunk.model.layers))[self._start :]
+        layers = list(enumerate(self._body.model.layers))[self._start :]
         return [BlockPass(layer, f"{self._prefix}{number}", given, self._scales) for number, layer in layers]
 
 
@@ -259,3 +240,18 @@ def _copied(array: mx.array) -> tuple[mx.array, Floats]:
     """A copy, and its memory."""
     copy = mx.array(np.asarray(array))
     return copy, np.asarray(copy)
+
+
+def _planned(one: Pass, entering: mx.array, *arrays: mx.array, learning: bool) -> mx.array:
+    """For `computed`: new states, and what is kept for a gradient, which has an array for each given one."""
+    needs = one.needs(learning=learning)
+    work = Work(needs.scores, 2 * needs.scores, needs.forward, needs.back + sum(array.nbytes for array in arrays))
+    if not learning:
+        return made_outside(entering, entering.shape[-1], [entering, *arrays], work)
+    # The sums are two arrays that there are not in truth, in place of as much of what is kept.
+    read = sum((made_outside(array, 1, [array], Work(0, 0)).sum() for array in arrays), mx.zeros(()))
+    given = entering + read
+    found = made_outside(given, entering.shape[-1], [given, *arrays], work)
+    width = (needs.kept - 2 * entering.nbytes) // (4 * len(entering))
+    kept = made_outside(mx.stop_gradient(entering), width, [mx.stop_gradient(entering)], Work(0, 0))
+    return found + kept @ mx.broadcast_to(read, (width, 1))

@@ -1,8 +1,7 @@
-"""Rotary position embeddings, by the device's fastest exact way.
+"""Rotary position embeddings whose angles are computed once for all blocks.
 
 On the CPU mlx makes `mx.fast.rope` of some twenty operations, angles, cosines and sines included, for the queries and
-again for the keys of every block. There these are computed once for all blocks, and a call is three products' worth of
-elementwise work.
+again for the keys of every block. Here a call is three products' worth of elementwise work.
 
 Source: Su et al. 2021, arXiv:2104.09864, eq. 34.
 """
@@ -12,10 +11,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_ppo.compute.device import on_cpu
 
-
-class Turns:
+class SharedAngles:
     """Cosines and sines of the positions that were asked for last; the blocks of a model share one."""
 
     def __init__(self) -> None:
@@ -33,7 +30,7 @@ class Turns:
         """
         if not self._is_asked_again(offset, length):
             rows = 1 if isinstance(offset, int) else offset.size
-            self._found = factors_of(lambda one: _turned(rope, one, offset), (rows, 1, length, rope.dims))
+            self._found = factors_of(lambda one: _rotated(rope, one, offset), (rows, 1, length, rope.dims))
             self._asked = offset, length
         return self._found
 
@@ -56,27 +53,27 @@ def factors_of(turn: Callable[[mx.array], mx.array], shape: tuple[int, ...]) -> 
 class SharedRoPE(nn.RoPE):
     """`nn.RoPE` whose cosines and sines are shared with a model's other blocks; takes the place of the plain one."""
 
-    turns: Turns
+    shared: SharedAngles
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """Rotate [..., S, D]; [B, H, S, D] in float32 by the shared factors."""
         large = not isinstance(offset, int) and x.shape[-2] > 1  # its factors would stay in memory
-        if large or not on_cpu() or x.dtype != mx.float32 or x.ndim != 4 or x.shape[-1] != self.dims:
-            return _turned(self, x, offset)
-        factors, exchanged = self.turns.at(self, offset, x.shape[-2])
+        if large or x.dtype != mx.float32 or x.ndim != 4 or x.shape[-1] != self.dims:
+            return _rotated(self, x, offset)
+        factors, exchanged = self.shared.at(self, offset, x.shape[-2])
         first, second = mx.split(x, 2, axis=-1)
         return x * factors + mx.concatenate([second, first], axis=-1) * exchanged
 
 
-def _turned(rope: nn.RoPE, x: mx.array, offset: int | mx.array) -> mx.array:
+def _rotated(rope: nn.RoPE, x: mx.array, offset: int | mx.array) -> mx.array:
     return mx.fast.rope(x, rope.dims, traditional=False, base=rope.base, scale=rope.scale, offset=offset)
 
 
-def share_turns(model: nn.Module) -> None:
+def share_angles(model: nn.Module) -> None:
     """Let a model's plain rotary embeddings of one kind share their factors; others are left alone."""
-    shared: dict[tuple[int, float, float], Turns] = {}
+    known: dict[tuple[int, float, float], SharedAngles] = {}
     for module in model.modules():
         if type(module) is nn.RoPE and not module.traditional and module.dims % 2 == 0:
             module.__class__ = SharedRoPE
             key = (module.dims, module.base, module.scale)
-            object.__setattr__(module, "turns", shared.setdefault(key, Turns()))
+            object.__setattr__(module, "shared", known.setdefault(key, SharedAngles()))

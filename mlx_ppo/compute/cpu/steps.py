@@ -8,50 +8,48 @@ Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; Ainslie et al. 2023,
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.compute.cpu.activations import swiglu_into
 from mlx_ppo.compute.cpu.attention import silent, softmax_in_place
-from mlx_ppo.compute.cpu.common_blocks import LOWEST, Turns, kind_of, normed, output_of, turned, turns_at, view
+from mlx_ppo.compute.cpu.common_blocks import LOWEST, Rotation, angles_of, normed, output_of, rotated, rotation_at, view
 from mlx_ppo.compute.cpu.products import Floats, Run, by_matrix, integers, prepare
+from mlx_ppo.compute.engine import Body
 
-if TYPE_CHECKING:
-    from mlx_ppo.models.trunk import Trunk
-
-Norm = Callable[[Floats], Floats]
+Normalise = Callable[[Floats], Floats]
 MOST_ROWS = 64  # with more, one usual product by a matrix is faster than many small ones
 
 
 class Steps:
-    """Reads one token of each of some rows, and makes logits; with the weights that lie on the trunk when it is made.
+    """Reads one token of each of some rows, and makes logits; with the weights that lie on the body when it is made.
 
     Logits are overwritten by the next. `detach` before the caches' rows are changed.
     """
 
-    def __init__(self, trunk: "Trunk", rows: int) -> None:
+    def __init__(self, body: Body, rows: int) -> None:
         """Prepare the products; no weight is copied but those of adapters.
 
         Args:
-            trunk: one that `common_blocks.understood` says yes to.
+            body: one that `common_blocks.understood` says yes to.
             rows: at most this many, and at most `MOST_ROWS`.
         """
         assert rows <= MOST_ROWS
         self._rows = integers([0, 0])
-        self._trunk, inner = trunk, trunk.inner
+        self._body, inner = body, body.inner
         self._embedding = view(inner.embed_tokens.weight)
-        head = output_of(trunk)
+        head = output_of(body)
         self._output = view(head.weight)
         self._output_bias = view(head.bias) if "bias" in head else None
-        attention = trunk.model.layers[0].self_attn
+        attention = body.model.layers[0].self_attn
         self._heads, self._groups, self._scale = attention.n_heads, attention.n_kv_heads, np.float32(attention.scale)
         self._states = np.empty((rows, self._embedding.shape[1]), np.float32)
         self._mixed = np.empty((rows, attention.o_proj.weight.shape[1]), np.float32)
-        self._gated = np.empty((rows, trunk.model.layers[0].mlp.down_proj.weight.shape[1]), np.float32)
+        self._gated = np.empty((rows, body.model.layers[0].mlp.down_proj.weight.shape[1]), np.float32)
         self._ropes: dict[tuple[Any, ...], Any] = {}
-        self._blocks = [self._block(block) for block in trunk.model.layers]
+        self._blocks = [self._block(block) for block in body.model.layers]
         self._norm = _norm(inner.norm)
         self._attached: list[_Attached] = []
         self._logits: tuple[Floats, Run] | None = None
@@ -64,24 +62,24 @@ class Steps:
             tokens: integers.
             caches: `BatchKVCache`s with room for one more token of each of the B rows.
         Returns:
-            with the states, those that enter block `split` of the trunk (None where it is 0).
+            with the states, those that enter block `split` of the body (None where it is 0).
         """
         count, at = len(tokens), caches[0]._idx
         if not self._attached:
             self._attach(caches)
         self._rows[:] = [count, count]
         offsets, padding = caches[0].offset, np.asarray(caches[0].left_padding)
-        turns = {
-            kind: turns_at(rope, offsets, self._mixed.shape[1] // self._heads) for kind, rope in self._ropes.items()
+        rotation = {
+            kind: rotation_at(rope, offsets, self._mixed.shape[1] // self._heads) for kind, rope in self._ropes.items()
         }
         counts = np.arange(at + 1)[None, :] >= padding[:, None]
         mask = None if counts.all() else np.where(counts, np.float32(0), LOWEST)[:, None]
         states, entering = self._embedding[tokens], None
         for number, (block, attached) in enumerate(zip(self._blocks, self._attached, strict=True)):
-            if number and number == self._trunk.split:
+            if number and number == self._body.split:
                 entering = mx.array(states)
             self._states[:count] = block.into_attention(states)
-            self._attend(block, attached, at, mask, turns[block.turns])
+            self._attend(block, attached, at, mask, rotation[block.rotation])
             states = states + block.out(count)
             self._states[:count] = block.into_mlp(states)
             swiglu_into(block.gate(count), block.up(count), self._gated[:count])
@@ -110,7 +108,7 @@ class Steps:
 
     def _block(self, block: Any) -> "_Block":
         attention, mlp = block.self_attn, block.mlp
-        kind = kind_of(attention.rope)
+        kind = angles_of(attention.rope)
         self._ropes[kind] = attention.rope
 
         def layer(layer: Any, given: Floats) -> _Linear:
@@ -123,7 +121,7 @@ class Steps:
             v=layer(attention.v_proj, self._states),
             q_norm=_norm(attention.q_norm) if "q_norm" in attention else None,
             k_norm=_norm(attention.k_norm) if "k_norm" in attention else None,
-            turns=kind,
+            rotation=kind,
             out=layer(attention.o_proj, self._mixed),
             into_mlp=_norm(block.post_attention_layernorm),
             gate=layer(mlp.gate_proj, self._states),
@@ -155,15 +153,15 @@ class Steps:
             mix = prepare((together, width, length), of_weights, (values, starts, size), of_mixed, transposed=False)
             self._attached.append(_Attached(keys, values, asked, weights, length, score, mix))
 
-    def _attend(self, block: "_Block", attached: "_Attached", at: int, mask: Floats | None, turns: Turns) -> None:
+    def _attend(self, block: "_Block", attached: "_Attached", at: int, mask: Floats | None, rotation: Rotation) -> None:
         """Queries, keys and values of `_states` into `_mixed`, the sum of values by weight."""
         count, _, size = attached.asked.shape
         q = block.q(count).reshape(count, self._heads, size)
         k = block.k(count).reshape(count, self._groups, size)
         q, k = (block.q_norm(q) if block.q_norm else q), (block.k_norm(k) if block.k_norm else k)
-        attached.keys[:, :, at] = turned(k, turns)
+        attached.keys[:, :, at] = rotated(k, rotation)
         attached.values[:, :, at] = block.v(count).reshape(count, self._groups, size)
-        np.multiply(turned(q, turns), self._scale, out=attached.asked)
+        np.multiply(rotated(q, rotation), self._scale, out=attached.asked)
         attached.length[0] = at + 1
         attached.score()
         weights = attached.weights[..., : at + 1]
@@ -199,15 +197,15 @@ class _Linear:
 class _Block(NamedTuple):
     """A block's parts."""
 
-    into_attention: Norm
+    into_attention: Normalise
     q: _Linear
     k: _Linear
     v: _Linear
-    q_norm: Norm | None
-    k_norm: Norm | None
-    turns: tuple[Any, ...]
+    q_norm: Normalise | None
+    k_norm: Normalise | None
+    rotation: tuple[Any, ...]
     out: _Linear
-    into_mlp: Norm
+    into_mlp: Normalise
     gate: _Linear
     up: _Linear
     down: _Linear
@@ -225,6 +223,6 @@ class _Attached(NamedTuple):
     mix: Run
 
 
-def _norm(layer: Any) -> Norm:
+def _norm(layer: Any) -> Normalise:
     weight, eps = np.asarray(layer.weight), np.float32(layer.eps)
     return lambda states: normed(states, weight, eps)

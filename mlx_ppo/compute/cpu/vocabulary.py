@@ -1,7 +1,7 @@
-"""Log-probability and entropy over the vocabulary, by the device's fastest exact way.
+"""Log-probability and entropy over the vocabulary, by numpy.
 
-mlx's elementwise functions run on one core and unvectorised on the CPU (exp: 17 ns an element, numpy 0.6), so there
-the same formulas as in `mlx_ppo.algo.logprobs` are computed by numpy, with their own gradient.
+mlx's elementwise functions run on one core and unvectorised on the CPU (exp: 17 ns an element, numpy 0.6), so here the
+same formulas as in `mlx_ppo.algo.logprobs` are computed by numpy, with their own gradient.
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_ppo.algo.logprobs import entropy, token_logprobs
-from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.compute.needs import Work, outside, planned
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 _PIECE = 1 << 18  # elements
@@ -21,52 +20,33 @@ _LOWEST = -1e30  # in place of the minus infinity of a token that cannot be, who
 def vocabulary_statistics(
     logits: mx.array, tokens: mx.array, *, temperature: float, summed: bool = False
 ) -> tuple[mx.array, mx.array]:
-    """Log-probabilities [N] of tokens [N] and entropies [N], in nats, under softmax(logits [N, V] / temperature).
+    """Log-probabilities [N] of tokens [N] and entropies [N]; see `output_head.OutputHead.vocabulary`.
 
-    d log p_a / d z_j = ([j = a] - p_j) / temperature,   d H / d z_j = -p_j (log p_j + H) / temperature
-
-    `summed`: whatever gradient is taken is that of the sum of the log-probabilities, which is computed along; the
-    entropies aren't read, and on the CPU not computed (NaN).
+    `summed`: the entropies are not computed (NaN).
     """
-    if not on_cpu() and not summed:
-        logprobs = token_logprobs(logits[None], tokens[None], temperature=temperature)[0]
-        return logprobs, entropy(logits[None], temperature=temperature)[0]
-    function = _summed if summed else _on_cpu
+    function = _summed if summed else _apart
     inverse = mx.array(1.0 / temperature)
-    found: tuple[mx.array, ...] = function(logits.astype(mx.float32), tokens, inverse)  # type: ignore[assignment]
+    found: tuple[mx.array, ...] = function(logits.astype(mx.float32), tokens, inverse)
     return found[0], found[1]
 
 
 @mx.custom_function
-def _on_cpu(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array]:
+def _statistics(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array]:
     return _by_pieces(logits, tokens, inverse, None)
 
 
 @mx.custom_function
-def _summed(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    if not on_cpu():
-        return summed_on_gpu(logits, tokens, inverse)
+def _summed_statistics(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     slopes = mx.zeros(logits.shape)
     logprobs, entropies = _by_pieces(logits, tokens, inverse, np.asarray(slopes))  # a view: it is filled in place
     return logprobs, entropies, slopes
 
 
-@_summed.vjp
-def _summed_vjp(
+@_summed_statistics.vjp
+def _summed_statistics_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, ...]:
     return outputs[2], mx.zeros_like(primals[1]), mx.zeros_like(primals[2])
-
-
-def summed_on_gpu(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """The same in mlx, with the gradient [N, V] of each log-probability by its logits."""
-    scaled = (logits - logits.max(axis=-1, keepdims=True)) * inverse
-    masses, log_total = mx.softmax(scaled, axis=-1), mx.logsumexp(scaled, axis=-1)
-    logprobs = mx.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_total
-    entropies = log_total - (masses * mx.maximum(scaled, _LOWEST)).sum(axis=-1)
-    (masses,) = mx.depends([masses], [logprobs, entropies])
-    slopes = (masses * -inverse).at[mx.arange(len(tokens)), tokens].add(inverse)
-    return logprobs, entropies, slopes
 
 
 def _by_pieces(
@@ -89,8 +69,8 @@ def _by_pieces(
     return mx.array(logprobs), mx.array(entropies)
 
 
-@_on_cpu.vjp
-def _on_cpu_vjp(
+@_statistics.vjp
+def _statistics_vjp(
     primals: tuple[mx.array, mx.array, mx.array], cotangents: tuple[mx.array, mx.array], _: tuple[mx.array, mx.array]
 ) -> tuple[mx.array, mx.array, mx.array]:
     logits, tokens, inverse = primals
@@ -123,3 +103,18 @@ def _softmax(values: Floats, factor: np.float32) -> tuple[Floats, Floats, Floats
     shifted -= shifted.max(axis=-1, keepdims=True)
     masses = np.exp(shifted)
     return shifted, masses, masses.sum(axis=-1)
+
+
+def _planned(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array]:
+    """Gathering has the gradient that the statistics have, one array [N, V].
+
+    Numpy works by pieces: on shifted logits, their exponentials and a third array; the gradient is whole.
+    """
+    pieces = 3 * min(logits.nbytes, max(logits.shape[-1], _PIECE) * 4)
+    work = Work(pieces, pieces + logits.nbytes)
+    index = outside(tokens[:, None].astype(mx.int32), [logits, tokens, inverse], work)
+    picked = mx.take_along_axis(logits, index, axis=-1).squeeze(-1)
+    return picked, picked * 1.0
+
+
+_apart, _summed = planned(_statistics, _planned), planned(_summed_statistics, _planned)

@@ -8,9 +8,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_ppo.compute.needs import Inside, Work, mark_of, tracing
 from mlx_ppo.memory.simulator.fusing import fused
 from mlx_ppo.memory.simulator.graph import Graph, Operation, Pause, Tensor
-from mlx_ppo.memory.simulator.stand_ins import Inside, Work, mark_of, spelt_out, standing_in
+from mlx_ppo.memory.simulator.weightless import spelt_out
 
 
 def trace(function: Callable[..., Any], *arrays: Any) -> Graph:
@@ -18,7 +19,7 @@ def trace(function: Callable[..., Any], *arrays: Any) -> Graph:
 
     Arguments stand for arrays that are in memory already; they themselves are never evaluated, so `mx.zeros(shape)`
     does, whatever its size. Evaluated arrays that the function captures count as in memory too (use
-    `stand_ins.weightless` for a model whose weights are not loaded); lazy arrays that it captures are computed inside
+    `weightless` for a model whose weights are not loaded); lazy arrays that it captures are computed inside
     the graph. Operations that differ in nothing are merged, as by `mx.compile`.
 
     Args:
@@ -26,7 +27,7 @@ def trace(function: Callable[..., Any], *arrays: Any) -> Graph:
         *arrays: its arguments: arrays, or nested lists and dictionaries of arrays.
     Raises:
         ValueError: the function evaluates an array, or uses `mx.custom_function` or `mx.checkpoint`, which mlx can't
-            trace; see `mlx_ppo.memory.simulator.stand_ins`.
+            trace; see `mlx_ppo.compute.needs`.
     """
     return fused(_recorded(function, *arrays), _activations())
 
@@ -37,7 +38,7 @@ def _recorded(function: Callable[..., Any], *arrays: Any) -> Graph:
         return _leaves(function(*(_filled(argument, left) for argument in arrays)))
 
     records: list[dict[str, Any]] = []
-    with standing_in() as marks, spelt_out():
+    with tracing() as marks, spelt_out():
         mx.export_function(records.append, flat, *_leaves(arrays))
     return _graph(records, [len(_leaves(argument)) for argument in arrays], marks)
 
@@ -107,7 +108,7 @@ def _graph(records: Sequence[dict[str, Any]], lengths: Sequence[int], marks: Seq
 
 
 def _pauses(operations: list[Operation], marks: Sequence[Work]) -> tuple[Pause, ...]:
-    """The places that `stand_ins.outside` marked, in the order of calls; the marks themselves are taken away."""
+    """The places that `needs.outside` marked, in the order of calls; the marks themselves are taken away."""
     found: dict[int, Pause] = {}
     graphs: dict[Hashable, Graph] = {}
     readers_of: dict[Tensor, list[int]] = {}

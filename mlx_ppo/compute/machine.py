@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import numpy as np
 
-from mlx_ppo.compute.device import on_cpu
+from mlx_ppo.compute.device import kind
 
 SIDE = 1024
 _TRIALS = 5
@@ -32,7 +32,7 @@ def gigabytes() -> float:
 
     Source: the copy of McCalpin's STREAM, IEEE TCCA Newsletter, December 1995, which counts reads and writes.
     """
-    if not on_cpu():
+    if kind() != "CPU":
         array = mx.ones((_COPIED // 4,))
         mx.eval(array)
         return 2 * _COPIED / _quickest(lambda: mx.eval(-array)) / 1e9

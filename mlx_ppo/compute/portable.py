@@ -1,0 +1,241 @@
+"""Everything that a GPU runs, in mlx only: Metal, CUDA, and, by a switch, a CPU for tests.
+
+The model itself computes, with mlx-lm's own compiled parts in place. What this adds: whole rows with one attention for
+scoring and updating, prompts that are read once for several responses, sampling where the logits are, and AdamW as one
+compiled operation a weight.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_ppo.compute.checkpointing import checkpointed, twice_in_mlx
+from mlx_ppo.compute.engine import Arrays, Body, Capabilities, Numbers, Reader, Step
+from mlx_ppo.compute.kv_cache import share_offsets
+from mlx_ppo.compute.needs import is_traced
+from mlx_ppo.compute.output_head import OutputHead
+from mlx_ppo.compute.probes import joins, reads_batches, shares_prompts
+from mlx_ppo.compute.sequences import Sequences
+from mlx_ppo.compute.shared_prompts import LayerCache, Reading
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_SMALL = 500_000_000  # parameters of a model whose log-probabilities bfloat16 would round too coarsely for PPO's ratios
+
+_in_rows: ContextVar[bool] = ContextVar("in_rows", default=False)
+
+
+class PortableEngine:
+    """All in mlx."""
+
+    name = "portable"
+    head = OutputHead()
+
+    def __init__(self, why: str = "", *, fused: bool = False) -> None:
+        """Choose it.
+
+        Args:
+            why: for people.
+            fused: plan for a device on which attention outside of gradients is one kernel, whatever device this is.
+        """
+        self.why = why
+        self._fused = fused
+
+    def prepare(self, model: nn.Module) -> None:
+        """Nothing: what mlx-lm made stays."""
+
+    def dtype(self, wanted: str, stored: mx.Dtype, parameters: int) -> mx.Dtype:
+        """What is wanted; "auto" is float32 for small models, else bfloat16, which has float32's range."""
+        small = mx.float32 if parameters < _SMALL else mx.bfloat16
+        return DTYPES.get(wanted, small if stored != mx.float32 else mx.float32)
+
+    def unpacks(self, wanted: str) -> bool:
+        """No: a GPU has quantised products."""
+        return False
+
+    def unpacked(self, model: nn.Module, wanted: str, *, compact: bool) -> tuple[nn.Module, str]:
+        """As it is."""
+        return model, ""
+
+    def capabilities(self, body: Body, *, checked: bool) -> Capabilities:
+        """By small trials with the model's own weights."""
+        if not checked:
+            return Capabilities(batches=True, joins=True, shares=shares_prompts(body, None))
+        batches = reads_batches(body)
+        found = Capabilities(batches, batches and joins(body), shares_prompts(body, lambda rows: read_rows(body, rows)))
+        remarks = (
+            "" if found.batches else "rollouts decode one row at a time: rows of different length get other states",
+            "" if found.joins or not found.batches else "places of responses that end stay empty until all have ended",
+            "" if found.shares else "prompts that several responses have are read once for each of them",
+        )
+        return found._replace(remarks=tuple(filter(None, remarks)))
+
+    def computing(self) -> AbstractContextManager[None]:
+        """The model's own attention; while a plan is made for a GPU, one that allocates what a fused kernel does."""
+        return _fused() if self._fused and is_traced() and not _in_rows.get() else nullcontext()
+
+    def states(
+        self, body: Body, sequences: Sequences, read: mx.array | None, *, learning: bool, saving: bool
+    ) -> mx.array:
+        """By the model, with the attention of a gradient also where none is taken.
+
+        mlx attends by one kernel outside of gradients and by single operations within (Metal, up to 0.32.2 at least),
+        whose half-precision results differ by far more than PPO's ratios bear. So scoring is traced like a gradient.
+        """
+        before = _in_rows.set(True)
+        try:
+            if learning:
+                return read_rows(body, sequences)
+            loss = mx.zeros(())
+            traced = mx.value_and_grad(lambda unused: (unused, read_rows(body, sequences)))
+            found: mx.array = traced(loss)[0][1]
+            return found
+        finally:
+            _in_rows.reset(before)
+
+    def shares_learning(self, body: Body, *, saving: bool) -> bool:
+        """Not with a checkpointed block: gradients by the prompts' keys and values would not reach it."""
+        return body.capabilities.shares and not saving
+
+    def checkpointed(self, body: Body, block: nn.Module) -> Callable[..., mx.array]:
+        """By `mx.checkpoint`."""
+        return checkpointed(block, trained=bool(body.replaced), twice=twice_in_mlx, computing=self.computing)
+
+    def statistics(
+        self, body: Body, states: mx.array, tokens: mx.array, *, temperature: float, learning: bool
+    ) -> tuple[mx.array, mx.array]:
+        """By chunks of positions."""
+        return self.head.statistics(body, states, tokens, temperature=temperature, learning=learning)
+
+    def reader(self, body: Body, rows: int, *, full: bool) -> Reader:
+        """The model reads."""
+        return ModelReader(body)
+
+    def norm(self, arrays: Iterable[mx.array]) -> float:
+        """The global norm."""
+        found: Any = mx.sqrt(sum((mx.square(array).sum() for array in arrays), mx.zeros(()))).item()
+        return float(found)
+
+    def adamw(
+        self, weights: Mapping[str, mx.array], gradients: Arrays, moments: dict[str, Arrays], step: Step
+    ) -> Arrays:
+        """New weights; one compiled operation for each."""
+        numbers = [mx.array(value, mx.float32) for value in _factors(step)]
+        found: Arrays = {}
+        for name, weight in weights.items():
+            own = moments[name]
+            found[name], own["m"], own["v"] = _adamw()(weight, gradients[name], own["m"], own["v"], *numbers)
+        mx.eval(found, moments)
+        return found
+
+    def exact(self, body: Body) -> bool:
+        """Whether nothing is in half precision or quantised."""
+        return all(array.dtype == mx.float32 for array in body.base.values())
+
+    def step_needs(self, own: int, others: int, largest: int, *, transposed: bool) -> dict[str, int]:
+        """New weights and moments beside the old ones."""
+        return {"new weights and optimizer states": 3 * max(own, others)}
+
+
+def read_rows(body: Body, sequences: Sequences) -> mx.array:
+    """States [n, D] of all positions by the model, prompts that several rows share once."""
+    shared = sequences.shared
+    if shared is None:
+        states = body.hidden(sequences.tokens, kept=sequences.kept)
+        return states.reshape(-1, states.shape[-1])
+    reading = Reading(shared)
+    caches = [LayerCache(reading) for _ in body.model.layers]
+    of_prompts, of_responses = shared.kept or (None, None)
+    before = body.hidden(shared.prompts, caches, kept=of_prompts)
+    reading.answer()
+    after = body.hidden(shared.responses, caches, kept=of_responses)
+    width = before.shape[-1]
+    return mx.concatenate([before.reshape(-1, width), after.reshape(-1, width)])
+
+
+class ModelReader:
+    """Decodes by the model, and samples where the logits are."""
+
+    ahead = True
+
+    def __init__(self, body: Body) -> None:
+        """With the weights that lie on the model."""
+        self._body = body
+
+    def sample(self, states: mx.array, draws: Numbers, temperature: float) -> tuple[mx.array, mx.array]:
+        """See `sampled`."""
+        return sampled(self._body.logits(states), mx.array(draws), temperature)
+
+    def read(self, tokens: mx.array, caches: Sequence[Any]) -> tuple[mx.array, mx.array | None]:
+        """Not evaluated: the caller goes on while the device works."""
+        share_offsets(caches)
+        states, entering = self._body.hidden_and_entering(tokens[:, None], list(caches))
+        return states[:, -1], None if entering is None else entering[:, -1]
+
+    def detach(self) -> None:
+        """Nothing is held."""
+
+
+def sampled(logits: mx.array, draws: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
+    """Pick a token for each row by the inverse of its cumulative distribution.
+
+    Args:
+        logits: [B, V].
+        draws: [B] uniform in [0, 1).
+        temperature: 0 takes the most probable token.
+    Returns:
+        tokens [B] and their log-probabilities [B] under softmax(logits / temperature) (temperature 1 where it is 0);
+        NaN where a row has a NaN or positive infinity.
+    """
+    scaled = logits.astype(mx.float32) / (temperature if temperature > 0 else 1.0)
+    scaled = scaled - scaled.max(axis=-1, keepdims=True)
+    top = scaled.argmax(axis=-1)
+    if temperature > 0:
+        cumulative = mx.cumsum(mx.exp(scaled), axis=-1)
+        beyond = cumulative > draws[:, None] * cumulative[:, -1:]
+        top = mx.where(beyond.any(axis=-1), beyond.argmax(axis=-1), top)
+    logprobs = mx.take_along_axis(scaled, top[:, None], axis=-1)[:, 0] - mx.logsumexp(scaled, axis=-1)
+    return top.astype(mx.int32), logprobs
+
+
+def _factors(step: Step) -> tuple[float, ...]:
+    """What `_adamw` multiplies by, worked out in double precision."""
+    root = (1 - step.beta2**step.number) ** 0.5
+    scale = step.rate * root / (1 - step.beta1**step.number)
+    return step.factor, step.beta1, step.beta2, step.eps * root, scale, 1 - step.rate * step.weight_decay
+
+
+@functools.cache
+def _adamw() -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
+    """One weight's step, compiled: a kernel instead of a dozen. The numbers are arrays, so that none is baked in."""
+
+    def step(
+        weight: mx.array, gradient: mx.array, m: mx.array, v: mx.array, *numbers: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        factor, beta1, beta2, eps, scale, decay = numbers
+        gradient = gradient * factor
+        m = beta1 * m + (1 - beta1) * gradient
+        v = beta2 * v + (1 - beta2) * mx.square(gradient)
+        return weight * decay - scale * m / (mx.sqrt(v) + eps), m, v
+
+    compiled: Callable[..., tuple[mx.array, mx.array, mx.array]] = mx.compile(step, shapeless=True)
+    return compiled
+
+
+@contextmanager
+def _fused() -> Iterator[None]:
+    before = mx.fast.scaled_dot_product_attention
+    try:
+        mx.fast.scaled_dot_product_attention = _fused_attention
+        yield
+    finally:
+        mx.fast.scaled_dot_product_attention = before
+
+
+def _fused_attention(q: mx.array, k: mx.array, v: mx.array, **_: Any) -> mx.array:
+    """Makes an array like q; its gradient makes ones like k and v."""
+    return q + (k[..., :1, :1].sum() + v[..., :1, :1].sum())
