@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_ppo.compute.checkpointing import checkpointed, twice_in_mlx
+from mlx_ppo.compute.device import multiplies_coarsely
 from mlx_ppo.compute.engine import Arrays, Body, Capabilities, Numbers, Reader, Step
 from mlx_ppo.compute.kv_cache import share_offsets
 from mlx_ppo.compute.needs import is_traced
@@ -87,16 +88,12 @@ class PortableEngine:
         mlx attends by one kernel outside of gradients and by single operations within (Metal, up to 0.32.2 at least),
         whose half-precision results differ by far more than PPO's ratios bear. So scoring is traced like a gradient.
         """
-        before = _in_rows.set(True)
-        try:
+        with _rows(body.model):
             if learning:
                 return read_rows(body, sequences)
-            loss = mx.zeros(())
             traced = mx.value_and_grad(lambda unused: (unused, read_rows(body, sequences)))
-            found: mx.array = traced(loss)[0][1]
+            found: mx.array = traced(mx.zeros(()))[0][1]
             return found
-        finally:
-            _in_rows.reset(before)
 
     def shares_learning(self, body: Body, *, saving: bool) -> bool:
         """Not with a checkpointed block: gradients by the prompts' keys and values would not reach it."""
@@ -104,7 +101,7 @@ class PortableEngine:
 
     def checkpointed(self, body: Body, block: nn.Module) -> Callable[..., mx.array]:
         """By `mx.checkpoint`."""
-        return checkpointed(block, trained=bool(body.replaced), twice=twice_in_mlx, computing=self.computing)
+        return checkpointed(block, trained=bool(body.replaced), twice=twice_in_mlx, computing=lambda: _rows(block))
 
     def statistics(
         self, body: Body, states: mx.array, tokens: mx.array, *, temperature: float, learning: bool
@@ -134,8 +131,8 @@ class PortableEngine:
         return found
 
     def exact(self, body: Body) -> bool:
-        """Whether nothing is in half precision or quantised."""
-        return all(array.dtype == mx.float32 for array in body.base.values())
+        """Whether nothing is in half precision or quantised, and no product in TF32."""
+        return not multiplies_coarsely() and all(array.dtype == mx.float32 for array in body.base.values())
 
     def step_needs(self, own: int, others: int, largest: int, *, transposed: bool) -> dict[str, int]:
         """New weights and moments beside the old ones."""
@@ -237,6 +234,18 @@ def _adamw() -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
 
     compiled: Callable[..., tuple[mx.array, mx.array, mx.array]] = mx.compile(step, shapeless=True)
     return compiled
+
+
+@contextmanager
+def _rows(part: nn.Module) -> Iterator[None]:
+    """Around passes over whole rows: the operations that have a gradient, where mlx-lm has others for decoding."""
+    before, mode = _in_rows.set(True), part.training
+    part.train()
+    try:
+        yield
+    finally:
+        part.train(mode)
+        _in_rows.reset(before)
 
 
 @contextmanager
