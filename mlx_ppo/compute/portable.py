@@ -37,14 +37,15 @@ class PortableEngine:
     name = "portable"
     head = OutputHead()
 
-    def __init__(self, why: str = "", *, fused: bool = False) -> None:
+    def __init__(self, why: str = "", *, remark: str = "", fused: bool = False) -> None:
         """Choose it.
 
         Args:
-            why: for people.
+            why: for people, this engine and not another.
+            remark: a line to be said with every model.
             fused: plan for a device on which attention outside of gradients is one kernel, whatever device this is.
         """
-        self.why = why
+        self.why, self._remark = why, remark
         self._fused = fused
 
     def prepare(self, model: nn.Module) -> None:
@@ -70,6 +71,7 @@ class PortableEngine:
         batches = reads_batches(body)
         found = Capabilities(batches, batches and joins(body), shares_prompts(body, lambda rows: read_rows(body, rows)))
         remarks = (
+            self._remark,
             "" if found.batches else "rollouts decode one row at a time: rows of different length get other states",
             "" if found.joins or not found.batches else "places of responses that end stay empty until all have ended",
             "" if found.shares else "prompts that several responses have are read once for each of them",
@@ -191,7 +193,7 @@ def sampled(logits: mx.array, draws: mx.array, temperature: float) -> tuple[mx.a
     """
     scaled = logits.astype(mx.float32) / (temperature if temperature > 0 else 1.0)
     scaled = scaled - scaled.max(axis=-1, keepdims=True)
-    masses = mx.pad(mx.exp(scaled), ((0, 0), (0, -scaled.shape[-1] % _BLOCK))).reshape(len(scaled), -1, _BLOCK)
+    masses = mx.pad(mx.exp(scaled), [(0, 0), (0, -scaled.shape[-1] % _BLOCK)]).reshape(len(scaled), -1, _BLOCK)
     by_block = masses.sum(axis=-1)
     up_to = mx.cumsum(by_block, axis=-1)
     total = up_to[:, -1:]
@@ -207,7 +209,7 @@ def sampled(logits: mx.array, draws: mx.array, temperature: float) -> tuple[mx.a
 
 
 def _first_beyond(sums: mx.array, wanted: mx.array) -> mx.array:
-    """Of rising sums [B, N], the first one above what is wanted [B, 1]; where rounding leaves none, the first largest."""
+    """Of rising sums [B, N], the first above what is wanted [B, 1]; where rounding leaves none, the first largest."""
     beyond = sums > wanted
     return mx.where(beyond.any(axis=-1), beyond.argmax(axis=-1), sums.argmax(axis=-1))
 
