@@ -53,8 +53,7 @@ class PortableEngine:
 
     def dtype(self, wanted: str, stored: mx.Dtype, parameters: int) -> mx.Dtype:
         """What is wanted; "auto" is float32 for small models, else bfloat16, which has float32's range."""
-        small = mx.float32 if parameters < _SMALL else mx.bfloat16
-        return DTYPES.get(wanted, small if stored != mx.float32 else mx.float32)
+        return DTYPES.get(wanted, mx.float32 if parameters < _SMALL else mx.bfloat16)
 
     def unpacks(self, wanted: str) -> bool:
         """No: a GPU has quantised products."""
