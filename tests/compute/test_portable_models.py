@@ -141,5 +141,5 @@ def test_types_of_auto(make_model: Models, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_gemma_is_never_computed_in_float16(make_model: Models) -> None:
-    with pytest.raises(ModelError, match="leave float16's range; choose model.dtype = 'bfloat16'"):
+    with pytest.raises(ModelError, match="leave float16's range"):
         load_trunk(make_model("gemma2"), dtype="float16")
