@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_ppo.compute.kv_cache import FULL, new_caches, size_caches
-from mlx_ppo.memory.choices import Choices
 from mlx_ppo.memory.phases import Accountant, Cost
 from mlx_ppo.memory.simulator.graph import Graph, Operation
 from mlx_ppo.memory.simulator.trace import trace
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Roles
+from mlx_ppo.runs.plan_file import Choices
 
 PREFILL, DECODE = "rollout prefill", "rollout decode"
 _PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherMM", "GatherQMM"}

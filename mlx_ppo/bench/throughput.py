@@ -80,7 +80,7 @@ def figures(
     return found
 
 
-class Change(NamedTuple):
+class PhaseChange(NamedTuple):
     """A phase in two results."""
 
     before: float | None  # seconds; None where it wasn't there
@@ -93,7 +93,7 @@ class Change(NamedTuple):
         return self.after / self.before if self.after is not None and self.before else None
 
 
-def changes(before: Document, now: Document) -> dict[str, Change]:
+def changes(before: Document, now: Document) -> dict[str, PhaseChange]:
     """Every phase of either result."""
     old, new = before["phases"], now["phases"]
     found = {}
@@ -102,7 +102,7 @@ def changes(before: Document, now: Document) -> dict[str, Change]:
         beyond = bool(first and second) and (
             first["slowest"] < second["fastest"] or second["slowest"] < first["fastest"]
         )
-        found[name] = Change(first and first["seconds"], second and second["seconds"], beyond)
+        found[name] = PhaseChange(first and first["seconds"], second and second["seconds"], beyond)
     return found
 
 

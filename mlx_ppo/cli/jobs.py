@@ -94,10 +94,12 @@ def dry(config: Job) -> None:
 
     with Display() as display:
         if isinstance(config, TrainConfig):
-            from mlx_ppo.models.roles import load_roles
+            from mlx_ppo.models.roles import Loading, load_roles
+            from mlx_ppo.runs.plan_file import Choices
             from mlx_ppo.train import load_data
 
-            roles, _, _ = load_roles(config)
+            choices = Choices.pinned(config)
+            roles, _, _ = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
             roles.close()
             _remark(roles.trunk.remarks)
             data, held_out = load_data(config, roles.trunk.tokenizer, display)

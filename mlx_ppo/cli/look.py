@@ -17,7 +17,7 @@ from mlx_ppo.models.heads import REWARD_FILE, RewardModel, lies_on, load_reward_
 from mlx_ppo.rewards.figures import Floats
 from mlx_ppo.runs.targets import Target, load_target
 from mlx_ppo.stages.records import Rollout
-from mlx_ppo.stages.rollout import generate
+from mlx_ppo.stages.rollout import Asked, Sampling, generate
 from mlx_ppo.tokenizers.load import completion_text
 
 _Z95 = 1.96
@@ -117,18 +117,9 @@ def _prompts(target: Target, texts: Sequence[str], file: Path | None, count: int
 def _write(
     target: Target, prompts: Sequence[Prompt], samples: int, max_tokens: int, temperature: float, seed: int
 ) -> Rollout:
-    return generate(
-        target.trunk,
-        target.weights,
-        [prompt.tokens for prompt in prompts],
-        samples_per_prompt=samples,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        batch_size=64,
-        seed_parts=(seed, "sample"),
-        positions=range(len(prompts)),
-        records=[prompt.record for prompt in prompts],
-    )
+    asked = Asked([prompt.tokens for prompt in prompts], range(len(prompts)), [prompt.record for prompt in prompts])
+    how = Sampling((seed, "sample"), max_tokens, temperature, samples, batch_size=64)
+    return generate(target.trunk, target.weights, asked, how)
 
 
 def _texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:

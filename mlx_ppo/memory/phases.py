@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from mlx_ppo.compute.kv_cache import FULL, new_caches, size_caches
 from mlx_ppo.compute.sequences import Sequences, make_sequences
-from mlx_ppo.config.sections import PPOSection, TrainConfig
-from mlx_ppo.memory.choices import Choices, Possible, Shapes
+from mlx_ppo.config.sections import TrainConfig
+from mlx_ppo.memory.choices import Possible, Shapes
 from mlx_ppo.memory.model import loading, reading
 from mlx_ppo.memory.simulator.replay import named, predict
 from mlx_ppo.memory.simulator.trace import trace
@@ -20,8 +20,9 @@ from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Roles, evictable
 from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.stages.scoring import critic_values, policy_columns, raw_of
-from mlx_ppo.stages.update import CriticTargets, PolicyTargets, critic_loss, policy_loss
+from mlx_ppo.stages.update import CriticTargets, Pass, PolicyTargets, critic_loss, policy_loss
 
 Terms = dict[str, int]
 _CACHE = "keys and values (KV cache)"
@@ -252,11 +253,11 @@ class Accountant:
 
     def _policy(self, rows: int, choices: Choices) -> Cost:
         targets = PolicyTargets(present(rows, self.shapes.response), present(rows, self.shapes.response), 1.0)
-        temperature = self.config.rollout.temperature
+        how = Pass(self.config.ppo, self.config.rollout.temperature, saving=choices.checkpointing)
 
         def loss(arrays: Mapping[str, mx.array]) -> mx.array:
-            sequences, section = self._updated(rows, choices), _with(self.config.ppo, choices)
-            return policy_loss(self.roles.trunk, self.policy, sequences, targets, section, temperature)(arrays)[0]
+            sequences = self._updated(rows, choices)
+            return policy_loss(self.roles.trunk, self.policy, sequences, targets, how)(arrays)[0]
 
         return self._gradient("policy", rows, choices, loss, self.policy)
 
@@ -264,11 +265,11 @@ class Accountant:
         critic, weights = self.roles.critic, self.critic
         assert critic is not None and weights is not None
         targets = CriticTargets(present(rows, self.shapes.response), present(rows, self.shapes.response), 1.0)
+        how = Pass(self.config.ppo, self.config.rollout.temperature, saving=choices.checkpointing)
         states = present(rows * self.shapes.response, self._width) if critic.kind == "head" else None
 
         def loss(arrays: Mapping[str, mx.array]) -> mx.array:
-            sequences, section = self._updated(rows, choices), _with(self.config.ppo, choices)
-            return critic_loss(critic, weights, sequences, targets, section, states)(arrays)
+            return critic_loss(critic, weights, self._updated(rows, choices), targets, how, states)(arrays)
 
         return self._gradient("critic", rows, choices, loss, weights)
 
@@ -332,10 +333,6 @@ def _is_plain(cache: Any) -> bool:
 def _phase(name: str, resident: Mapping[str, int], cost: Cost) -> Phase:
     there = {what: size for what, size in resident.items() if size}
     return Phase(name, there, {what: size for what, size in cost.passing.items() if size}, cost.outside)
-
-
-def _with(section: PPOSection, choices: Choices) -> PPOSection:
-    return section.model_copy(update={"gradient_checkpointing": "on" if choices.checkpointing else "off"})
 
 
 def _bytes(arrays: Mapping[str, mx.array]) -> int:

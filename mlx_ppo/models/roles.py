@@ -106,6 +106,8 @@ class Loading(NamedTuple):
     trunk: Callable[..., Trunk] = load_trunk
     reward: Callable[..., RewardModel] = load_reward_model
     function: Callable[[RewardSource], RewardFunction | None] = _started
+    compact: bool = False  # quantised models stay so on a CPU
+    evict: bool = False  # weights that only some phases read are in memory only while they are read
 
 
 def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles, Weights, Weights | None]:  # noqa: B008
@@ -116,9 +118,7 @@ def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles
     Raises:
         ModelError, ConfigError: whatever is wrong, before anything is trained.
     """
-    compact = config.memory.compact == "on"
-    trunk = loading.trunk(config.model.path, dtype=config.model.dtype, compact=compact)
-    trunk.positions = config.memory.positions
+    trunk = loading.trunk(config.model.path, dtype=config.model.dtype, compact=loading.compact)
     policy = initial_weights(trunk, config.model, config.lora, key="policy", seed=config.run.seed)
     reference = policy if config.model.adapter is not None else Weights({})
     roles = Roles(trunk, reference, None)
@@ -130,14 +130,14 @@ def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles
             )
             loaded.name += f"-{same + 1}" if same else ""
             roles.sources.append(loaded)
-            if config.memory.residency == "evict":
+            if loading.evict:
                 roles.evictable = evictable(roles, config)
                 roles.evict()  # before the next one is loaded
         critic_weights = None
         if config.ppo.advantage == "gae":
             roles.critic, critic_weights = _load_critic(config, roles, loading)
         trunk.share_below(_on_trunk(roles, policy, critic_weights))
-        if config.memory.residency == "evict":
+        if loading.evict:
             roles.evictable = evictable(roles, config)
             roles.evict()
     except BaseException:

@@ -10,7 +10,6 @@ from typing import Any
 
 from mlx_ppo.config.sections import Job, TrainConfig
 from mlx_ppo.errors import ConfigError, RunError
-from mlx_ppo.memory.choices import read_record as read_plan
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.folder import (
     CONFIG,
@@ -26,6 +25,7 @@ from mlx_ppo.runs.folder import (
     read_record,
     undisturbed,
 )
+from mlx_ppo.runs.plan_file import read_record as read_plan
 from mlx_ppo.runs.provenance import (
     Change,
     Record,

@@ -40,6 +40,8 @@ def rollout_of(trunk: Trunk, prompts: list[list[int]]) -> Rollout:
         finished=mx.array([True] * len(prompts)),
         group=mx.zeros((len(prompts),), mx.int32),
         records=({},) * len(prompts),
+        temperature=1.0,
+        max_tokens=8,
         kept=trunk.entering(whole.tokens) if trunk.split else None,
     )
 

@@ -15,7 +15,7 @@ from mlx_ppo.compute.kv_cache import keep_rows, new_caches, size_caches
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
-from mlx_ppo.stages.rollout import generate
+from mlx_ppo.stages.rollout import Asked, Sampling, generate
 
 pytestmark = pytest.mark.skipif(not can_prepare(), reason="no BLAS with products of many small matrices")
 LENGTHS = [5, 2, 4]
@@ -121,16 +121,15 @@ def test_a_rollout_is_the_models_own(
     trunk = load_trunk(make_model(num_hidden_layers=4, eos_token_id=[2, *range(100, 140)]))
     weights = make_adapters(trunk, layers=2)
     trunk.share_below([weights])
-    options: dict[str, Any] = {"samples_per_prompt": 14, "max_tokens": 9, "temperature": 1.0, "batch_size": places}
-    options |= {"seed_parts": (0,), "positions": range(5), "records": [{}] * 5}
+    asked, how = Asked(prompts, range(5), [{}] * 5), Sampling((0,), 9, samples_per_prompt=14, batch_size=places)
     made: list[int] = []
     assert trunk.reads_steps
     prepare = Steps.__init__
     monkeypatch.setattr(Steps, "__init__", lambda self, trunk, rows: (made.append(rows), prepare(self, trunk, rows))[1])
-    here = generate(trunk, weights, prompts, **options)
+    here = generate(trunk, weights, asked, how)
     assert made[-1:] == [places] * (places <= 64)
     monkeypatch.setattr(trunk, "reads_steps", False)
-    there = generate(trunk, weights, prompts, **options)
+    there = generate(trunk, weights, asked, how)
     assert here.responses == there.responses and len(set(map(len, here.responses))) > 3
     np.testing.assert_allclose(np.array(here.logprobs), np.array(there.logprobs), atol=1e-4)
     assert here.kept is not None and there.kept is not None

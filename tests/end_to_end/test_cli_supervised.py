@@ -15,8 +15,8 @@ import pytest
 import mlx_ppo
 from mlx_ppo.compute.cpu.blas import Blas
 from mlx_ppo.errors import RunError
-from mlx_ppo.memory.choices import read_record
 from mlx_ppo.runs.folder import Run
+from mlx_ppo.runs.plan_file import read_record
 
 WAIT = 240  # seconds; a busy machine
 RULE = """import time

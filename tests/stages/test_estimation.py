@@ -37,6 +37,8 @@ def found(kl_coef: float, *, critic: bool = True, **ppo: Any) -> PPOBatch:
         finished=mx.array([True] * B),
         group=mx.array(GROUP),
         records=({},) * B,
+        temperature=1.0,
+        max_tokens=8,
     )
     scores = mx.array(SCORES, mx.float32)
     scored = Scored(scores, {"s": scores}, policy, reference, policy, values if critic else None)

@@ -16,7 +16,7 @@ from mlx_ppo.models.roles import Roles
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.stages.decoding import Decoder, Request, sample
 from mlx_ppo.stages.records import Rollout
-from mlx_ppo.stages.rollout import generate
+from mlx_ppo.stages.rollout import Asked, Sampling, generate
 from mlx_ppo.stages.scoring import policy_logprobs
 
 Prompts = list[tuple[int, ...]]
@@ -35,7 +35,9 @@ def run(trunk: Trunk, prompts: Prompts, **changes: Any) -> Rollout:
         "records": [{"id": row} for row in range(len(prompts))],
         **changes,
     }
-    return generate(trunk, options.pop("weights"), prompts, **options)
+    weights, asked = options.pop("weights"), Asked(prompts, options.pop("positions"), options.pop("records"))
+    on_tokens = options.pop("on_tokens", lambda _: None)
+    return generate(trunk, weights, asked, Sampling(**options), on_tokens)
 
 
 def row_logits(trunk: Trunk, tokens: tuple[int, ...]) -> np.ndarray:

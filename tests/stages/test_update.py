@@ -71,12 +71,16 @@ def test_gradients_are_those_of_the_formula_whatever_the_micro_batch(
             sequences = world.rollout.sequences([row])
             with world.roles.trunk.using(world.policy.weights.holding(arrays)):
                 states = world.roles.trunk.response_states(sequences, learning=True)
-                now, entropy = token_statistics(world.roles.trunk, states, sequences, temperature=world.temperature)
+                now, entropy = token_statistics(
+                    world.roles.trunk, states, sequences, temperature=world.rollout.temperature
+                )
             each = -world.batch.advantages[row, :length] * now[0, :length] - 0.3 * entropy[0, :length]
             total = total + each.sum() / (length if aggregate == "sequence-mean" else 1)
         return (
             total
-            / {"token-mean": sum(lengths), "sequence-mean": count, "constant": count * world.max_tokens}[aggregate]
+            / {"token-mean": sum(lengths), "sequence-mean": count, "constant": count * world.rollout.max_tokens}[
+                aggregate
+            ]
         )
 
     gradients = mx.grad(loss)(dict(world.policy.weights.arrays))
