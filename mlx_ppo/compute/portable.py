@@ -24,6 +24,7 @@ from mlx_ppo.compute.sequences import Sequences
 from mlx_ppo.compute.shared_prompts import LayerCache, Reading
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_BLOCK = 256  # entries of the vocabulary that are summed up by themselves, or float32 would not suffice
 _SMALL = 500_000_000  # parameters of a model whose log-probabilities bfloat16 would round too coarsely for PPO's ratios
 
 _in_rows: ContextVar[bool] = ContextVar("in_rows", default=False)
@@ -193,13 +194,25 @@ def sampled(logits: mx.array, draws: mx.array, temperature: float) -> tuple[mx.a
     """
     scaled = logits.astype(mx.float32) / (temperature if temperature > 0 else 1.0)
     scaled = scaled - scaled.max(axis=-1, keepdims=True)
-    top = scaled.argmax(axis=-1)
+    masses = mx.pad(mx.exp(scaled), ((0, 0), (0, -scaled.shape[-1] % _BLOCK))).reshape(len(scaled), -1, _BLOCK)
+    by_block = masses.sum(axis=-1)
+    up_to = mx.cumsum(by_block, axis=-1)
+    total = up_to[:, -1:]
+    picked = scaled.argmax(axis=-1)
     if temperature > 0:
-        cumulative = mx.cumsum(mx.exp(scaled), axis=-1)
-        beyond = cumulative > draws[:, None] * cumulative[:, -1:]
-        top = mx.where(beyond.any(axis=-1), beyond.argmax(axis=-1), top)
-    logprobs = mx.take_along_axis(scaled, top[:, None], axis=-1)[:, 0] - mx.logsumexp(scaled, axis=-1)
-    return top.astype(mx.int32), logprobs
+        wanted = draws[:, None] * total
+        block = _first_beyond(up_to, wanted)[:, None]
+        left = wanted - mx.take_along_axis(up_to - by_block, block, axis=-1)
+        inside = mx.cumsum(mx.take_along_axis(masses, block[..., None], axis=1)[:, 0], axis=-1)
+        picked = block[:, 0] * _BLOCK + _first_beyond(inside, left)
+    logprobs = mx.take_along_axis(scaled, picked[:, None], axis=-1)[:, 0] - mx.log(total[:, 0])
+    return picked.astype(mx.int32), logprobs
+
+
+def _first_beyond(sums: mx.array, wanted: mx.array) -> mx.array:
+    """Of rising sums [B, N], the first one above what is wanted [B, 1]; where rounding leaves none, the first largest."""
+    beyond = sums > wanted
+    return mx.where(beyond.any(axis=-1), beyond.argmax(axis=-1), sums.argmax(axis=-1))
 
 
 def _factors(step: Step) -> tuple[float, ...]:
