@@ -1,5 +1,7 @@
 """The public interface for programs, beside the commands that do the same."""
 
+import json
+
 import mlx.core as mx
 import pytest
 
@@ -18,6 +20,8 @@ def test_training_from_python_gives_the_bytes_of_the_command(project, monkeypatc
     assert folder == project.run("b")
     assert project.checkpoints("b") == project.checkpoints("a")
     assert project.metrics("b") == project.metrics("a") and project.samples("b") == project.samples("a")
+    records = [json.loads((project.run(name) / "run.json").read_text()) for name in "ab"]
+    assert records[0].keys() == records[1].keys() and records[0]["device"] == records[1]["device"]
     shown = capsys.readouterr()
     assert shown.out == "" and "decoded" in shown.err  # the plan
     assert "everything is as recorded" in project.done("verify", "runs/b")
