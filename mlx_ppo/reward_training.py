@@ -61,8 +61,8 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
     """
     seed, section = config.run.seed, config.reward_training
     trunk = load_trainable(config.model, seed)
-    if trunk.remark:
-        reporter.message(trunk.remark)
+    for remark in trunk.remarks:
+        reporter.message(remark)
     body = initial_weights(trunk, config.model, config.lora, key="reward", seed=seed)
     weights = body.holding({**body.arrays, **new_head(trunk.width)})
     train, validation, test = load_data(config, trunk.tokenizer, reporter)

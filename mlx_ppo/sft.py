@@ -39,8 +39,8 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
     """
     seed = config.run.seed
     trunk = load_trainable(config.model, seed)
-    if trunk.remark:
-        reporter.message(trunk.remark)
+    for remark in trunk.remarks:
+        reporter.message(remark)
     weights = initial_weights(trunk, config.model, config.lora, key="policy", seed=seed)
     train, validation = load_data(config, trunk.tokenizer, reporter)
     lengths = [len(example.tokens) for example in train.examples]

@@ -80,8 +80,8 @@ def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interru
         with phase("load"):
             roles, policy, critic = load_roles(config)
         try:
-            if roles.trunk.remark:
-                reporter.message(roles.trunk.remark)
+            for remark in roles.trunk.remarks:
+                reporter.message(remark)
             stream = PromptStream(data.prompts, config.run.seed)
             state = initial_state(config, policy, critic)
             del policy, critic  # the first weights would stay in memory beside the trained ones

@@ -37,7 +37,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     made: dict[str, Path] = {}
 
     def make(kind: str = "llama", *, seed: int = 0, deviation: float = 0.25, **changes: Any) -> Path:
-        config = {"model_type": kind, **COMMON, **KINDS[kind], **changes}
+        config = {"model_type": kind, **COMMON, **KINDS.get(kind, {}), **changes}
         key = json.dumps([config, seed, deviation])
         if key not in made:
             folder = tmp_path_factory.mktemp(kind)

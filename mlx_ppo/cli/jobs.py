@@ -99,7 +99,7 @@ def dry(config: Job) -> None:
 
             roles, _, _ = load_roles(config)
             roles.close()
-            _remark(roles.trunk.remark)
+            _remark(roles.trunk.remarks)
             data, held_out = load_data(config, roles.trunk.tokenizer, display)
             _statistics("training prompts", [len(prompt.tokens) for prompt in data.prompts])
             _statistics("evaluation prompts", [len(prompt.tokens) for prompt in held_out])
@@ -113,7 +113,7 @@ def dry(config: Job) -> None:
             from mlx_ppo.supervised import load_trainable
 
             trunk = load_trainable(config.model, config.run.seed)
-            _remark(trunk.remark)
+            _remark(trunk.remarks)
             train, validation = sft.load_data(config, trunk.tokenizer, display)
             _statistics("training examples", [len(example.tokens) for example in train.examples])
             if validation is not None:
@@ -123,7 +123,7 @@ def dry(config: Job) -> None:
             from mlx_ppo.supervised import load_trainable
 
             trunk = load_trainable(config.model, config.run.seed)
-            _remark(trunk.remark)
+            _remark(trunk.remarks)
             sets = reward_training.load_data(config, trunk.tokenizer, display)
             for name, feedback in zip(("training", "validation", "test"), sets, strict=True):
                 if feedback is not None:
@@ -131,9 +131,9 @@ def dry(config: Job) -> None:
     click.echo("dry run: everything is in order; nothing was trained")
 
 
-def _remark(text: str) -> None:
-    if text:
-        click.echo(text)
+def _remark(lines: list[str]) -> None:
+    for line in lines:
+        click.echo(line)
 
 
 def _statistics(name: str, lengths: Sequence[int]) -> None:

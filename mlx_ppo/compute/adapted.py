@@ -53,23 +53,38 @@ def plain(layer: nn.Module) -> None:
     object.__setattr__(layer, "noise", None)
 
 
-def make_adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Replace every linear layer inside the model's blocks by its adaptable form.
+def make_adaptable(model: nn.Module) -> tuple[dict[str, nn.Module], str]:
+    """Replace the linear layers inside the model's blocks by their adaptable form.
+
+    Experts of mixtures are no linear layers; their routers stay as they are, so that they go on choosing for the
+    experts that they were trained with.
 
     Returns:
-        The adaptable layers by their dotted names.
+        The adaptable layers by their dotted names, and what a person should know of those left out.
     """
     modules: list[tuple[str, nn.Module]] = model.named_modules()
     prefix = next(name for name, module in modules if module is model.layers[0]).removesuffix("0")
+    mixtures = tuple(f"{name}." for name, module in modules if any(map(_is_experts, module.children().values())))
     adapted: dict[str, nn.Module] = {}
     for name, module in modules:
         kind = type(module)
         linear = kind is nn.Linear or (isinstance(module, nn.QuantizedLinear) and not isinstance(module, Adapted))
-        if linear and name.startswith(prefix):
+        if linear and name.startswith(prefix) and not (name.startswith(mixtures) and not _is_shared(name)):
             module.__class__ = _adapted(kind)
             plain(module)
             adapted[name] = module
-    return adapted
+    parts = sorted({layer_of(name)[1].rpartition(".")[2] for name in adapted})
+    said = f"a mixture of experts: adapters lie on {', '.join(parts)}, not on experts and their router"
+    return adapted, said if mixtures else ""
+
+
+def _is_experts(part: Any) -> bool:
+    return isinstance(part, nn.Module) and type(part).__module__ == "mlx_lm.models.switch_layers"
+
+
+def _is_shared(name: str) -> bool:
+    """Whether this is part of an expert that is always asked."""
+    return "shared" in name and not name.endswith("gate")
 
 
 def make_noisy(inner: nn.Module, adapted: Mapping[str, nn.Module]) -> list[nn.Module]:

@@ -32,7 +32,11 @@ def chosen_engine() -> Engine:
         raise ConfigError(f"{SWITCH}: no engine is called {wanted!r}; choose cpu or portable, or leave it out")
     on_cpu = kind() == "CPU"
     if wanted == PortableEngine.name or not (wanted or on_cpu):
-        return PortableEngine(f"{SWITCH} says so" if wanted else f"mlx computes by {kind()}", fused=not on_cpu)
+        return PortableEngine(
+            f"{SWITCH} says so" if wanted else f"mlx computes by {kind()}",
+            remark=f"computed by the portable engine, which is slow on a CPU: {SWITCH} says so" if on_cpu else "",
+            fused=not on_cpu,
+        )
     if not on_cpu:
         raise ConfigError(f"{SWITCH}: the engine cpu computes on a CPU, and mlx's device here is a GPU")
     return CpuEngine(f"{SWITCH} says so" if wanted else "mlx computes on a CPU")

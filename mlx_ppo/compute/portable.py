@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_ppo.compute.checkpointing import checkpointed, twice_in_mlx
+from mlx_ppo.compute.device import multiplies_coarsely
 from mlx_ppo.compute.engine import Arrays, Body, Capabilities, Numbers, Reader, Step
 from mlx_ppo.compute.kv_cache import share_offsets
 from mlx_ppo.compute.needs import is_traced
@@ -36,14 +37,15 @@ class PortableEngine:
     name = "portable"
     head = OutputHead()
 
-    def __init__(self, why: str = "", *, fused: bool = False) -> None:
+    def __init__(self, why: str = "", *, remark: str = "", fused: bool = False) -> None:
         """Choose it.
 
         Args:
-            why: for people.
+            why: for people, this engine and not another.
+            remark: a line to be said with every model.
             fused: plan for a device on which attention outside of gradients is one kernel, whatever device this is.
         """
-        self.why = why
+        self.why, self._remark = why, remark
         self._fused = fused
 
     def prepare(self, model: nn.Module) -> None:
@@ -51,8 +53,7 @@ class PortableEngine:
 
     def dtype(self, wanted: str, stored: mx.Dtype, parameters: int) -> mx.Dtype:
         """What is wanted; "auto" is float32 for small models, else bfloat16, which has float32's range."""
-        small = mx.float32 if parameters < _SMALL else mx.bfloat16
-        return DTYPES.get(wanted, small if stored != mx.float32 else mx.float32)
+        return DTYPES.get(wanted, mx.float32 if parameters < _SMALL else mx.bfloat16)
 
     def unpacks(self, wanted: str) -> bool:
         """No: a GPU has quantised products."""
@@ -69,6 +70,7 @@ class PortableEngine:
         batches = reads_batches(body)
         found = Capabilities(batches, batches and joins(body), shares_prompts(body, lambda rows: read_rows(body, rows)))
         remarks = (
+            self._remark,
             "" if found.batches else "rollouts decode one row at a time: rows of different length get other states",
             "" if found.joins or not found.batches else "places of responses that end stay empty until all have ended",
             "" if found.shares else "prompts that several responses have are read once for each of them",
@@ -87,16 +89,12 @@ class PortableEngine:
         mlx attends by one kernel outside of gradients and by single operations within (Metal, up to 0.32.2 at least),
         whose half-precision results differ by far more than PPO's ratios bear. So scoring is traced like a gradient.
         """
-        before = _in_rows.set(True)
-        try:
+        with _rows(body.model):
             if learning:
                 return read_rows(body, sequences)
-            loss = mx.zeros(())
             traced = mx.value_and_grad(lambda unused: (unused, read_rows(body, sequences)))
-            found: mx.array = traced(loss)[0][1]
+            found: mx.array = traced(mx.zeros(()))[0][1]
             return found
-        finally:
-            _in_rows.reset(before)
 
     def shares_learning(self, body: Body, *, saving: bool) -> bool:
         """Not with a checkpointed block: gradients by the prompts' keys and values would not reach it."""
@@ -104,7 +102,7 @@ class PortableEngine:
 
     def checkpointed(self, body: Body, block: nn.Module) -> Callable[..., mx.array]:
         """By `mx.checkpoint`."""
-        return checkpointed(block, trained=bool(body.replaced), twice=twice_in_mlx, computing=self.computing)
+        return checkpointed(block, trained=bool(body.replaced), twice=twice_in_mlx, computing=lambda: _rows(block))
 
     def statistics(
         self, body: Body, states: mx.array, tokens: mx.array, *, temperature: float, learning: bool
@@ -134,8 +132,8 @@ class PortableEngine:
         return found
 
     def exact(self, body: Body) -> bool:
-        """Whether nothing is in half precision or quantised."""
-        return all(array.dtype == mx.float32 for array in body.base.values())
+        """Whether nothing is in half precision or quantised, and no product in TF32."""
+        return not multiplies_coarsely() and all(array.dtype == mx.float32 for array in body.base.values())
 
     def step_needs(self, own: int, others: int, largest: int, *, transposed: bool) -> dict[str, int]:
         """New weights and moments beside the old ones."""
@@ -194,7 +192,7 @@ def sampled(logits: mx.array, draws: mx.array, temperature: float) -> tuple[mx.a
     """
     scaled = logits.astype(mx.float32) / (temperature if temperature > 0 else 1.0)
     scaled = scaled - scaled.max(axis=-1, keepdims=True)
-    masses = mx.pad(mx.exp(scaled), ((0, 0), (0, -scaled.shape[-1] % _BLOCK))).reshape(len(scaled), -1, _BLOCK)
+    masses = mx.pad(mx.exp(scaled), [(0, 0), (0, -scaled.shape[-1] % _BLOCK)]).reshape(len(scaled), -1, _BLOCK)
     by_block = masses.sum(axis=-1)
     up_to = mx.cumsum(by_block, axis=-1)
     total = up_to[:, -1:]
@@ -210,7 +208,7 @@ def sampled(logits: mx.array, draws: mx.array, temperature: float) -> tuple[mx.a
 
 
 def _first_beyond(sums: mx.array, wanted: mx.array) -> mx.array:
-    """Of rising sums [B, N], the first one above what is wanted [B, 1]; where rounding leaves none, the first largest."""
+    """Of rising sums [B, N], the first above what is wanted [B, 1]; where rounding leaves none, the first largest."""
     beyond = sums > wanted
     return mx.where(beyond.any(axis=-1), beyond.argmax(axis=-1), sums.argmax(axis=-1))
 
@@ -237,6 +235,18 @@ def _adamw() -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
 
     compiled: Callable[..., tuple[mx.array, mx.array, mx.array]] = mx.compile(step, shapeless=True)
     return compiled
+
+
+@contextmanager
+def _rows(part: nn.Module) -> Iterator[None]:
+    """Around passes over whole rows: the operations that have a gradient, where mlx-lm has others for decoding."""
+    before, mode = _in_rows.set(True), part.training
+    part.train()
+    try:
+        yield
+    finally:
+        part.train(mode)
+        _in_rows.reset(before)
 
 
 @contextmanager

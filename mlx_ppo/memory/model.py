@@ -24,7 +24,7 @@ from mlx_ppo.models.heads import (
     new_head,
     read_reward_facts,
 )
-from mlx_ppo.models.load import compute_dtype, computing_with, empty_model
+from mlx_ppo.models.load import compute_dtype, computing_with, empty_model, is_quantised, unquantised
 from mlx_ppo.models.parts import placeholder
 from mlx_ppo.models.roles import Loading, Roles, load_roles
 from mlx_ppo.models.trunk import Trunk
@@ -67,7 +67,7 @@ def weightless_trunk(config: dict[str, Any], name: str, *, dtype: str, compact: 
     engine = chosen_engine()
     model = empty_model(config, name)
     if is_quantised(config) and engine.unpacks(dtype) and not compact:
-        model = empty_model(_unquantised(config), name)
+        model = empty_model(unquantised(config), name)
     elif is_quantised(config):
         model, _ = engine.unpacked(model, dtype, compact=True)
     stored = DTYPES.get(str(config.get("torch_dtype") or config.get("dtype")), mx.float32)
@@ -79,10 +79,6 @@ def weightless_trunk(config: dict[str, Any], name: str, *, dtype: str, compact: 
         trunk = Trunk(weightless(model), tokenizer, name, engine, checked=False)
         trace(trunk.hidden, mx.zeros((1, 2), mx.int32))
     return trunk
-
-
-def _unquantised(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
 
 
 def weightless_roles(
@@ -142,11 +138,6 @@ def config_of(path: Path) -> dict[str, Any]:
         ModelError: what is wrong with the folder.
     """
     return check_model_folder(path).config
-
-
-def is_quantised(config: dict[str, Any]) -> bool:
-    """Whether a config.json says that the weights are quantised."""
-    return "quantization" in config or "quantization_config" in config
 
 
 def loading(trunk: Trunk) -> int:

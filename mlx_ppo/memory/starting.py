@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.budget import default_budget
 from mlx_ppo.memory.choices import PLAN, Change, Record, as_document, one_smaller, read_record, shapes_of
-from mlx_ppo.memory.model import config_of, is_quantised, weightless_roles
+from mlx_ppo.memory.model import config_of, weightless_roles
 from mlx_ppo.memory.phases import Accountant
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, needed, plan_of, require_fit
+from mlx_ppo.models.load import is_quantised
 from mlx_ppo.runs.folder import open_config, replace_file
 
 

@@ -49,18 +49,21 @@ def load_trunk(
     """
     folder, engine = check_model_folder(path, weights=random_seed is None), chosen_engine()
     form = _Form(dtype, classifier=classifier, compact=compact and random_seed is None)
-    model, config, remark = _read(folder, engine, form, strict=random_seed is None)
+    if random_seed is not None and is_quantised(folder.config):  # its stored forms say nothing of random weights
+        model, config, remarks = empty_model(unquantised(folder.config), str(path)), folder.config, list[str]()
+    else:
+        model, config, remarks = _read(folder, engine, form, strict=random_seed is None)
     if random_seed is not None:
         _randomise(model, random_seed)
         if embeddings is not None:
             _take_embeddings(model, embeddings)
-    _settle(model, engine, form, path)
+    remarks += _settle(model, engine, form, folder)
     engine.prepare(model)
     tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
     _check_vocabulary(folder, model, tokenizer.vocab_size, tokenizer.eos_id)
     with computing_with(str(path)):
         trunk = Trunk(model, tokenizer, str(path), engine)
-    trunk.remark = remark
+    trunk.remarks[:0] = remarks
     if random_seed is None:
         trunk.reload = _reload(folder, engine, form)
     return trunk
@@ -89,7 +92,9 @@ def computing_with(name: str) -> Iterator[None]:
         raise ModelError(f"{name}: mlx-lm cannot compute with this model ({_said(error)})") from None
 
 
-def _read(folder: ModelFolder, engine: Engine, form: _Form, *, strict: bool) -> tuple[nn.Module, dict[str, Any], str]:
+def _read(
+    folder: ModelFolder, engine: Engine, form: _Form, *, strict: bool
+) -> tuple[nn.Module, dict[str, Any], list[str]]:
     """A model whose weights are read when they are needed, its config, and what a person should know of how.
 
     Raises:
@@ -109,7 +114,7 @@ def _read(folder: ModelFolder, engine: Engine, form: _Form, *, strict: bool) -> 
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]!r} is missing")
     model, remark = engine.unpacked(model, form.dtype, compact=form.compact)
-    return model, config, f"{path.name}: {remark}" if remark else ""
+    return model, config, [f"{path.name}: {remark}"] if remark else []
 
 
 def _reload(folder: ModelFolder, engine: Engine, form: _Form) -> Callable[[], dict[str, mx.array]]:
@@ -120,7 +125,7 @@ def _reload(folder: ModelFolder, engine: Engine, form: _Form) -> Callable[[], di
         if _stamps(folder) != seen:
             raise ModelError(f"{folder.path}: its weights changed on disk while a run was reading them in turns")
         model, _, _ = _read(folder, engine, form, strict=True)
-        _settle(model, engine, form, folder.path)
+        _settle(model, engine, form, folder)
         return parameters_of(model)
 
     return read
@@ -208,10 +213,20 @@ def _take_embeddings(model: nn.Module, source: Path) -> None:
     raise ModelError(f"{source}: has no token embeddings {name} of shape {own.shape}")
 
 
-def _settle(model: nn.Module, engine: Engine, form: _Form, path: Path) -> None:
-    """Read and cast tensor by tensor, so that the peak is one tensor above the model; refuse NaN and infinity."""
-    arrays = parameters_of(model)
-    dtype = compute_dtype(engine, form.dtype, arrays, model)
+def _settle(model: nn.Module, engine: Engine, form: _Form, folder: ModelFolder) -> list[str]:
+    """Read and cast tensor by tensor, so that the peak is one tensor above the model.
+
+    Returns:
+        What a person should know of the type.
+    Raises:
+        ModelError: NaN and infinity, or a type whose range this model leaves.
+    """
+    path, arrays = folder.path, parameters_of(model)
+    dtype, stored = compute_dtype(engine, form.dtype, arrays, model), _stored(arrays)
+    if dtype == mx.float16 and str(folder.config.get("model_type", "")).startswith("gemma"):
+        raise ModelError(
+            f"{path}: a Gemma's states leave float16's range; choose model.dtype = 'bfloat16' or 'float32'"
+        )
     for name in list(arrays):
         array = arrays.pop(name)  # whatever else held it would keep it in memory, once read, beside what it is cast to
         if mx.issubdtype(array.dtype, mx.floating):
@@ -220,11 +235,29 @@ def _settle(model: nn.Module, engine: Engine, form: _Form, path: Path) -> None:
                 raise ModelError(f"{path}: {name} contains NaN or infinity; the weights are damaged")
             model.update(tree_unflatten([(name, settled)]))
     mx.eval(parameters_of(model))
+    if form.dtype != "auto" or dtype in (stored, mx.float32):
+        return []
+    names = (str(kind).removeprefix("mlx.core.") for kind in (dtype, stored))
+    return ["{}: computed in {}, stored in {}; model.dtype chooses another".format(path.name, *names)]
+
+
+def _stored(arrays: Mapping[str, mx.array]) -> mx.Dtype:
+    return next(array.dtype for array in arrays.values() if mx.issubdtype(array.dtype, mx.floating))
+
+
+def is_quantised(config: dict[str, Any]) -> bool:
+    """Whether a config.json says that the weights are quantised."""
+    return "quantization" in config or "quantization_config" in config
+
+
+def unquantised(config: dict[str, Any]) -> dict[str, Any]:
+    """The same architecture with plain matrices."""
+    return {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
 
 
 def compute_dtype(engine: Engine, wanted: str, arrays: Mapping[str, mx.array], model: nn.Module) -> mx.Dtype:
     """The type that an engine computes a model in, for a setting of `model.dtype`."""
-    stored = next(array.dtype for array in arrays.values() if mx.issubdtype(array.dtype, mx.floating))
+    stored = _stored(arrays)
     packed = [module for module in model.modules() if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)]
     beyond = sum(module.weight.size * (32 // module.bits - 1) for module in packed)  # numbers that an element holds
     return engine.dtype(wanted, stored, sum(array.size for array in arrays.values()) + beyond)

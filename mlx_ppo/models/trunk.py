@@ -48,7 +48,6 @@ class Trunk:
         self.tokenizer = tokenizer
         self.name = name
         self.engine = engine
-        self.remark = ""  # what a person should know of how it was loaded
         self.reload: Callable[[], Mapping[str, mx.array]] | None = None  # reads the frozen weights again
         self.present = True  # the frozen weights are in memory
         self._owner, self._inner_name = _find_inner(model, name)
@@ -56,7 +55,7 @@ class Trunk:
         inner = self._owner[self._inner_name]
         lists = [part for part in inner.values() if isinstance(part, list) and part and part[0] is first]
         self._layers: list[Any] = lists[0] if lists else []
-        self.adapted = make_adaptable(model)
+        self.adapted, left_out = make_adaptable(model)
         self.base = parameters_of(model)
         self._noisy = make_noisy(self.inner, self.adapted)
         self._in_use = False
@@ -69,6 +68,7 @@ class Trunk:
         if checked:
             self._check_split()
         self.capabilities: Capabilities = engine.capabilities(self, checked=checked)
+        self.remarks = [*filter(None, [left_out]), *self.capabilities.remarks]  # what a person should know, a line each
         self.width = self._find_width()  # the size D of a hidden state
 
     def shares_learning(self, *, saving: bool) -> bool:
