@@ -60,4 +60,4 @@ def parsed(line: str) -> Context:
         UsageError: it doesn't.
     """
     name, arguments = split(line)
-    return commands()[name].make_context(name, arguments)
+    return commands()[name].make_context(name, arguments, parent=main.make_context("mlx-ppo", [name]))
