@@ -1,5 +1,7 @@
 """The documents say what the code does."""
 
+import ast
+import importlib
 import os
 import re
 import subprocess
@@ -66,6 +68,19 @@ def test_configurations_and_keys_of_printed_commands_are_right(line: str, reques
     if REFUSED in line:
         request.applymarker(pytest.mark.xfail(strict=True, reason="critic.warmup_iterations without a critic"))
     read_config(JOBS[line.split()[0]], path, given["overrides"])
+
+
+SCRIPTS = sorted([*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("models/**/*.py")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: str(script.relative_to(ROOT)))
+def test_what_scripts_import_of_the_package_exists(script: Path) -> None:
+    """They take minutes and other programs, so they aren't run here."""
+    for node in ast.walk(ast.parse(script.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "mlx_ppo":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
 
 
 def test_the_readme_is_short_and_has_the_command_that_ci_runs() -> None:
