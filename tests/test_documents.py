@@ -19,6 +19,7 @@ from mlx_ppo.runtime.offline import OFFLINE_ENVIRONMENT
 sys.path.insert(0, str(Path(__file__).parent))
 from config_table import TABLES, written
 from printed_commands import DOCUMENTS, REFUSED, ROOT, commands, parsed, printed
+from test_imports import LAYERS
 
 README = (ROOT / "README.md").read_text("utf-8")
 NAMED = re.compile(r"(?<![\w/<-])((?:configs|models|tests|benchmarks|docs|mlx_ppo)/[\w./-]*\w)")
@@ -68,6 +69,11 @@ def test_configurations_and_keys_of_printed_commands_are_right(line: str, reques
     if REFUSED in line:
         request.applymarker(pytest.mark.xfail(strict=True, reason="critic.warmup_iterations without a critic"))
     read_config(JOBS[line.split()[0]], path, given["overrides"])
+
+
+def test_the_architecture_has_every_layer_in_its_order() -> None:
+    table = (ROOT / "ARCHITECTURE.md").read_text("utf-8").split("| layer |")[1].split("\n\n")[0]
+    assert re.findall(r"`mlx_ppo/(\w+)(?:\.py|/)`", table) == list(LAYERS)
 
 
 SCRIPTS = sorted([*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("models/**/*.py")])
