@@ -19,7 +19,7 @@ MODULES = {
 LAYERS = (
     "errors", "files", "bundle", "config", "data", "algo", "runtime", "compute", "tokenizers", "rewards", "models",
     "runs", "stages", "memory", "importing", "exporting", "bench", "evaluate", "supervised", "sft", "reward_training",
-    "train", "cli",
+    "train", "api", "cli",
 )  # fmt: skip
 # Beside the standard library, and with the longest match: what else.
 OUTSIDE = {
@@ -56,6 +56,7 @@ INSIDE: dict[str, set[str]] = {
     "compute.cpu.blas": set(),
 }  # fmt: skip
 BEFORE_MLX = {"mlx_ppo.compute.cpu.blas", "mlx_ppo.runtime.offline", "mlx_ppo.runtime.private_tmp"}
+PUBLIC = "mlx_ppo.api"  # imported when one of its names is first used
 STAGES = {f"mlx_ppo.stages.{name}" for name in ("rollout", "scoring", "advantages", "update")}
 HEAVY = {"mlx", "mlx_lm", "numpy", "pydantic", "rich", "safetensors", "sentencepiece", "tomli", "transformers"}
 HEAVY |= {f"mlx_ppo.{name}" for name in ("config.sections", "config.file", "runs.folder", "stages", "train", "sft")}
@@ -103,12 +104,12 @@ def forbidden(module, source):
 
 def may_import(module, name):
     if name == "mlx_ppo":
-        return module.split(".")[1] in ("cli", "runs", "bench")  # its version
+        return module.split(".")[1] in ("cli", "runs", "bench", "api")  # its version, its BLAS
     inside = longest(module, INSIDE)
     if inside is not None:
         return within(name, {f"mlx_ppo.{item}" for item in inside})
     if module == "mlx_ppo":
-        return name in BEFORE_MLX
+        return name in BEFORE_MLX or name == PUBLIC
     same_stage = module.startswith("mlx_ppo.stages.") and name in STAGES and module in STAGES
     return layer(name) is not None and layer(name) <= layer(module) and not (same_stage and name != module)
 

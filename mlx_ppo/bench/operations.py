@@ -63,7 +63,7 @@ def flops_of(accountant: Accountant, choices: Choices) -> dict[str, int]:
     """
     config, shapes = accountant.config, accountant.shapes
     one = _Counter(accountant)
-    with _read_by_mlx(accountant.roles):  # the same products, where a trace sees them
+    with read_by_mlx(accountant.roles):  # the same products, where a trace sees them
         one.phases(Choices(1, 1, 1, checkpointing=False, positions=_ALL, kv_cache=choices.kv_cache))
     responses = config.rollout.prompts * config.rollout.samples_per_prompt
     found = {}
@@ -98,7 +98,7 @@ def _bytes_read(graph: Graph) -> int:
 
 
 @contextmanager
-def _read_by_mlx(roles: Roles) -> Iterator[None]:
+def read_by_mlx(roles: Roles) -> Iterator[None]:
     """No kernels of this project for the length of a `with` block."""
     models = [source.scorer.trunk for source in roles.sources if isinstance(source.scorer, RewardModel)]
     critics = [roles.critic.trunk] if roles.critic is not None else []
