@@ -19,6 +19,7 @@ from mlx_ppo.runs.targets import Target as Policy
 from mlx_ppo.runs.targets import load_target
 from mlx_ppo.runtime.allocator import keeping_buffers
 from mlx_ppo.runtime.signals import Interrupts
+from mlx_ppo.stages.rollout import Asked, Sampling
 from mlx_ppo.stages.rollout import generate as _generate
 from mlx_ppo.tokenizers.load import completion_text
 from mlx_ppo.train import Reporter, train
@@ -111,18 +112,13 @@ def generate(
         max_tokens = rollout.max_tokens if rollout is not None else _TOKENS
     tokenizer = policy.trunk.tokenizer
     records = [_record(number, prompt) for number, prompt in enumerate(prompts, start=1)]
-    found = _generate(
-        policy.trunk,
-        policy.weights,
+    asked = Asked(
         [tuple(prompt_tokens(prompt_field(record, "prompt"), tokenizer, record.where)) for record in records],
-        samples_per_prompt=samples,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        batch_size=_ROWS,
-        seed_parts=(seed, "sample"),
         positions=range(len(records)),
         records=[record.fields for record in records],
     )
+    how = Sampling((seed, "sample"), max_tokens, temperature, samples, batch_size=_ROWS)
+    found = _generate(policy.trunk, policy.weights, asked, how)
     rows = zip(found.prompts, found.responses, strict=True)
     texts = [completion_text(tokenizer, prompt, response) for prompt, response in rows]
     return [texts[first : first + samples] for first in range(0, len(texts), samples)]

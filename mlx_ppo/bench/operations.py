@@ -59,7 +59,7 @@ def flops_of(accountant: Accountant, choices: Choices) -> dict[str, int]:
     """Operations of an iteration's products by phase, for prompts and responses of the accountant's lengths.
 
     Decoding is counted without a response's first token, which reading the prompt predicts. Keys are the phases of
-    `memory.meter`, but "rollout prefill" and "rollout decode"; phases without products are left out.
+    `runtime.phases`, but "rollout prefill" and "rollout decode"; phases without products are left out.
     """
     config, shapes = accountant.config, accountant.shapes
     one = _Counter(accountant)

@@ -64,7 +64,8 @@ class ModelSection(Section):
     train: Literal["lora", "full"] = Field("lora", description="train LoRA adapters or all weights")
     adapter: InputPath | None = Field(None, description="mlx-lm adapter folder to start from")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="compute type; auto: float32 on a CPU, the stored type on a GPU"
+        "auto",
+        description="compute type; auto: float32 on a CPU, and on a GPU below half a billion parameters, else bfloat16",
     )
 
 

@@ -1,4 +1,4 @@
-"""One block's forward over N positions, and its gradient, on a CPU by numpy and BLAS; see `networks.passes`."""
+"""One block's forward over N positions, and its gradient, on a CPU by numpy and BLAS; see `compute.cpu.passes`."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
