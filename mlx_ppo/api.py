@@ -14,7 +14,7 @@ from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.heads import load_reward_model as _load_reward_model
 from mlx_ppo.reward_training import raw_outputs
 from mlx_ppo.runs.folder import Run, create_run
-from mlx_ppo.runs.provenance import device
+from mlx_ppo.runs.provenance import device, engine
 from mlx_ppo.runs.targets import Target as Policy
 from mlx_ppo.runs.targets import load_target
 from mlx_ppo.runtime.allocator import keeping_buffers
@@ -66,7 +66,7 @@ def train_policy(config: str | Path, overrides: Sequence[str] = (), *, reporter:
     if mlx_ppo.BLAS.problem:
         told.message(f"warning: {mlx_ppo.BLAS.problem}")
     with Run(folder) as run, keeping_buffers():
-        run.note(device=device())
+        run.note(device=device(), engine=engine())
         train(settings, run, told, Interrupts())
     return folder
 

@@ -114,7 +114,7 @@ def differences(before: Document, now: Document) -> list[str]:
 
 def _facts(result: Document) -> Iterator[tuple[str, object]]:
     yield from result["versions"].items()
-    yield from ((name, result[name]) for name in _FACTS)
+    yield from ((name, result.get(name)) for name in (*_FACTS, "engine"))
     yield from result["shapes"].items()
 
 

@@ -44,7 +44,7 @@ from mlx_ppo.models.adapters import new_adapters
 from mlx_ppo.models.heads import HEAD_FILE, RewardFacts, new_head
 from mlx_ppo.models.write import write_adapters
 from mlx_ppo.runs.folder import replace_file
-from mlx_ppo.runs.provenance import device, software
+from mlx_ppo.runs.provenance import device, engine, software
 
 _SIDE = 2048  # of the matrices whose product is the peak
 _PROMPT = 32  # tokens of a prompt where no configuration says it
@@ -155,6 +155,7 @@ def measure(config: TrainConfig, prompt: int, iterations: int) -> Document:
         "format": FORMAT,
         **software(),
         "device": device(),
+        "engine": engine(),
         "processors": processors(),
         "ceilings": ceilings._asdict(),
         "shapes": _shapes(config, accountant, plan),

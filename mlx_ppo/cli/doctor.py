@@ -25,6 +25,7 @@ from mlx_ppo.compute.machine import SIDE, gigaflops, processors
 from mlx_ppo.errors import RunError
 from mlx_ppo.memory.budget import cgroup_room, default_budget
 from mlx_ppo.runs.folder import METRICS
+from mlx_ppo.runs.provenance import engine
 from mlx_ppo.runtime import offline
 from mlx_ppo.runtime.surroundings import NOWHERE, Surroundings
 
@@ -71,6 +72,7 @@ def _findings() -> Iterator[Finding]:
     yield Finding("mlx-ppo", f"{mlx_ppo.__version__}, Python {platform.python_version()}, {versions}")
     yield Finding("system", f"{platform.system()} {platform.release()}, {platform.machine()}")
     yield Finding("device", f"{device.kind()}, {device.name()}")
+    yield Finding("engine", engine())
     yield _memory()
     yield _threads()
     yield _products()

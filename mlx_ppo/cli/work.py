@@ -22,7 +22,7 @@ from mlx_ppo.config.sections import Job, TrainConfig
 from mlx_ppo.config.supervised import RewardConfig, SFTConfig
 from mlx_ppo.errors import RunError, UserError
 from mlx_ppo.runs.folder import METRICS, Run, open_config
-from mlx_ppo.runs.provenance import device
+from mlx_ppo.runs.provenance import device, engine
 from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
 from mlx_ppo.runtime.signals import STOPPING, Interrupted, Interrupts, catching_interrupts
 
@@ -90,10 +90,10 @@ def work(order: Order, reporter: JobReporter, interrupts: Interrupts) -> list[st
             _make_smaller(folder, reporter)
         else:
             reporter.message(f"run folder: {short(folder)}")
-        if mlx_ppo.BLAS.problem:
+        if mlx_ppo.BLAS.problem and device().startswith("CPU"):
             reporter.message(f"warning: {mlx_ppo.BLAS.problem}")
         if "device" not in run.record():
-            run.note(device=device())
+            run.note(device=device(), engine=engine())
         from mlx_ppo.runtime.allocator import keeping_buffers
 
         with keeping_buffers():

@@ -58,11 +58,19 @@ def device() -> str:
     return f"{kind()}: {name()}"
 
 
+def engine() -> str:
+    """Which engine computes here, and why."""
+    from mlx_ppo.compute.choose import chosen_engine
+
+    chosen = chosen_engine()
+    return f"{chosen.name}: {chosen.why}"
+
+
 def differences(record: Record) -> list[str]:
     """What computes now that isn't what the run was started with, such as "mlx 0.32.4 -> 0.32.5"."""
-    now = {**software(), "device": device()}
+    now = {**software(), "device": device(), "engine": engine()}
     pairs = [(name, record.get("versions", {}).get(name), found) for name, found in now["versions"].items()]
-    pairs += [(name, record.get(name), now[name]) for name in ("python", "machine", "device")]
+    pairs += [(name, record.get(name), now[name]) for name in ("python", "machine", "device", "engine")]
     return [f"{name} {before} -> {found}" for name, before, found in pairs if before is not None and before != found]
 
 
