@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_ppo.compute.cpu.attention import attend, fast_attention
-from mlx_ppo.compute.device import assuming
+from mlx_ppo.compute.portable import PortableEngine
 from mlx_ppo.models.load import load_trunk
 
 MLX = mx.fast.scaled_dot_product_attention
@@ -64,7 +64,7 @@ def test_what_is_not_its_kind_is_left_to_mlx() -> None:
     )
 
 
-def test_mlx_own_comes_back_and_stays_on_a_gpu() -> None:
+def test_mlx_own_comes_back() -> None:
     with pytest.raises(ValueError), fast_attention():
         assert mx.fast.scaled_dot_product_attention is attend
         with fast_attention():
@@ -72,7 +72,7 @@ def test_mlx_own_comes_back_and_stays_on_a_gpu() -> None:
         assert mx.fast.scaled_dot_product_attention is attend
         raise ValueError
     assert mx.fast.scaled_dot_product_attention is MLX
-    with assuming(cpu=False), fast_attention():
+    with PortableEngine().computing():
         assert mx.fast.scaled_dot_product_attention is MLX
 
 

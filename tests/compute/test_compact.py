@@ -91,7 +91,7 @@ def test_it_takes_the_memory_of_the_folder(make_model: Callable[..., Path], quan
     sizes = [sum(array.nbytes for array in trunk.base.values()) for trunk in (whole, kept)]
     assert sizes[1] < 0.2 * sizes[0]  # 4 bits, and two float32 numbers for each 32 elements: 6 of 32 bits
     assert {array.dtype for array in kept.base.values()} == {mx.uint32, mx.float32}
-    assert "one matrix at a time" in kept.remark and "one matrix" not in whole.remark
+    assert "one matrix at a time" in kept.remarks[0] and "one matrix" not in whole.remarks[0]
     assert any(isinstance(module, CompactEmbedding) for module in kept.model.modules())
 
 
@@ -117,7 +117,7 @@ def test_a_gradient_keeps_no_matrix(make_model: Callable[..., Path], quantised: 
 def test_checkpointing_gives_the_same_gradient(
     make_model: Callable[..., Path], quantised: Quantised, make_adapters: Callable[..., Weights]
 ) -> None:
-    """Also where a block above has no adapters, whose parameters then enter the checkpoint."""
+    """Also where a block above has no adapters."""
     trunk = load_trunk(quantised(make_model(num_hidden_layers=3)), compact=True)
     whole = make_adapters(trunk)
     weights = whole.holding({name: array for name, array in whole.arrays.items() if ".layers.1." in name})

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from mlx_ppo.bench.dry_run import Measured, dry_run
 from mlx_ppo.cli.main import main
+from mlx_ppo.compute.cpu import engine
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.random import philox
 from mlx_ppo.errors import ConfigError
@@ -28,7 +29,6 @@ from mlx_ppo.memory.starting import accountant_of
 from mlx_ppo.models.roles import load_roles
 from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.runtime.phases import metering, phase
-from mlx_ppo.stages import decoding
 from mlx_ppo.stages.rollout import Asked, generate, sampling
 
 SIZES = {
@@ -153,14 +153,14 @@ def test_the_predicted_peak_of_a_rollout_whose_rows_are_replaced(
     )
     own = accountant(config, Shapes(prompt=prompt, response=response, responses=32, distinct=32, minibatch=8))
     plan = make_plan(own, config, None)
-    draw, shares = decoding.sample, [3 / response, 0.0]
+    draw, shares = engine.sample, [3 / response, 0.0]
 
     def ending(logits: Any, draws: Any, temperature: float) -> Any:
         """End responses at tokens of chance."""
         tokens, logprobs = draw(logits, draws, temperature)
         return np.where(draws < shares[-1], 2047, np.where(tokens == 2047, 5, tokens)), logprobs
 
-    monkeypatch.setattr(decoding, "sample", ending)
+    monkeypatch.setattr(engine, "sample", ending)
     roles, policy, critic = load_roles(config)
     roles.close()
     mx.eval(dict(policy.arrays), dict(critic.arrays) if critic is not None else {})

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_ppo.compute.engine import Engine
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.roles import token_statistics
@@ -20,7 +21,9 @@ class Recorder:
 
     seen: list[dict[str, np.ndarray]] = field(default_factory=list)
 
-    def step(self, weights: Weights, gradients: Mapping[str, mx.array], *, what: str) -> tuple[Weights, float]:
+    def step(
+        self, engine: Engine, weights: Weights, gradients: Mapping[str, mx.array], *, what: str
+    ) -> tuple[Weights, float]:
         self.seen.append({name: np.array(gradient) for name, gradient in gradients.items()})
         return weights, 0.0
 
