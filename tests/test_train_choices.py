@@ -12,7 +12,7 @@ from mlx_ppo.memory.starting import plan_run, smaller
 from mlx_ppo.models import roles
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.runs.folder import Run, create_run
-from mlx_ppo.runs.plan_file import Choices, PlanChange, read_record, write_record
+from mlx_ppo.runs.plan_file import Choices, PlanChange, read_plan, write_plan
 from mlx_ppo.runtime.signals import Interrupts
 from mlx_ppo.stages import rollout
 from mlx_ppo.stages.optimizer import Optimizer
@@ -123,7 +123,7 @@ def test_every_choice_takes_effect_where_it_changes(config: TrainConfig, tmp_pat
     folder = create_run(config, tmp_path / "runs", "a")
     record = replace(plan_run(config, [8], folder).record, choices=FIRST, factors={"rollout": 1.0})
     changes = PlanChange(2, 0, SECOND, "between iterations"), PlanChange(2, 1, THIRD, "between optimizer steps")
-    write_record(replace(record, changes=changes), folder)
+    write_plan(replace(record, changes=changes), folder)
     with Run(folder) as run:
         train(config, run, seen, Interrupts())
     assert [seen.sampled("rollout", number) for number in (1, 2)] == [(16, "full"), (4, "8-bit")]
@@ -139,7 +139,7 @@ def test_a_run_that_was_killed_is_as_small_as_its_plan_became(config: TrainConfi
     planned = plan_run(config, [8], folder).record
     while smaller(folder) is not None:
         pass
-    record = read_record(folder)
+    record = read_plan(folder)
     assert record is not None and record.choices == planned.choices
     least = record.latest
     assert least == Choices(1, 1, 1, checkpointing=True, positions=64, kv_cache="8-bit")
