@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 from tiny_models import COMMON, KINDS, write_weights, write_word_tokenizer
 
-from mlx_ppo.config.sections import OptimizerSection, PPOSection, ScoreSection
+from mlx_ppo.config.sections import LoraSection, OptimizerSection, PPOSection, ScoreSection
 from mlx_ppo.models.adapters import Weights, new_adapters
 from mlx_ppo.models.heads import new_head
 from mlx_ppo.models.load import load_trunk
@@ -117,8 +117,7 @@ def make_adapters() -> Callable[..., Weights]:
     """Adapters that change a trunk's output, as after some training."""
 
     def make(trunk: Trunk, *, seed: int = 0, size: float = 0.1, **options: Any) -> Weights:
-        chosen: dict[str, Any] = {"layers": 0, "rank": 3, "scale": 2.0, "targets": (), **options}
-        weights = new_adapters(trunk.adapted, key="test", seed=seed, **chosen)
+        weights = new_adapters(trunk.adapted, LoraSection(**{"rank": 3, **options}), key="test", seed=seed)
         keys = mx.random.split(mx.random.key(seed), len(weights.arrays))
         noise = {
             n: size * mx.random.normal(a.shape, key=k) for (n, a), k in zip(weights.arrays.items(), keys, strict=True)

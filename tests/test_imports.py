@@ -181,3 +181,26 @@ def test_files_and_functions_are_short(module):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= FUNCTION_LIMIT
     }
     assert long == {}
+
+
+# Parameters. What has more takes a record; a command of click has one for every option.
+PARAMETER_LIMIT = 6
+MANY = {
+    "mlx_ppo.cli.bench.bench", "mlx_ppo.cli.look.sample", "mlx_ppo.cli.look.compare", "mlx_ppo.cli.plan.show",
+    "mlx_ppo.compute.cpu.products.prepare",
+}  # fmt: skip
+
+
+def many(module, source):
+    """Functions of a module with more parameters than are allowed, `self` and `cls` not counted."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = node.args
+            names = [arg.arg for arg in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+            if len(set(names) - {"self", "cls"}) > PARAMETER_LIMIT:
+                yield f"{module}.{node.name}"
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"mlx_ppo.cli.main"}))
+def test_functions_have_few_parameters(module):
+    assert set(many(module, MODULES[module].read_text("utf-8"))) <= MANY

@@ -129,10 +129,7 @@ def config_of_folder(model: Path, overrides: Sequence[str], folder: Path) -> Tra
     file.write_text(text, "utf-8", errors="surrogateescape")
     config = read_config(TrainConfig, file, overrides)
     trunk = weightless_trunk(content, str(model), dtype=config.model.dtype)
-    lora = config.lora
-    adapters = new_adapters(
-        trunk.adapted, layers=lora.layers, rank=lora.rank, scale=lora.scale, targets=lora.targets, key="reward", seed=0
-    )
+    adapters = new_adapters(trunk.adapted, config.lora, key="reward", seed=0)
     write_adapters(folder / "reward", adapters, trunk.blocks)
     mx.save_safetensors(str(folder / "reward" / HEAD_FILE), new_head(trunk.width))
     RewardFacts("adapters", "last", 0.0, 1.0).write(folder / "reward")

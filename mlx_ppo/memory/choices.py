@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mlx_ppo.config.sections import TrainConfig
-from mlx_ppo.runs.plan_file import Choices, Record
+from mlx_ppo.runs.plan_file import Choices, PlanRecord
 
 _FEW_ROWS = 8  # computed together; fewer make products slow, so reading weights anew, or 8-bit keys, come first
 _FEW_TOKENS = 256  # of a micro-batch; fewer make products slow, so checkpointing comes first
@@ -127,7 +127,7 @@ def _said(value: object) -> str:
     return "on" if value is True else str(value)
 
 
-def one_smaller(record: Record, config: TrainConfig, first: Sequence[str] = ()) -> tuple[Choices, str] | None:
+def one_smaller(record: PlanRecord, config: TrainConfig, first: Sequence[str] = ()) -> tuple[Choices, str] | None:
     """The choices that a run should go on with after it was killed for its memory, and what is smaller in them.
 
     Args:

@@ -10,7 +10,7 @@ from mlx_ppo.memory.choices import Possible, Shapes
 from mlx_ppo.memory.phases import Phase
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, plan_of
 from mlx_ppo.memory.starting import Planned
-from mlx_ppo.runs.plan_file import Choices, PlanChange, write_record
+from mlx_ppo.runs.plan_file import Choices, PlanChange, write_plan
 from mlx_ppo.runtime.phases import Limit, Meter
 
 NEAR = 0.97  # of the budget; a plan ends at 0.95
@@ -79,7 +79,7 @@ class Keeper:
             why = "measured more than was expected"
             self._change(PlanChange(self.iteration + 1, 0, self.plan.choices, why))
         else:
-            write_record(self.record, self.folder)
+            write_plan(self.record, self.folder)
 
     def messages(self) -> list[str]:
         """What a person should know, each once."""
@@ -96,7 +96,7 @@ class Keeper:
         before, choices = self.record.latest, change.choices
         self.meter.limits = limits_of(plan_of(self.accountant, choices, None).phases)
         self.record = replace(self.record, changes=(*self.record.changes, change))
-        write_record(self.record, self.folder)
+        write_plan(self.record, self.folder)
         fields = vars(choices)
         smaller = ", ".join(f"{name} {fields[name]}" for name in fields if fields[name] != getattr(before, name))
         self.said.append(f"memory: {change.why}; from iteration {change.iteration} on: {smaller}")

@@ -13,7 +13,7 @@ from mlx_ppo.memory.phases import Accountant
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, needed, plan_of, require_fit
 from mlx_ppo.models.load import is_quantised
 from mlx_ppo.runs.folder import open_config
-from mlx_ppo.runs.plan_file import PlanChange, Record, read_record, write_record
+from mlx_ppo.runs.plan_file import PlanChange, PlanRecord, read_plan, write_plan
 
 
 class Planned(NamedTuple):
@@ -21,7 +21,7 @@ class Planned(NamedTuple):
 
     plan: Plan
     accountant: Accountant
-    record: Record
+    record: PlanRecord
 
 
 def budget_of(config: TrainConfig) -> int:
@@ -64,7 +64,7 @@ def plan_run(config: TrainConfig, prompts: Sequence[int], folder: Path) -> Plann
         ModelError: a folder is damaged.
         RunError: `plan.json` can't be read or written.
     """
-    record = read_record(folder)
+    record = read_plan(folder)
     accountant = accountant_of(config, None, max(prompts))
     budget = budget_of(config)
     if record is not None:
@@ -73,7 +73,7 @@ def plan_run(config: TrainConfig, prompts: Sequence[int], folder: Path) -> Plann
         return Planned(plan, accountant, record)
     plan = make_plan(accountant, config, budget)
     require_fit(plan, accountant, config)
-    record = Record(
+    record = PlanRecord(
         choices=plan.choices,
         budget=budget,
         longest_prompt=accountant.shapes.prompt,
@@ -81,7 +81,7 @@ def plan_run(config: TrainConfig, prompts: Sequence[int], folder: Path) -> Plann
         factors={},
         overhead=None,
     )
-    write_record(record, folder)
+    write_plan(record, folder)
     return Planned(plan, accountant, record)
 
 
@@ -110,12 +110,12 @@ def smaller(folder: Path) -> str | None:
     Raises:
         RunError: `plan.json` can't be read or written.
     """
-    record, config = read_record(folder), open_config(folder)
+    record, config = read_plan(folder), open_config(folder)
     found = one_smaller(record, config) if record is not None and isinstance(config, TrainConfig) else None
     if record is None or found is None:
         return None
     choices, said = found
     saved = max((int(item.name) for item in (folder / "checkpoints").glob("[0-9]*")), default=0)
     change = PlanChange(saved + 1, 0, choices, "the run was killed")
-    write_record(replace(record, changes=(*record.changes, change)), folder)
+    write_plan(replace(record, changes=(*record.changes, change)), folder)
     return f"a smaller plan: {said}"

@@ -181,9 +181,7 @@ def initial_weights(trunk: Trunk, model: ModelSection, lora: LoraSection, *, key
         return Weights(_trainable(trunk))
     if given is not None:
         return given
-    return new_adapters(
-        trunk.adapted, layers=lora.layers, rank=lora.rank, scale=lora.scale, targets=lora.targets, key=key, seed=seed
-    )
+    return new_adapters(trunk.adapted, lora, key=key, seed=seed)
 
 
 def _trainable(trunk: Trunk) -> Mapping[str, mx.array]:
@@ -227,16 +225,7 @@ def _load_critic(config: TrainConfig, roles: Roles, loading: Loading) -> tuple[C
         return _separate_critic(config, roles, loading)
     body = _adapters_of_reward(roles) if critic.initialise == "reward" else None
     if body is None:
-        lora = config.lora
-        body = new_adapters(
-            trunk.adapted,
-            layers=lora.layers,
-            rank=lora.rank,
-            scale=lora.scale,
-            targets=lora.targets,
-            key="critic",
-            seed=config.run.seed,
-        )
+        body = new_adapters(trunk.adapted, config.lora, key="critic", seed=config.run.seed)
     return Critic("adapters", trunk), body.holding({**_body(body), **new_head(trunk.width)})
 
 

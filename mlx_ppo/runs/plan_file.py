@@ -52,7 +52,7 @@ class PlanChange(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Record:
+class PlanRecord:
     """What `plan.json` of a run says: enough to make every later start do the same at the same place."""
 
     choices: Choices
@@ -88,7 +88,7 @@ class Record:
         return self.changes[-1].choices if self.changes else self.choices
 
 
-def read_record(folder: Path) -> Record | None:
+def read_plan(folder: Path) -> PlanRecord | None:
     """The plan of a run folder, None where it has none yet.
 
     Raises:
@@ -99,7 +99,7 @@ def read_record(folder: Path) -> Record | None:
         return None
     try:
         document = json.loads(file.read_text("utf-8"))
-        return Record(
+        return PlanRecord(
             choices=Choices(**document["choices"]),
             budget=document["budget_bytes"],
             longest_prompt=document["longest_prompt"],
@@ -115,7 +115,7 @@ def read_record(folder: Path) -> Record | None:
         raise RunError(f"{file}: not a plan; remove it to have another one made") from None
 
 
-def as_document(record: Record) -> dict[str, Any]:
+def as_document(record: PlanRecord) -> dict[str, Any]:
     """The content of `plan.json`."""
     return {
         "choices": asdict(record.choices),
@@ -128,7 +128,7 @@ def as_document(record: Record) -> dict[str, Any]:
     }
 
 
-def write_record(record: Record, folder: Path) -> None:
+def write_plan(record: PlanRecord, folder: Path) -> None:
     """Write `plan.json`.
 
     Raises:

@@ -25,7 +25,7 @@ from mlx_ppo.runs.folder import (
     read_record,
     undisturbed,
 )
-from mlx_ppo.runs.plan_file import read_record as read_plan
+from mlx_ppo.runs.plan_file import read_plan
 from mlx_ppo.runs.provenance import (
     Change,
     Record,

@@ -16,7 +16,7 @@ import mlx_ppo
 from mlx_ppo.compute.cpu.blas import Blas
 from mlx_ppo.errors import RunError
 from mlx_ppo.runs.folder import Run
-from mlx_ppo.runs.plan_file import read_record
+from mlx_ppo.runs.plan_file import read_plan
 
 WAIT = 240  # seconds; a busy machine
 RULE = """import time
@@ -172,13 +172,13 @@ def test_where_configured_a_killed_run_goes_on_with_a_smaller_plan(slow):
     project = slow
     process = project.start("train", project.config(run=RUN, memory={"retries": 1}, rollout={"batch_size": 0}))
     until(in_phase(project, "score", 2), process)
-    plan = read_record(project.run()).latest
+    plan = read_plan(project.run()).latest
     first, below = family(process)
     first.kill()
     until(lambda: working(below) == [], process)
     until(in_phase(project, "score", 4), process)
     second, below = family(process)
-    record = read_record(project.run())
+    record = read_plan(project.run())
     assert record.choices == plan != record.latest and 1 <= record.changes[0].iteration <= 2
     second.kill()
     out, err = ends(process, 4)

@@ -20,7 +20,7 @@ from mlx_ppo.memory.keeping import Keeper, limits_of
 from mlx_ppo.memory.starting import plan_run
 from mlx_ppo.memory.watchdog import danger, watching
 from mlx_ppo.models.load import load_trunk
-from mlx_ppo.runs.plan_file import PLAN, Choices, PlanChange, as_document, read_record, write_record
+from mlx_ppo.runs.plan_file import PLAN, Choices, PlanChange, as_document, read_plan, write_plan
 from mlx_ppo.runtime.phases import Limit, metering, phase
 from mlx_ppo.runtime.signals import Interrupts, Stopped
 
@@ -94,8 +94,8 @@ def test_the_record_survives_its_file(config: TrainConfig, tmp_path: Path) -> No
     record = replace(
         planned.record, changes=(PlanChange(3, 1, smaller, "because"),), factors={"rollout": 1.1}, overhead=7
     )
-    write_record(record, tmp_path)
-    assert read_record(tmp_path) == record
+    write_plan(record, tmp_path)
+    assert read_plan(tmp_path) == record
     assert [record.at(*place).micro_batch for place in ((2, 9), (3, 0), (3, 1), (4, 0))] == [8, 8, 2, 2]
     for fixed in ({"evict": True}, {"compact": True}):
         change = PlanChange(2, 0, replace(smaller, **fixed), "because")  # type: ignore[arg-type]
@@ -105,10 +105,10 @@ def test_the_record_survives_its_file(config: TrainConfig, tmp_path: Path) -> No
         document["changes"][0]["choices"] |= fixed
         (tmp_path / PLAN).write_text(json.dumps(document))
         with pytest.raises(RunError, match=r"plan\.json: the change at iteration 3 .* remove the file"):
-            read_record(tmp_path)
+            read_plan(tmp_path)
     (tmp_path / PLAN).write_text("{}")
     with pytest.raises(RunError, match="remove it to have another one made"):
-        read_record(tmp_path)
+        read_plan(tmp_path)
 
 
 def keeper(config: TrainConfig, folder: Path, budget_bytes: int) -> Any:
@@ -156,7 +156,7 @@ def test_the_first_iteration_corrects_the_plan(config: TrainConfig, tmp_path: Pa
     assert own.record.factors == pytest.approx(
         {"update policy": 1.2, "update critic": 1.0, "update step": 1.0}, rel=0.01
     )
-    kept = read_record(tmp_path)
+    kept = read_plan(tmp_path)
     assert kept is not None and kept.factors == own.record.factors and kept.overhead == own.record.overhead
     own.meter.peaks["update critic"] *= 2
     own.finish([(24, 24)] * 16, states)

@@ -12,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_ppo.algo.logprobs import token_logprobs
 from mlx_ppo.compute.cpu.vocabulary import vocabulary_statistics
 from mlx_ppo.compute.portable import PortableEngine
+from mlx_ppo.config.sections import LoraSection
 from mlx_ppo.memory.simulator.replay import predict
 from mlx_ppo.models.adapters import Weights, new_adapters
 from mlx_ppo.models.load import load_trunk
@@ -143,7 +144,7 @@ def wide(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> Tru
 
 @pytest.fixture
 def lora(wide: Trunk) -> Weights:
-    weights = new_adapters(wide.adapted, layers=0, rank=8, scale=2.0, targets=(), key="memory", seed=0)
+    weights = new_adapters(wide.adapted, LoraSection(), key="memory", seed=0)
     mx.eval(dict(weights.arrays))
     return weights
 
