@@ -206,7 +206,7 @@ class Accountant:
         """What decoding needs on top of the caches, whose arrays for one row are given: a token, or rows that join."""
         largest = max(caches, key=lambda tensor: tensor.nbytes)
         moving = 2 * rows * largest.nbytes  # a block's keys and values
-        written = {"a block's, written out": moving * self._dtype.size} if largest.dtype == mx.uint32 else {}
+        written = {"a block's, dequantised": moving * self._dtype.size} if largest.dtype == mx.uint32 else {}
         token = Cost({**step.passing, **written})
         return max(token, Cost({"a block's, as rows leave or join": moving}), key=lambda cost: cost.transient)
 

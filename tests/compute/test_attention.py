@@ -44,10 +44,10 @@ def test_values_and_gradients_are_mlx_own(shape: tuple[int, ...], kind: str) -> 
 
         return function(*given, scale=0.4, mask=mask), mx.grad(loss, argnums=(0, 1, 2))(*given)
 
-    found, slopes = of(attend)
+    found, gradient = of(attend)
     wanted, exact = of(MLX)
     np.testing.assert_allclose(np.array(found), np.array(wanted), rtol=1e-5, atol=1e-5)
-    for slope, other in zip(slopes, exact, strict=True):
+    for slope, other in zip(gradient, exact, strict=True):
         np.testing.assert_allclose(np.array(slope), np.array(other), rtol=1e-5, atol=1e-4)
 
 
@@ -88,6 +88,6 @@ def test_what_is_not_finite_comes_through_without_a_warning() -> None:
     q[0, 0, 1, 0] = float("inf")
     for function in (attend, MLX):
         found = function(q, k, k, scale=1.0, mask="causal")
-        slopes = mx.grad(lambda q, function=function: function(q, k, k, scale=1.0, mask="causal").sum())(q)
-        assert not mx.isfinite(found[0, 0, 1]).any().item() and not mx.isfinite(slopes[0, 0, 1]).any().item()
-        assert mx.isfinite(found[0, 1]).all().item() and mx.isfinite(slopes[0, 1]).all().item()
+        gradient = mx.grad(lambda q, function=function: function(q, k, k, scale=1.0, mask="causal").sum())(q)
+        assert not mx.isfinite(found[0, 0, 1]).any().item() and not mx.isfinite(gradient[0, 0, 1]).any().item()
+        assert mx.isfinite(found[0, 1]).all().item() and mx.isfinite(gradient[0, 1]).all().item()

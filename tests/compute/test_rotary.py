@@ -34,8 +34,8 @@ def test_rotating_is_what_mlx_makes_of_it_to_the_bit(parts, length, offset):
     plain = nn.RoPE(8, base=1000.0)
     for rope in parts[:2]:
         assert mx.array_equal(rope(x, offset=offset), plain(x, offset=offset))
-        slopes = mx.grad(lambda x, rope=rope: (rope(x, offset=offset) * weights).sum())(x)
-        assert mx.allclose(slopes, mx.grad(lambda x: (plain(x, offset=offset) * weights).sum())(x), atol=1e-6)
+        gradient = mx.grad(lambda x, rope=rope: (rope(x, offset=offset) * weights).sum())(x)
+        assert mx.allclose(gradient, mx.grad(lambda x: (plain(x, offset=offset) * weights).sum())(x), atol=1e-6)
 
 
 def test_factors_are_shared_by_what_rotates_alike_and_made_anew_for_other_positions(parts):
