@@ -33,6 +33,7 @@ _GIB = 1 << 30
 _SLOW = 15.0  # GFLOP/s; the reference BLAS has 2 to 6, OpenBLAS some 50 a core
 _FILES = 256  # a training run opens some tens
 _PROOF_SECONDS = 600.0
+_RELAXED = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 _SANDBOX = "(version 1)(allow default)(deny network*)"
 
 
@@ -76,6 +77,8 @@ def _findings() -> Iterator[Finding]:
     yield _memory()
     yield _threads()
     yield _products()
+    if device.kind() == "Metal":
+        yield _display()
     yield _open_files()
     yield _temporary()
     yield _environment()
@@ -108,6 +111,16 @@ def _products() -> Finding:
     if not problem and speed < _SLOW:
         problem = "as slow as mlx's reference BLAS: another program takes the processors, or OpenBLAS isn't in use"
     return Finding("matrix products", value, problem)
+
+
+def _display() -> Finding:
+    """MacOS ends long work of the GPU while the display is on; what helped: ml-explore/mlx, issue 3267."""
+    relaxed = os.environ.get(_RELAXED) == "1"
+    value = f"macOS may end a run's work on the GPU while the display is on; {_RELAXED} is {'' if relaxed else 'not '}1"
+    if relaxed:
+        return Finding("display", value)
+    mend = f"if a run ends so: let the display sleep, set {_RELAXED}=1, or compute less at a time (ppo.micro_batch)"
+    return Finding("display", value, mend)
 
 
 def _open_files() -> Finding:

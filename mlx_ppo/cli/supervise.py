@@ -18,6 +18,7 @@ import click
 from mlx_ppo import errors
 from mlx_ppo.cli.work import Answers, Order, short, stopped, worth_keeping
 from mlx_ppo.errors import RunError
+from mlx_ppo.runs.folder import MEMORY, log_row
 from mlx_ppo.runtime.signals import STOPPING, holding_back_interrupts
 from mlx_ppo.runtime.system import adopt_orphans, memory_kills, most_held_by_children
 
@@ -38,6 +39,7 @@ class Journal:
         self._file = folder / JOURNAL
         self._begun = False
         self.where = ""
+        self.first: float | None = None  # iteration that the present process has finished
 
     def note(self, **values: Any) -> None:
         """A line, once the run has begun; a full disk is left to the run, which has more to write."""
@@ -60,6 +62,7 @@ class Journal:
             self.note(phase=phase, iteration=iteration)
         elif name == "iteration":
             self.where = f"after iteration {int(values[0]['step'])}"
+            self.first = values[0]["step"] if self.first is None else self.first
         elif name == "step":
             self.where = f"after step {values[0]} of {values[1]}"
 
@@ -160,7 +163,7 @@ def supervise(order: Order, *, retries: int) -> list[str]:
     with _relaying() as relay:
         for attempt in range(retries + 1):
             kills = memory_kills()
-            journal.where = "while it started"
+            journal.where, journal.first = "while it started", None
             now = Order(str(folder), smaller=True) if attempt else order
             last, status = _attend(now._replace(supervisor=os.getpid()), relay, journal)
             if relay.second is not None:
@@ -175,7 +178,7 @@ def supervise(order: Order, *, retries: int) -> list[str]:
             said = (
                 f"{journal.where}, {last[1][0]}"
                 if last is not None
-                else _death(status, journal.where, folder, starved=starved)
+                else _death(status, journal, folder, starved=starved)
             )
             journal.note(event="died", status=status, why=said)
             if not (refused or status == -signal.SIGKILL) or relay.first is not None or attempt == retries:
@@ -227,18 +230,29 @@ def _outcome(last: tuple[str, list[Any]], folder: Path, journal: Journal) -> lis
     raise SystemExit(1)
 
 
-def _death(status: int, where: str, folder: Path, *, starved: bool) -> str:
+def _death(status: int, journal: Journal, folder: Path, *, starved: bool) -> str:
     """Why a child that said nothing ended, in one line."""
+    where = journal.where
     if status >= 0:
         return f"the training process ended {where} with status {status} and without a word"
     if status != -signal.SIGKILL:
         known = -status in set(signal.Signals)
         name = signal.Signals(-status).name if known else f"signal {-status}"
         return f"the training process was ended {where} by {name}: a fault in a library, or a signal from outside"
-    held = most_held_by_children()
+    held = max(most_held_by_children(), _measured(folder, journal.first))
     memory = f"it had held up to {held / _GIB:.2f} GiB" + _expected(folder)
     cause = "the system was out of memory" if starved else "probably the system was out of memory"
     return f"the training process was killed from outside {where} (signal 9); {cause} ({memory})"
+
+
+def _measured(folder: Path, first: float | None) -> int:
+    """Bytes of the largest phase logged from an iteration on: a GPU's arrays aren't in a process's resident size."""
+    with suppress(OSError):
+        rows = (log_row(line) for line in (folder / MEMORY).read_bytes().splitlines())
+        own = (row for row in rows if row is not None and first is not None and row["step"] >= first)
+        sizes = (size for row in own for name, size in row.items() if name != "step")
+        return max((size for size in sizes if isinstance(size, int)), default=0)
+    return 0
 
 
 def _expected(folder: Path) -> str:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 import mlx_ppo
+from mlx_ppo.cli import supervise
 from mlx_ppo.compute.cpu.blas import Blas
 from mlx_ppo.errors import RunError
 from mlx_ppo.runs.folder import Run
@@ -397,3 +398,19 @@ def test_a_gpu_that_refuses_ends_a_run_at_its_last_checkpoint_or_makes_its_plan_
         assert project.steps() == [1]
         project.done("resume", project.run())
         assert [row["step"] for row in project.metrics()] == [1, 2, 3]
+
+
+def test_what_a_killed_process_held_counts_a_gpus_arrays(tmp_path, monkeypatch):
+    """They aren't resident memory of a process on a Mac; what another process had logged before doesn't count."""
+    monkeypatch.setattr(supervise, "most_held_by_children", lambda: 1 << 30)
+    rows = [{"step": 1, "rollout": 9 << 30}, {"step": 2, "rollout": 3 << 30}, {"step": 3, "load": 1, "step.x": 5 << 30}]
+    (tmp_path / "memory.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "roll')
+    journal = supervise.Journal(tmp_path)
+
+    def said():
+        return supervise._death(-signal.SIGKILL, journal, tmp_path, starved=True)
+
+    assert "it had held up to 1.00 GiB" in said(), "this process has finished no iteration"
+    journal.follow("iteration", [{"step": 2.0}])
+    journal.follow("iteration", [{"step": 3.0}])
+    assert "it had held up to 5.00 GiB" in said()

@@ -257,6 +257,24 @@ def test_a_template_that_wants_too_much_memory_is_ended(
     assert capfd.readouterr().err == ""
 
 
+def test_a_template_that_holds_too_much_is_ended_where_the_system_gives_no_limit(
+    build: Callable[..., ChatTemplate], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on macOS, where a process is refused a limit of its memory: here the child never asks for one."""
+    setting = "resource.setrlimit(kind, (size, size))"
+    source = chat_template._WORKER.read_text("utf-8")
+    assert setting in source
+    worker = tmp_path / "worker.py"
+    worker.write_text(source.replace(setting, 'raise OSError("refused")'), "utf-8")
+    monkeypatch.setattr(chat_template, "_WORKER", worker)
+    monkeypatch.setattr(chat_template, "MEMORY", 300 << 20)
+    loops = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+    template = build("{% set held = 'a' * 500000000 %}" + loops + "{{ held | length }}")
+    said = failure(template, TemplateLimitError)
+    assert "its chat template needed more than 300 MB of memory and was ended" in said
+    assert template.pid is None
+
+
 def test_a_template_that_writes_too_much_is_ended(build: Callable[..., ChatTemplate]) -> None:
     template = build("{% for i in range(99999) %}{{ 'a' * 99 }}{% endfor %}")
     said = failure(template, TemplateLimitError)
