@@ -73,6 +73,7 @@ def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interru
         with phase("load"):
             roles, policy, critic = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
         try:
+            roles.require_fields([prompt.record for prompt in (*data.prompts, *held_out)])
             for remark in roles.trunk.remarks:
                 reporter.message(remark)
             state = initial_state(config, policy, critic)
