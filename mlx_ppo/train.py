@@ -234,7 +234,8 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer, reporter: Messages) -> 
 
 def _evaluation_rows(step: int, evaluation: Evaluation) -> list[dict[str, Any]]:
     rows = [
-        {"step": step, "kind": "evaluation", "prompt": c.prompt, "completion": c.text, "score": c.score, **c.points}
+        {"step": step, "kind": "evaluation", "prompt": c.prompt, "completion": c.text, "score": c.score}
+        | {f"points/{name}": value for name, value in c.points.items()}
         for c in evaluation.completions
     ]
     return [*rows, {"step": step, "kind": "summary", **evaluation.figures()}]

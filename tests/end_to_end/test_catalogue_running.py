@@ -113,7 +113,7 @@ def test_nothing_of_a_model_or_a_file_acts_on_the_terminal(project, monkeypatch)
 
 
 def test_displays_show_markup_as_it_is(capsys):
-    found = Answers({"points_[/x]\x1b": 1.0}, [(f"[red]{ESCAPES}", f"[/bold] {ESCAPES}", 1.0)])
+    found = Answers({"points/[/x]\x1b": 1.0}, [(f"[red]{ESCAPES}", f"[/bold] {ESCAPES}", 1.0)])
     display = Display()
     display.message(f"[/red] {ESCAPES}")
     display.before_and_after(found, found)
