@@ -83,6 +83,11 @@ class Roles:
             if isinstance(source.scorer, RewardFunction):
                 source.scorer.require_fields(records)
 
+    def reward_files(self) -> dict[str, str]:
+        """SHA-256 of the files that reward functions have read so far, beside their own."""
+        functions = [source.scorer for source in self.sources if isinstance(source.scorer, RewardFunction)]
+        return {name: digest for function in functions for name, digest in function.files.items()}
+
     def close(self) -> None:
         """End the processes of reward functions."""
         for source in self.sources:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +62,7 @@ class RewardFunction:
         self.name = name
         self.timeout = timeout
         self.sha256 = hashlib.sha256(_read(file)).hexdigest()
+        self.files: dict[str, str] = {}  # SHA-256 of each other file that the function has read so far
         self._child: Child | None = None
         self._needs: tuple[str, ...] = ()
         self._closed = ""
@@ -108,6 +110,7 @@ class RewardFunction:
             line = f":{ready['line']}" if isinstance(ready.get("line"), int) else ""
             raise ConfigError(f"{self.file}{line}: the reward function can't be loaded: {problem}")
         self._needs = tuple(map(str, ready["needs"]))
+        self._note_files(ready)
 
     def score(self, prompts: list[str], completions: list[str], records: list[dict[str, Any]]) -> list[float]:
         """One finite score per completion.
@@ -141,6 +144,7 @@ class RewardFunction:
         except BaseException:
             self._end("an interruption")  # the answer to this batch would be taken for the next one's
             raise
+        self._note_files(answer)
         if "error" in answer:
             raise RunError(_explain(where, answer, prompts, completions))
         return self._floats(answer.get("scores"), len(completions), where)
@@ -163,6 +167,12 @@ class RewardFunction:
     def close(self) -> None:
         """End the child; does nothing the second time."""
         self._end("close()", grace=_CLOSE_SECONDS)
+
+    def _note_files(self, answer: dict[str, Any]) -> None:
+        read = answer.get("read")
+        for name in read if isinstance(read, list) else ():
+            with suppress(OSError, ValueError), open(str(name), "rb") as file:
+                self.files[str(name)] = hashlib.file_digest(file, "sha256").hexdigest()
 
     def _floats(self, scores: Any, count: int, where: str) -> list[float]:
         """Check the answer again on this side: the user's code shares the other side's process."""

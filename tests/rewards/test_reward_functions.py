@@ -162,6 +162,41 @@ def test_a_field_that_some_prompts_lack_is_refused_before_training(build) -> Non
         function.score(["a"], ["b"], [{"prompt": "a"}])
 
 
+@pytest.mark.parametrize(
+    "expression",
+    ["random.random()", "hash('text') % 1000", "list({'a', 'b', 'c', 'd'}).index('a')", "numpy.random.rand()"],
+)
+def test_the_same_batch_gets_the_same_scores_in_every_process(build, expression: str) -> None:
+    source = "import random\n" + ("import numpy\n" if "numpy" in expression else "") + returning(f"[{expression}]")
+    runs = []
+    for _ in range(3):
+        with build(source) as function:
+            runs.append([scored(function, ["a"]), scored(function, ["b"]), scored(function, ["a"])])
+    assert runs[0] == runs[1] == runs[2] and runs[0][0] == runs[0][2]
+    assert "random" not in expression or runs[0][0] != runs[0][1]
+
+
+def test_what_the_function_reads_is_told(build, tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("words = open('/dev/null').read()\n")
+    (tmp_path / "late.py").write_text("import json\n")
+    (tmp_path / "words.txt").write_text("good\n")
+    source = """
+        import os, pathlib, textwrap
+        import helper
+        here = pathlib.Path(__file__).parent
+        words = (here / "words.txt").read_text()
+        def score(prompts, completions):
+            import late
+            (here / "log.txt").write_text("x")
+            return [float(len((here / "log.txt").read_text()))]
+    """
+    with build(source) as function:
+        assert {Path(name).name for name in function.files} == {"helper.py", "words.txt"}
+        scored(function, ["a"])
+        assert {Path(name).name for name in function.files} == {"helper.py", "words.txt", "late.py"}
+        assert function.files[str(tmp_path / "words.txt")] == hashlib.sha256(b"good\n").hexdigest()
+
+
 def test_prints_and_standard_input_leave_the_protocol_alone(build, capfd: pytest.CaptureFixture[str]) -> None:
     source = """
         import os, subprocess, sys
