@@ -39,7 +39,7 @@ class Evaluation(NamedTuple):
 
     def figures(self) -> dict[str, float]:
         """The numbers, for a log line."""
-        named = {f"points_{name}": value for name, value in self.points.items()}
+        named = {f"points/{name}": value for name, value in self.points.items()}
         rest = {name: getattr(self, name) for name in ("score", "kl", "distinct_2", "length", "finished")}
         return {**rest, **named}
 

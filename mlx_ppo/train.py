@@ -73,6 +73,7 @@ def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interru
         with phase("load"):
             roles, policy, critic = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
         try:
+            roles.require_fields([prompt.record for prompt in (*data.prompts, *held_out)])
             for remark in roles.trunk.remarks:
                 reporter.message(remark)
             state = initial_state(config, policy, critic)
@@ -141,7 +142,14 @@ class _Training:
         else:
             self.run.cut_logs(-1)
             self.run.log(SAMPLES, _evaluation_rows(0, before))
+        self._note_reward_files()
         return before
+
+    def _note_reward_files(self) -> None:
+        """What reward functions have read, as the first time."""
+        found, known = self.roles.reward_files(), self.run.record().get("reward_files", {})
+        if found.keys() - known.keys():
+            self.run.note(reward_files={**found, **known})
 
     def _iterate(self, stream: PromptStream) -> tuple[dict[str, float], Sample, list[tuple[int, int]]]:
         """One iteration, whose arrays are free again afterwards: its metrics, a sample, and tokens of each row."""
@@ -151,6 +159,11 @@ class _Training:
         positions = range(self.state.cursor, self.state.cursor + len(taken))
         asked = Asked([prompt.tokens for prompt in prompts], positions, [prompt.record for prompt in prompts])
         done = iterate(self.config, self.roles, self.state, asked, self.keeper, self)
+        if not done.signal:
+            equal = "all scores" if self.config.ppo.advantage == "gae" else "the scores of each prompt's responses"
+            step = self.state.iteration
+            said = f"warning: {equal} of iteration {step} are equal: no signal to learn from, the policy stays as it is"
+            self.reporter.message(said)
         row = int(np.argsort(np.array(done.scored.scores))[len(done.rollout.prompts) // 2])  # of the median score
         text = completion_text(self.roles.trunk.tokenizer, done.rollout.prompts[row], done.rollout.responses[row])
         of_prompt = prompts[row // self.config.rollout.samples_per_prompt].text
@@ -169,8 +182,6 @@ class _Training:
         row = {"step": step, "kind": "rollout", "prompt": prompt, "completion": completion, "score": score}
         self.run.log(SAMPLES, [row])
         self.reporter.iteration(metrics, self.config.run.iterations, sample)
-        if metrics["score_deviation"] == 0:
-            self.reporter.message(f"warning: all scores of iteration {step} are equal: no signal to learn from")
 
     def _evaluation(self) -> Evaluation:
         return evaluate(self.roles, self.state.policy.weights, self.held_out, self.config, self.keeper.now())
@@ -191,6 +202,7 @@ class _Training:
     def _save(self) -> None:
         best, keep_last = self.state.best[0] if self.state.best is not None else None, self.config.run.keep_last
         with phase("checkpoint"):
+            self._note_reward_files()
             self.run.secure()
             saved = self.state.as_checkpoint(self.roles.trunk.blocks)
             checkpoint.save(self.run.folder, saved, keep_last=keep_last, best=best)
@@ -233,7 +245,8 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer, reporter: Messages) -> 
 
 def _evaluation_rows(step: int, evaluation: Evaluation) -> list[dict[str, Any]]:
     rows = [
-        {"step": step, "kind": "evaluation", "prompt": c.prompt, "completion": c.text, "score": c.score, **c.points}
+        {"step": step, "kind": "evaluation", "prompt": c.prompt, "completion": c.text, "score": c.score}
+        | {f"points/{name}": value for name, value in c.points.items()}
         for c in evaluation.completions
     ]
     return [*rows, {"step": step, "kind": "summary", **evaluation.figures()}]

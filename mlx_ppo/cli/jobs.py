@@ -100,9 +100,12 @@ def dry(config: Job) -> None:
 
             choices = Choices.pinned(config)
             roles, _, _ = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
-            roles.close()
-            _remark(roles.trunk.remarks)
-            data, held_out = load_data(config, roles.trunk.tokenizer, display)
+            try:
+                _remark(roles.trunk.remarks)
+                data, held_out = load_data(config, roles.trunk.tokenizer, display)
+                roles.require_fields([prompt.record for prompt in (*data.prompts, *held_out)])
+            finally:
+                roles.close()
             _statistics("training prompts", [len(prompt.tokens) for prompt in data.prompts])
             _statistics("evaluation prompts", [len(prompt.tokens) for prompt in held_out])
             responses = config.rollout.prompts * config.rollout.samples_per_prompt

@@ -138,7 +138,7 @@ def _do(config: Job, run: Run, reporter: JobReporter, interrupts: Interrupts) ->
         f"policy: {short(result.checkpoint)}",
         f"try it: mlx-ppo sample {short(run.folder)}",
         f"   or:  mlx_lm.generate --model {short(config.model.path)} --adapter-path {short(result.checkpoint)} "
-        "--temp 1 --prompt '...'",
+        f"--temp {config.rollout.temperature:g} --prompt '...'",
     ]
 
 

@@ -139,8 +139,8 @@ class RewardSource(Section):
     path: InputPath | None = Field(None, description="folder written by `mlx-ppo reward` (kind = model)")
     function: str | None = Field(
         None,
-        description="`file.py:name` (kind = function); called with lists of prompts and completions, "
-        "in a process of its own",
+        description="`file.py:name` (kind = function), run in a process of its own; its parameters get lists by their "
+        "names: `prompts`, `completions`, `records` (the prompts' JSON objects), or a field of these",
     )
     weight: float = Field(1.0, description="factor on the source's score")
     timeout: Positive = Field(60.0, description="seconds a call of the function may take")

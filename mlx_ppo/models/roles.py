@@ -1,9 +1,9 @@
 """The four roles as views of as few weights as possible; the one place that knows which arrays are shared."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -72,6 +72,21 @@ class Roles:
         """Free what is evictable."""
         for trunk in self.evictable:
             trunk.evict()
+
+    def require_fields(self, records: Sequence[dict[str, Any]]) -> None:
+        """Refuse prompts without a field that a reward function has a parameter for.
+
+        Raises:
+            ConfigError: names it.
+        """
+        for source in self.sources:
+            if isinstance(source.scorer, RewardFunction):
+                source.scorer.require_fields(records)
+
+    def reward_files(self) -> dict[str, str]:
+        """SHA-256 of the files that reward functions have read so far, beside their own."""
+        functions = [source.scorer for source in self.sources if isinstance(source.scorer, RewardFunction)]
+        return {name: digest for function in functions for name, digest in function.files.items()}
 
     def close(self) -> None:
         """End the processes of reward functions."""

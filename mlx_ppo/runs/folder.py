@@ -333,7 +333,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise RunError(f"{path}: cannot be read ({error})") from None
     if not isinstance(content, dict):
         raise RunError(f"{path}: cannot be read (not a JSON object)")
-    for key in ("inputs", "files", "versions"):
+    for key in ("inputs", "files", "versions", "reward_files"):
         if not isinstance(content.get(key, {}), dict):
             raise RunError(f"{path}: cannot be read ({key!r} is not a JSON object)")
     return content

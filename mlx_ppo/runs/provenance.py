@@ -127,6 +127,18 @@ def input_changes(record: Record, found: Mapping[Path, Mapping[str, str]]) -> li
     return changes
 
 
+def reward_file_changes(record: Record) -> list[Change]:
+    """Files that reward functions read, beside their own, and that are no longer what they were then."""
+    changes = []
+    for name, digest in record.get("reward_files", {}).items():
+        try:
+            if sha256(Path(name)) != digest:
+                changes.append(Change(name, "changed"))
+        except OSError:
+            changes.append(Change(name, "missing"))
+    return changes
+
+
 def input_paths(config: Job) -> list[Path]:
     """Every file and folder that a configuration reads: models, adapters, data, reward models, reward code."""
     return list(dict.fromkeys(_paths(config.model_dump(exclude={"run"}))))

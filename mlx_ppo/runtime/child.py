@@ -62,6 +62,7 @@ class Child:
                 bufsize=0,
                 pass_fds=(descriptor,),
                 start_new_session=True,
+                env={**os.environ, "PYTHONHASHSEED": "0"},  # the order of a set is the same in every process
             )
         except BaseException:
             os.close(self._answers)

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.models.roles import Roles
 from mlx_ppo.runs.plan_file import Choices
-from mlx_ppo.stages.advantages import advantages
+from mlx_ppo.stages.advantages import advantages, is_signal
 from mlx_ppo.stages.measurements import iteration_metrics
 from mlx_ppo.stages.records import Rollout, Scored
 from mlx_ppo.stages.rollout import Asked, generate, sampling
@@ -40,6 +40,7 @@ class Iteration(NamedTuple):
     rollout: Rollout
     scored: Scored
     metrics: dict[str, float]  # by the keys of `mlx_ppo.runs.metrics`; times come from elsewhere
+    signal: bool  # the scores differ; else the policy took no step
 
 
 def iterate(config: TrainConfig, roles: Roles, state: State, asked: Asked, plan: Plan, watcher: Watcher) -> Iteration:
@@ -58,11 +59,11 @@ def iterate(config: TrainConfig, roles: Roles, state: State, asked: Asked, plan:
     batch = advantages(config, rollout, scored, kl_coef=state.kl.coef)
     watcher.stage("update")
     rate = state.policy.optimizer.rate(state.policy.optimizer.steps)
-    warm = state.iteration >= config.critic.warmup_iterations
-    schedule = Schedule(config.ppo, (seed, "update", number), plan.next_step, train_policy=warm)
+    warm, signal = state.iteration >= config.critic.warmup_iterations, is_signal(config, rollout, scored)
+    schedule = Schedule(config.ppo, (seed, "update", number), plan.next_step, train_policy=warm and signal)
     stats = update(roles, state, rollout, batch, schedule)
     metrics = iteration_metrics(number, state.kl.coef, rollout, scored, batch, stats) | {"learning_rate": rate}
     state.kl.update(metrics["kl"], len(rollout.prompts))
     state.iteration = number
     state.cursor += len(asked.prompts)
-    return Iteration(rollout, scored, metrics)
+    return Iteration(rollout, scored, metrics, signal)
