@@ -205,7 +205,7 @@ def make_world(
     make_adapters: Callable[..., Weights],
     prompts: list[tuple[int, ...]],
 ) -> Callable[..., World]:
-    """A scored rollout of 5 * `samples` responses, advantages and returns drawn at random; by a `given` trunk, if any."""
+    """A scored rollout of 5 * `samples` responses, advantages and returns drawn at random; `given` a trunk, by that."""
 
     def make(
         kind: str | None = "adapters",
