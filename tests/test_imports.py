@@ -204,3 +204,28 @@ def many(module, source):
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"mlx_ppo.cli.main"}))
 def test_functions_have_few_parameters(module):
     assert set(many(module, MODULES[module].read_text("utf-8"))) <= MANY
+
+
+# Which device or system this is decides something in these places only.
+ASKING = {"mlx_ppo.compute", "mlx_ppo.runtime", "mlx_ppo.cli.doctor"}
+QUESTIONS = {"sys.platform", "mx.default_device", "mx.device_info", "mx.metal", "mx.cuda", "platform.system", "on_cpu"}
+QUESTIONS |= {"platform.machine", "platform.platform", "os.uname", "is_available", "set_default_device"}
+
+
+def asked(source):
+    """Questions for the device or the system in a module's code."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute | ast.Name):
+            name = ast.unparse(node)
+            yield from (question for question in QUESTIONS if name == question or name.endswith(f".{question}"))
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_only_engines_and_the_runtime_ask_what_machine_this_is(module):
+    assert within(module, ASKING) or set(asked(MODULES[module].read_text("utf-8"))) == set()
+
+
+def test_questions_are_recognised():
+    source = "import sys\nif sys.platform == 'darwin' or mx.metal.is_available() or on_cpu(): pass"
+    assert set(asked(source)) == {"sys.platform", "mx.metal", "is_available", "on_cpu"}
+    assert set(asked("import mlx.core as mx\nmx.eval(mx.device_info())")) == {"mx.device_info"}

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from mlx_ppo.compute.output_head import OutputHead
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.starting import plan_run, smaller
-from mlx_ppo.models import roles
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.runs.folder import Run, create_run
 from mlx_ppo.runs.plan_file import Choices, PlanChange, read_plan, write_plan
@@ -51,7 +51,7 @@ class Seen:
         self.place: tuple[str, int, int] = ("plan", 0, 0)  # stage, iteration, optimizer step
         self.found: dict[tuple[str, int, int], dict[str, set[Any]]] = {}
         decoder, sequences = rollout.Decoder, Rollout.sequences
-        statistics, checkpointing, step = roles.head_statistics, Trunk.checkpointing, Optimizer.step
+        statistics, checkpointing, step = OutputHead.statistics, Trunk.checkpointing, Optimizer.step
 
         def decode(*given: Any, **named: Any) -> Any:
             self.note(rollout_batch=named["places"], kv_cache=named["cache_form"])
@@ -61,9 +61,9 @@ class Seen:
             self.note(rows=len(rows), checkpointing=False)
             return sequences(own, rows, **named)
 
-        def logits(trunk: Trunk, *given: Any, **named: Any) -> Any:
+        def logits(own: OutputHead, trunk: Trunk, *given: Any, **named: Any) -> Any:
             self.note(positions=trunk.positions)
-            return statistics(trunk, *given, **named)
+            return statistics(own, trunk, *given, **named)
 
         def save_memory(trunk: Trunk) -> Any:
             self.note(checkpointing=True)
@@ -76,7 +76,7 @@ class Seen:
 
         monkeypatch.setattr(rollout, "Decoder", decode)
         monkeypatch.setattr(Rollout, "sequences", read)
-        monkeypatch.setattr(roles, "head_statistics", logits)
+        monkeypatch.setattr(OutputHead, "statistics", logits)
         monkeypatch.setattr(Trunk, "checkpointing", save_memory)
         monkeypatch.setattr(Optimizer, "step", stepped)
 

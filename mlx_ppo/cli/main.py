@@ -11,6 +11,7 @@ import click
 import mlx_ppo
 from mlx_ppo.cli import PROGRAM
 from mlx_ppo.errors import ConfigError, DamageError, RunError, UserError, printable
+from mlx_ppo.runtime.device_errors import device_failure
 from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
 
 _SET = click.option(
@@ -45,6 +46,12 @@ class _Commands(click.Group):
             ctx.exit(error.exit_code)
         except NetworkRefused as error:
             click.echo(f"error: {error}", err=True)
+            ctx.exit(RunError.exit_code)
+        except RuntimeError as error:
+            failure = device_failure(error)
+            if failure is None:
+                raise
+            click.echo(f"error: {failure.cause}; {failure.remedy}", err=True)
             ctx.exit(RunError.exit_code)
         except KeyboardInterrupt:  # outside the jobs, which save first
             ctx.exit(130)

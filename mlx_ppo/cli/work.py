@@ -23,8 +23,10 @@ from mlx_ppo.config.supervised import RewardConfig, SFTConfig
 from mlx_ppo.errors import RunError, UserError
 from mlx_ppo.runs.folder import METRICS, Run, open_config
 from mlx_ppo.runs.provenance import device, engine
+from mlx_ppo.runtime.device_errors import device_failure
 from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
 from mlx_ppo.runtime.signals import STOPPING, Interrupted, Interrupts, catching_interrupts
+from mlx_ppo.runtime.system import staying_awake
 
 _TOKENS_EVERY = 0.25  # seconds
 
@@ -96,7 +98,9 @@ def work(order: Order, reporter: JobReporter, interrupts: Interrupts) -> list[st
             run.note(device=device(), engine=engine())
         from mlx_ppo.runtime.allocator import keeping_buffers
 
-        with keeping_buffers():
+        with keeping_buffers(), staying_awake(config.run.stay_awake) as said:
+            if said:
+                reporter.message(said)
             return _do(config, run, reporter, interrupts)
 
 
@@ -209,7 +213,8 @@ def main(arguments: list[str]) -> None:
     """The child process: given are the descriptor for events and, as a line on standard input, what to do.
 
     Standard input ends with the parent. The last event is `finished` with the lines to print, `stopped` with the
-    reason and the exit code, `failed` with the error's class and text, or `crashed` with a traceback.
+    reason and the exit code, `failed` with the error's class and text, `device` with what a GPU refused and what helps,
+    or `crashed` with a traceback.
     """
     refuse_connections()
     descriptor = int(arguments[0])
@@ -230,8 +235,12 @@ def main(arguments: list[str]) -> None:
             sender.send("failed", next(known), str(error))
         except NetworkRefused as error:
             sender.send("failed", RunError.__name__, str(error))
-        except BaseException:
-            sender.send("crashed", traceback.format_exc())
+        except BaseException as error:
+            failure = device_failure(error)
+            if failure is None:
+                sender.send("crashed", traceback.format_exc())
+            else:  # what a GPU refused: its process may not compute any further
+                sender.send("device", *failure)
 
 
 def _stop_with_parent(requests: FileIO, interrupts: Interrupts) -> None:

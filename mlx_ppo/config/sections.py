@@ -45,6 +45,7 @@ class RunSection(Section):
     seed: CountOrZero = Field(0, description="every random choice derives from it")
     save_every: Count = Field(10, description="iterations (or optimizer steps) between checkpoints")
     keep_last: Count = Field(2, description="checkpoints kept besides the best")
+    stay_awake: bool = Field(False, description="keep a Mac from sleeping while the run lasts (caffeinate)")
 
 
 class PPORunSection(RunSection):
@@ -232,6 +233,7 @@ class Job(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     command: ClassVar[str]
+    run: RunSection
 
 
 class MemorySection(Section):

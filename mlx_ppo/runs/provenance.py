@@ -1,7 +1,6 @@
 """What a run was made from: software, device, and the SHA-256 of its configuration and of every input file."""
 
 import hashlib
-import platform
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +10,7 @@ import tomli
 
 from mlx_ppo.config.sections import Job
 from mlx_ppo.errors import RunError
+from mlx_ppo.runtime.system import facts
 
 Record = Mapping[str, Any]
 
@@ -45,9 +45,7 @@ def software() -> dict[str, Any]:
     """Software and system of this process."""
     return {
         "versions": {name: version(name) for name in ("mlx-ppo", "mlx", "mlx-lm", "numpy")},
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "system": platform.platform(),
+        **facts(),
     }
 
 

@@ -199,7 +199,7 @@ class _Inquiry:
         if rest:
             self.notes.append(f"{path}: ends in half a row; the next resume cuts it")
         newest = max(checkpoint.steps(self.folder), default=0)
-        most = newest + self.config.run.save_every if self.config is not None else None  # type: ignore[attr-defined]
+        most = newest + self.config.run.save_every if self.config is not None else None
         before = 0.0
         for number, line in enumerate(lines, start=1):
             row = log_row(line)

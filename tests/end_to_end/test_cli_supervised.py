@@ -349,3 +349,51 @@ def test_a_lock_names_the_process_that_a_user_knows(project, tmp_path):
             Run(tmp_path)
         other.communicate()
     assert (tmp_path / "lock").read_text() == ""
+
+
+REFUSED = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPU...ErrorOutOfMemory)"
+# the trainer's second iteration fails as on a GPU, as many times as there are files to take away
+REFUSING = f"""
+import sys
+if sys.argv[0] == "-m" or "mlx_ppo.cli.work" in " ".join(sys.orig_argv):
+    import pathlib
+    from mlx_ppo.stages import iteration
+    score = iteration.score
+    def refusing(roles, policy, critic, rollout, *others):
+        left = sorted(pathlib.Path(__file__).parent.glob("refuse-*"))
+        if left and (pathlib.Path(__file__).parent / "runs/a/metrics.jsonl").exists():
+            left[0].unlink()
+            raise RuntimeError("{REFUSED}")
+        return score(roles, policy, critic, rollout, *others)
+    iteration.score = refusing
+"""
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_gpu_that_refuses_ends_a_run_at_its_last_checkpoint_or_makes_its_plan_smaller(project, retries):
+    (project.folder / "sitecustomize.py").write_text(REFUSING)
+    (project.folder / "refuse-1").touch()
+    run = {"iterations": 3, "save_every": 1}
+    config = project.config(run=run, memory={"retries": retries})
+    code = "from mlx_ppo.cli.main import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "train", str(config)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=project.folder,
+        env={**os.environ, "PYTHONPATH": str(project.folder)},
+    )  # fmt: skip
+    _, err = ends(process, 0 if retries else 4)
+    assert "Traceback" not in err and "the GPU was out of memory" in err and "Insufficient Memory" in err
+    if retries:
+        assert "going on with a smaller plan (1 of 1)" in err and [row["step"] for row in project.metrics()] == [
+            1,
+            2,
+            3,
+        ]
+        changes = json.loads((project.run() / "plan.json").read_text())["changes"]
+        assert len(changes) == 1
+    else:
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert "memory.budget_gb" in line and "mlx-ppo resume runs/a" in line
+        assert project.steps() == [1]
+        project.done("resume", project.run())
+        assert [row["step"] for row in project.metrics()] == [1, 2, 3]

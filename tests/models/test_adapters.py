@@ -181,7 +181,7 @@ def test_adapters_on_quantised_layers(make_model: Callable[..., Path], make_adap
     base = load_trunk(path)
     stock, _ = stock_load_model(path)
     nn.quantize(stock, group_size=32, bits=8)
-    trunk = Trunk(stock, base.tokenizer, "quantised")
+    trunk = Trunk(stock, base.tokenizer, "quantised", base.engine)
     assert {n: a.shape for n, a in make_adapters(trunk).arrays.items()} == {
         n: a.shape for n, a in make_adapters(base).arrays.items()
     }
