@@ -6,6 +6,7 @@
 import mlx_ppo  # noqa: F401  before mlx: it loads the BLAS and switches libraries offline
 
 # isort: split
+import functools
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 from tiny_models import COMMON, KINDS, write_weights, write_word_tokenizer
 
-from mlx_ppo.compute.choose import SWITCH, using
+from mlx_ppo.compute.choose import SWITCH, chosen_engine, using
 from mlx_ppo.compute.cpu.engine import CpuEngine
 from mlx_ppo.config.sections import LoraSection, OptimizerSection, PPOSection, ScoreSection
 from mlx_ppo.models.adapters import Weights, new_adapters
@@ -64,9 +65,9 @@ def with_metal_rounding() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROUNDING), os.environ.get("PYTHONPATH")]))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def on_cpu_engine() -> Iterator[None]:
-    """For tests of the kernels in `compute.cpu`, whatever engine the others run with."""
+    """For modules that test the kernels in `compute.cpu`, whatever engine the others run with."""
     with using(CpuEngine("a test of its kernels")):
         yield
 
@@ -118,19 +119,21 @@ def model_folder(make_model: MakeModel) -> Path:
     return make_model()
 
 
-@pytest.fixture(scope="session")
-def _shared_trunk(model_folder: Path) -> Trunk:
-    return load_trunk(model_folder)
+@functools.cache
+def _loaded(folder: Path, engine: str) -> Trunk:
+    """Loaded once for each engine, which is the one chosen just now."""
+    return load_trunk(folder)
 
 
 @pytest.fixture
-def trunk(_shared_trunk: Trunk) -> Iterator[Trunk]:
-    """The tiny llama, loaded once; a test that leaves anything on it fails."""
-    yield _shared_trunk
-    now = dict(tree_flatten(_shared_trunk.model.parameters()))
-    assert now.keys() == _shared_trunk.base.keys()
-    assert all(now[name] is array for name, array in _shared_trunk.base.items()), "weights were left on the trunk"
-    assert all(layer.attached is None and layer.noise is None for layer in _shared_trunk.adapted.values())
+def trunk(model_folder: Path) -> Iterator[Trunk]:
+    """The tiny llama; a test that leaves anything on it fails."""
+    shared = _loaded(model_folder, chosen_engine().name)
+    yield shared
+    now = dict(tree_flatten(shared.model.parameters()))
+    assert now.keys() == shared.base.keys()
+    assert all(now[name] is array for name, array in shared.base.items()), "weights were left on the trunk"
+    assert all(layer.attached is None and layer.noise is None for layer in shared.adapted.values())
 
 
 @pytest.fixture(scope="session")
