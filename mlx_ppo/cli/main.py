@@ -329,15 +329,27 @@ def import_(file: Path, directory: Path, dtype: str) -> None:
     is_flag=True,
     help="Train the bundled example a little where the system gives no network (unshare, sandbox-exec).",
 )
+@click.option("--acceptance", is_flag=True, help="Try what the program promises: types, memory, kills, a long run.")
+@click.option(
+    "--minutes", type=click.FloatRange(0, min_open=True), help="Length of the long run of --acceptance. [default: 15]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(offline_proof: bool, as_json: bool) -> None:
+def doctor(offline_proof: bool, acceptance: bool, minutes: float | None, as_json: bool) -> None:
     """What this machine is, and whether mlx-ppo works well on it and keeps to itself.
 
     \b
     Examples:
       mlx-ppo doctor
       mlx-ppo doctor --offline-proof
+      mlx-ppo doctor --acceptance --minutes 1
     """
+    if acceptance:
+        from mlx_ppo.cli.acceptance import accept
+
+        accept(minutes=15.0 if minutes is None else minutes, as_json=as_json)
+        return
+    if minutes is not None:
+        raise click.UsageError("--minutes goes with --acceptance")
     from mlx_ppo.cli.doctor import examine
 
     examine(offline_proof=offline_proof, as_json=as_json)

@@ -1,0 +1,324 @@
+"""`doctor --acceptance`: does this machine hold what the program promises? Commands as a user gives them, and figures.
+
+What is printed and kept names neither user nor host nor folders, so that it can be published.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import psutil
+
+from mlx_ppo.bundle import bundle_root
+from mlx_ppo.cli.doctor import prove_offline
+from mlx_ppo.compute import device
+from mlx_ppo.errors import RunError
+from mlx_ppo.runs.folder import MEMORY, METRICS
+from mlx_ppo.runs.plan_file import PLAN
+from mlx_ppo.runs.provenance import engine
+from mlx_ppo.runtime import system
+
+FILE = "mlx-ppo-acceptance.json"
+_COMMAND = "import sys; from mlx_ppo.cli.main import main; main()"
+_ITERATIONS = 4
+_QUICK = ("data.eval_count=4", "rollout.prompts=8", "rollout.max_tokens=12", "ppo.epochs=1", "ppo.minibatches=2")
+_FULL = 10  # minutes from which on the example's own sizes are used
+_OVER = 1.1  # of a planned peak
+_SPARE = 4 << 20  # bytes that a small model's phases may be over it
+_GROWTH = 1.05
+_SETTLED = 3  # iterations before memory and time are compared: kernels are compiled, the plan is corrected
+_ROUNDING = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.2, "4-bit": 0.2}  # of the largest |ratio - 1|
+_LIMIT = 1800.0  # seconds of one command
+_SAVING = 120.0  # seconds in which a run whose terminal is closed has to have saved
+_GIB = 1 << 30
+
+
+class Check(NamedTuple):
+    """What was tried."""
+
+    name: str
+    passed: bool | None  # None: not tried
+    said: str  # a line for people
+    figures: dict[str, Any]
+
+
+def accept(*, minutes: float, as_json: bool) -> None:
+    """Try everything, print a line for each as it is known, and keep the figures in `FILE` of the working folder.
+
+    Raises:
+        RunError: something failed, or the file can't be written.
+    """
+    checks: list[Check] = []
+    with tempfile.TemporaryDirectory(prefix="mlx-ppo-acceptance-") as folder:
+        for check in _checks(_Place(Path(folder), minutes)):
+            checks.append(check)
+            word = {True: "PASS", False: "FAIL", None: "----"}[check.passed]
+            click.echo(f"{word}  {check.name:<22}  {check.said}", err=as_json)
+    text = json.dumps({"format": 1, "minutes": minutes, "checks": [check._asdict() for check in checks]}, indent=2)
+    if as_json:
+        click.echo(text)
+    else:
+        try:
+            Path(FILE).write_text(text + "\n", "utf-8")
+        except OSError as error:
+            raise RunError(f"{FILE}: cannot be written ({error.strerror})") from None
+        click.echo(f"figures: {FILE}")
+    failed = [check.name for check in checks if check.passed is False]
+    if failed:
+        raise RunError(f"acceptance: {len(failed)} of {len(checks)} failed: {', '.join(failed)}")
+
+
+class _Place:
+    """A folder for the runs, and how large they are."""
+
+    def __init__(self, folder: Path, minutes: float) -> None:
+        self.folder, self.minutes = folder, minutes
+        self.sizes: Sequence[str] = () if minutes >= _FULL else _QUICK
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-P", "-c", _COMMAND, *arguments]
+
+    def train(self, name: str, *settings: str, config: Sequence[str] = ()) -> list[str]:
+        given = (f"run.folder={self.folder}", f"run.name={name}", *self.sizes, *settings)
+        return self.command("train", *config, *(part for setting in given for part in ("--set", setting)))
+
+    def run(self, command: list[str]) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT, cwd=self.folder)
+
+    def start(self, command: list[str]) -> "subprocess.Popen[bytes]":
+        nowhere = subprocess.DEVNULL
+        return subprocess.Popen(command, stdout=nowhere, stderr=nowhere, cwd=self.folder, start_new_session=True)
+
+    def rows(self, name: str, file: str = METRICS) -> list[dict[str, Any]]:
+        with suppress(OSError, ValueError):
+            return [json.loads(line) for line in (self.folder / name / file).read_text("utf-8").splitlines()]
+        return []
+
+    def shown(self, text: str) -> str:
+        """Words without the names of this machine's folders."""
+        text = text.replace(str(self.folder), ".").replace(str(Path.home()), "~")
+        return text.replace(str(Path(__file__).parents[1]), "mlx_ppo").strip()
+
+
+def _checks(place: _Place) -> Iterator[Check]:
+    yield _machine(place)
+    for dtype in ("float32", "float16", "bfloat16"):
+        yield _tried(f"example, {dtype}", _trained, place, dtype, [f"model.dtype={dtype}"])
+    yield _tried("example, 4-bit", _quantised, place)
+    yield _tried("speed by phase", _speed, place)
+    yield _tried("kill and resume", _killed, place)
+    yield _tried("closed terminal", _closed, place)
+    yield _tried("a long run", _long, place)
+    yield _tried("offline", _offline)
+
+
+def _tried(name: str, check: Callable[..., Check], *given: Any) -> Check:
+    """A check's result; what goes wrong with the check itself fails it."""
+    try:
+        return check(*given)._replace(name=name)
+    except (OSError, subprocess.SubprocessError, RunError, ValueError, KeyError, IndexError) as error:
+        return Check(name, False, f"{type(error).__name__}: {_last_line(str(error))[:200]}", {})
+
+
+def _machine(place: _Place) -> Check:
+    figures = {
+        **system.facts(),
+        **{name: version(name) for name in ("mlx-ppo", "mlx", "mlx-lm", "numpy")},
+        "device": f"{device.kind()}: {device.name()}",
+        "engine": engine(),
+        "memory_gib": round(psutil.virtual_memory().total / _GIB, 1),
+        "processors": os.cpu_count(),
+        "sizes": "the example's own" if not place.sizes else f"smaller: {', '.join(place.sizes)}",
+    }
+    said = f"{figures['device']}, {figures['memory_gib']} GiB, {figures['system']}, mlx {figures['mlx']}; {engine()}"
+    return Check("machine", True, said, figures)
+
+
+def _trained(place: _Place, name: str, settings: Sequence[str], config: Sequence[str] = ()) -> Check:
+    """The example for a few iterations: the self-check, sampled against scored probabilities, memory, what was said."""
+    done = place.run(
+        place.train(name, f"run.iterations={_ITERATIONS}", "critic.warmup_iterations=0", *settings, config=config)
+    )
+    rows = place.rows(name)
+    if done.returncode or len(rows) != _ITERATIONS:
+        return Check("", False, place.shown(_last_line(done.stderr)), {})
+    lines = [place.shown(line) for line in done.stdout.splitlines()[:20]]
+    remarks = [line for line in lines if "computed" in line or line.startswith(("warning", "rollouts", "prompts"))]
+    over = _over_plan(place, name)
+    figures = {
+        "ratio_error": max(row["ratio_error"] for row in rows),
+        "logprob_error": max(row["logprob_error"] for row in rows),
+        "tokens_per_second": rows[-1]["tokens_per_second"],
+        "measured_over_planned": over,
+        "said": remarks,
+    }
+    worst = max(over, key=lambda phase: over[phase])
+    passed = figures["ratio_error"] <= _ROUNDING[name] and over[worst] <= _OVER
+    said = (
+        f"ratio error {figures['ratio_error']:.1e}, logprob error {figures['logprob_error']:.1e}, "
+        f"{figures['tokens_per_second']:.0f} tokens/s, peak at most {over[worst]:.2f} of the plan ({worst})"
+    )
+    return Check("", passed, "; ".join([said, *remarks]), figures)
+
+
+def _over_plan(place: _Place, name: str) -> dict[str, float]:
+    """Measured peaks over planned ones, by phase, less what a model of a few megabytes may be off by."""
+    planned = json.loads((place.folder / name / PLAN).read_text("utf-8"))["phases"]
+    rows = place.rows(name, MEMORY)
+    found = {phase: max(row.get(phase, 0) for row in rows) for phase in planned}
+    return {
+        phase: round(max(0, peak - _SPARE) / planned[phase]["mlx_bytes"], 3)
+        for phase, peak in found.items()
+        if peak and planned[phase]["mlx_bytes"]
+    }
+
+
+def _quantised(place: _Place) -> Check:
+    """The example's model in 4 bits; its reward model stays whole."""
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    source, target = bundle_root() / "models" / "reviews", place.folder / "models" / "4-bit"
+    target.mkdir(parents=True)
+    model, config = load_model(source, trust_remote_code=False)
+    with redirect_stdout(sys.stderr):
+        model, config = quantize_model(model, config, group_size=32, bits=4)
+    save_model(target, model)
+    save_config(config, target / "config.json")
+    for file in source.glob("token*"):
+        (target / file.name).write_bytes(file.read_bytes())
+    rule = place.folder / "rule.py"
+    rule.write_text("def length(completions):\n    return [len(text) / 100 for text in completions]\n", "utf-8")
+    toml = place.folder / "4-bit.toml"
+    prompts = source / "data" / "prompts-train.jsonl"
+    toml.write_text(
+        f'[model]\npath = "{target}"\n[data]\nprompts = "{prompts}"\n[[reward]]\nkind = "function"\n'
+        f'function = "{rule}:length"\n[critic]\ninitialise = "policy"\n',
+        "utf-8",
+    )
+    return _trained(place, "4-bit", ["rollout.prompts=16"], [str(toml)])
+
+
+def _speed(place: _Place) -> Check:
+    file = place.folder / "bench.json"
+    settings = [part for setting in place.sizes if "eval" not in setting for part in ("--set", setting)]
+    done = place.run(place.command("bench", "--iterations", "1", "--output", str(file), *settings))
+    if done.returncode:
+        return Check("", False, place.shown(done.stderr), {})
+    phases = json.loads(file.read_text("utf-8"))["phases"]
+    keys = ("tokens_per_second", "share_of_peak", "seconds")
+    figures = {name: {key: row[key] for key in keys if key in row} for name, row in phases.items()}
+    told = (
+        f"{name} {row['tokens_per_second']:.0f}" + (f" ({row['share_of_peak']:.0%})" if "share_of_peak" in row else "")
+        for name, row in figures.items()
+        if "tokens_per_second" in row
+    )
+    return Check("", True, f"tokens/s (of the peak): {', '.join(told)}", figures)
+
+
+def _digest(place: _Place, name: str) -> str:
+    newest = max((place.folder / name / "checkpoints").glob("[0-9]*"))
+    return hashlib.sha256((newest / "adapters.safetensors").read_bytes()).hexdigest()
+
+
+def _killed(place: _Place) -> Check:
+    """A run that is killed in mid-iteration and resumed, against one that wasn't."""
+    settings = (f"run.iterations={_ITERATIONS}", "run.save_every=1", "critic.warmup_iterations=0")
+    whole = place.run(place.train("whole", *settings))
+    process = place.start(place.train("killed", *settings))
+    _until(place, "killed", 2, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    at = len(place.rows("killed"))
+    again = place.run(place.command("resume", str(place.folder / "killed")))
+    if whole.returncode or again.returncode:
+        return Check("", False, place.shown(whole.stderr or again.stderr), {})
+    same = _digest(place, "whole") == _digest(place, "killed")
+    steps = [row["step"] for row in place.rows("killed")]
+    exact = same or device.kind() != "CPU"  # on a CPU resuming gives the same bytes; a GPU's sums may have no order
+    said = f"killed after iteration {at}; {'the same bytes' if same else 'other bytes'} as without"
+    return Check("", exact and steps == list(range(1, _ITERATIONS + 1)), said, {"same_bytes": same, "steps": steps})
+
+
+def _closed(place: _Place) -> Check:
+    """The terminal is closed: saved, and it goes on."""
+    process = place.start(place.train("closed", "run.iterations=1000", "run.save_every=1000"))
+    _until(place, "closed", 1, process)
+    os.kill(process.pid, signal.SIGHUP)
+    process.wait(_LIMIT)
+    end = time.monotonic() + _SAVING
+    checkpoints = place.folder / "closed" / "checkpoints"
+    while not (saved := any(checkpoints.glob("[0-9]*"))) and time.monotonic() < end:
+        time.sleep(0.1)  # the process that trains goes on until it has saved
+    done = len(place.rows("closed"))
+    return Check("", saved, f"{'saved' if saved else 'NOT saved'} after iteration {done}", {"iterations": done})
+
+
+def _long(place: _Place) -> Check:
+    """For as long as is allowed, at most 200 iterations: does it live, and does anything grow?"""
+    process = place.start(place.train("long", "run.iterations=200", "run.save_every=50"))
+    end = time.monotonic() + 60 * place.minutes
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.5)
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    status = process.wait(_LIMIT)
+    rows = place.rows("long")
+    passed = status in (0, 128 + signal.SIGTERM)
+    figures: dict[str, Any] = {"iterations": len(rows), "minutes": place.minutes, "status": status}
+    if len(rows) < 3 * _SETTLED:
+        return Check("", passed, f"{len(rows)} iterations: too few to see whether anything grows", figures)
+    figures |= _growth(rows[_SETTLED:])
+    said = (
+        f"{len(rows)} iterations; the last quarter over the first: memory "
+        f"{figures['memory_last_over_first']:.2f}, seconds a token {figures['seconds_a_token_last_over_first']:.2f}"
+    )
+    return Check("", passed and figures["memory_last_over_first"] <= _GROWTH, said, figures)
+
+
+def _growth(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Largest memory and time a token, of the last quarter of some iterations over the first."""
+    quarter = max(1, len(rows) // 4)
+    first, last = rows[:quarter], rows[-quarter:]
+
+    def pace(part: Sequence[dict[str, Any]]) -> float:
+        tokens = sum(row["tokens_per_second"] * row["seconds"] for row in part)
+        return float(sum(row["seconds"] for row in part) / tokens)
+
+    return {
+        "memory_last_over_first": max(row["memory"] for row in last) / max(row["memory"] for row in first),
+        "seconds_a_token_last_over_first": pace(last) / pace(first),
+    }
+
+
+def _offline() -> Check:
+    found = prove_offline()
+    return Check("", not found.problem, found.problem or found.value, {})
+
+
+def _until(place: _Place, name: str, iterations: int, process: "subprocess.Popen[bytes]") -> None:
+    """Wait until a run has done so many.
+
+    Raises:
+        RunError: it has ended before.
+    """
+    end = time.monotonic() + _LIMIT
+    while len(place.rows(name)) < iterations:
+        if process.poll() is not None or time.monotonic() > end:
+            raise RunError(f"the run ended with {process.poll()} before iteration {iterations}")
+        time.sleep(0.05)
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "no word"
