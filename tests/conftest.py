@@ -70,6 +70,7 @@ def on_cpu_engine() -> Iterator[None]:
     """For modules that test the kernels in `compute.cpu`, whatever engine the others run with."""
     with using(CpuEngine("a test of its kernels")):
         yield
+    _loaded.cache_clear()
 
 
 @pytest.fixture(scope="session")

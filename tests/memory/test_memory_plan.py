@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from mlx_ppo.bench.dry_run import Measured, dry_run
 from mlx_ppo.cli.main import main
+from mlx_ppo.compute import portable
 from mlx_ppo.compute.cpu import engine
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.random import philox
@@ -153,14 +154,19 @@ def test_the_predicted_peak_of_a_rollout_whose_rows_are_replaced(
     )
     own = accountant(config, Shapes(prompt=prompt, response=response, responses=32, distinct=32, minibatch=8))
     plan = make_plan(own, config, None)
-    draw, shares = engine.sample, [3 / response, 0.0]
+    draw, on_device, shares = engine.sample, portable.sampled, [3 / response, 0.0]
 
     def ending(logits: Any, draws: Any, temperature: float) -> Any:
         """End responses at tokens of chance."""
         tokens, logprobs = draw(logits, draws, temperature)
         return np.where(draws < shares[-1], 2047, np.where(tokens == 2047, 5, tokens)), logprobs
 
+    def ending_on_device(logits: mx.array, draws: mx.array, temperature: float) -> Any:
+        tokens, logprobs = on_device(logits, draws, temperature)
+        return mx.where(draws < shares[-1], 2047, mx.where(tokens == 2047, 5, tokens)), logprobs
+
     monkeypatch.setattr(engine, "sample", ending)
+    monkeypatch.setattr(portable, "sampled", ending_on_device)
     roles, policy, critic = load_roles(config)
     roles.close()
     mx.eval(dict(policy.arrays), dict(critic.arrays) if critic is not None else {})

@@ -95,7 +95,11 @@ def test_the_place_of_a_row_that_has_ended_goes_to_one_that_waits(
     trunk.capabilities = trunk.capabilities._replace(joins=False)
     apart, others = decoded(trunk, prompts, **options)
     assert filled.responses == apart.responses == again.responses
-    assert sum(rows) == sum(others) == sum(len(response) - 1 for response in filled.responses)
+    read = sum(len(response) - 1 for response in filled.responses)
+    if trunk.engine.name == "cpu":
+        assert sum(rows) == sum(others) == read
+    else:  # a last token is read along before it is known to be one
+        assert all(read <= sum(one) <= read + len(filled.responses) for one in (rows, others))
     assert len(rows) < 0.75 * len(others)
     rises, others_rises = (sum(after > before for before, after in itertools.pairwise(one)) for one in (rows, others))
     assert max(rows) <= 8 and rises > 4 >= others_rises
