@@ -107,7 +107,8 @@ def test_an_answer_may_join_the_last_token_of_a_chat(write, tokenizer, end, answ
     """Its first character becomes one token with the last one of the generation prompt."""
 
     def encode(text):
-        return [259 if part == joined else ord(part) + 3 for part in re.split(f"({re.escape(joined)})|(.)", text, flags=re.S) if part]  # fmt: skip
+        parts = re.findall(f"{re.escape(joined)}|.", text, flags=re.DOTALL)
+        return [259 if part == joined else ord(part) + 3 for part in parts]
 
     def render(messages, *, add_generation_prompt):
         text = f"u:{messages[0]['content']}|{end}"
