@@ -10,7 +10,6 @@ from mlx_ppo.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("models/**/README.md")])
-REFUSED = "ppo.advantage="  # to be deleted with its uses once one key switches the estimator (issue 17, point 12)
 _FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 

@@ -18,7 +18,7 @@ from mlx_ppo.runtime.offline import OFFLINE_ENVIRONMENT
 
 sys.path.insert(0, str(Path(__file__).parent))
 from config_table import TABLES, written
-from printed_commands import DOCUMENTS, REFUSED, ROOT, commands, parsed, printed
+from printed_commands import DOCUMENTS, ROOT, commands, parsed, printed
 from test_imports import LAYERS
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -60,14 +60,12 @@ CONFIGURED = [line for _, line in printed() if line.split()[0] in JOBS]
 
 
 @pytest.mark.parametrize("line", sorted(set(CONFIGURED)))
-def test_configurations_and_keys_of_printed_commands_are_right(line: str, request: pytest.FixtureRequest) -> None:
+def test_configurations_and_keys_of_printed_commands_are_right(line: str) -> None:
     given = parsed(line).params
     path = ROOT / (given["config"] or "configs/reviews.toml")
     if not path.exists():
         assert path.name in {"CONFIG", "my-ppo.toml", "my-reward.toml"}
         return
-    if REFUSED in line:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="critic.warmup_iterations without a critic"))
     read_config(JOBS[line.split()[0]], path, given["overrides"])
 
 

@@ -94,16 +94,19 @@ def dry(config: Job) -> None:
 
     with Display() as display:
         if isinstance(config, TrainConfig):
+            from mlx_ppo.memory.starting import budget_of, new_plan, said
             from mlx_ppo.models.roles import Loading, load_roles
-            from mlx_ppo.runs.plan_file import Choices
-            from mlx_ppo.train import load_data
+            from mlx_ppo.train import load_data, tokenizer_of
 
-            choices = Choices.pinned(config)
+            data, held_out = load_data(config, tokenizer_of(config), display)
+            prompts = (*data.prompts, *held_out)
+            plan, _ = new_plan(config, [len(prompt.tokens) for prompt in prompts], budget_of(config))
+            click.echo(said(plan))
+            choices = plan.choices
             roles, _, _ = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
             try:
                 _remark(roles.trunk.remarks)
-                data, held_out = load_data(config, roles.trunk.tokenizer, display)
-                roles.require_fields([prompt.record for prompt in (*data.prompts, *held_out)])
+                roles.require_fields([prompt.record for prompt in prompts])
             finally:
                 roles.close()
             _statistics("training prompts", [len(prompt.tokens) for prompt in data.prompts])

@@ -75,6 +75,10 @@ def main() -> None:
     mlx-ppo init my-project  copy it, to start from
     """
     os.umask(0o077)
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise RunError(f"the current folder can't be used ({error.strerror}); change to one that exists") from None
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that can't show a character is no reason to stop
             stream.reconfigure(errors="backslashreplace")

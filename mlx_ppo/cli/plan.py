@@ -18,7 +18,7 @@ from mlx_ppo.data.model_files import json_object
 from mlx_ppo.errors import ConfigError, ModelError, UserError
 from mlx_ppo.memory.phases import Accountant, Phase
 from mlx_ppo.memory.plan import GIB, RESERVE, Plan, longest_response, make_plan, needed, plan_of, require_fit, smallest
-from mlx_ppo.memory.starting import accountant_of, budget_of
+from mlx_ppo.memory.starting import accountant_of, budget_of, require_countable
 
 _BAR = 18
 _MB = 1e6
@@ -57,6 +57,7 @@ def show(
         raise ConfigError("--measure runs the model of the configuration on this machine; leave out the other options")
     with using(engine):
         longest = config.data.max_prompt_tokens if given is not None else longest_prompt(config)
+        require_countable(config, longest, budget)
         accountant = accountant_of(config, given, longest)
         plan = make_plan(accountant, config, budget)
         served, saved = accountant.shared()

@@ -28,11 +28,6 @@ def _train_problems(config: TrainConfig) -> list[Problem]:
             f"{ppo.advantage!r} compares a prompt's responses; set rollout.samples_per_prompt to 2 or more",
         ),
         (
-            critic_free and critic.warmup_iterations > 0,
-            "critic.warmup_iterations",
-            f"there is no critic with ppo.advantage = {ppo.advantage!r}; remove the key",
-        ),
-        (
             ppo.minibatches > responses,
             "ppo.minibatches",
             f"more than the {responses} responses of an iteration (rollout.prompts * rollout.samples_per_prompt)",
@@ -59,7 +54,7 @@ def _train_problems(config: TrainConfig) -> list[Problem]:
             f"is read only with critic.kind = 'model', not {critic.kind!r}",
         ),
         (
-            critic.warmup_iterations >= config.run.iterations,
+            config.critic_warmup >= config.run.iterations,
             "critic.warmup_iterations",
             f"leaves none of the {config.run.iterations} iterations of run.iterations for the policy",
         ),

@@ -182,7 +182,7 @@ class CriticSection(Section):
         "reward", description="start from the reward model where one fits, or from the trunk as it is"
     )
     learning_rate: Positive = Field(3e-4, description="the critic's rate")
-    warmup_iterations: CountOrZero = Field(0, description="first iterations that train only the critic")
+    warmup_iterations: CountOrZero = Field(0, description="first iterations that train only the critic (gae)")
 
 
 class PPOSection(Section):
@@ -279,3 +279,8 @@ class TrainConfig(Job):
     kl: KLSection = KLSection()
     optimizer: OptimizerSection = OptimizerSection()
     memory: MemorySection = MemorySection()
+
+    @property
+    def critic_warmup(self) -> int:
+        """First iterations that train only the critic; none where there is no critic."""
+        return self.critic.warmup_iterations if self.ppo.advantage == "gae" else 0

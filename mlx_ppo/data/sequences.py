@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import DataError, ModelError
 
 Overlong = Literal["drop", "truncate", "error"]
+_JOINED = 8  # tokens at a prompt's end that an answer may change
 
 
 @dataclass
@@ -102,9 +104,10 @@ def answered_tokens(
 ) -> tuple[list[int], int]:
     """Prompt, answer and EOS, and the index at which the answer starts.
 
-    Plain texts are tokenised as one, because SentencePiece puts a space before each text of its own; the answer then
-    starts where the tokens first differ from the prompt's. A conversation ends with the answer's EOS: what the
-    template writes after it is cut off, since generation stops there too.
+    Prompt and answer are tokenised as one text, because SentencePiece puts a space before each text of its own and
+    because the prompt's last characters may join the answer's first in one token; the answer then starts where the
+    tokens first differ from the prompt's. A conversation ends with the answer's EOS: what the template writes after it
+    is cut off, since generation stops there too.
 
     Args:
         prompt: text or messages.
@@ -114,15 +117,15 @@ def answered_tokens(
         where: place for errors.
 
     Raises:
-        DataError: the chat template doesn't keep the prompt's tokens once an answer follows.
+        DataError: the chat template writes the prompt differently once an answer follows.
     """
     if isinstance(prompt, str):
         tokens = text_tokens(prompt + answer, tokenizer, where)
         return [*tokens, tokenizer.eos_id], _common_prefix(prefix, tokens)
     messages = [*prompt, {"role": "assistant", "content": answer}]
     tokens = _rendered(messages, tokenizer, where, add_generation_prompt=False)
-    start = len(prefix)
-    if tokens[:start] != list(prefix):
+    start = _common_prefix(prefix, tokens)
+    if start < len(prefix) and not _begins_with(tokens, prefix, start, tokenizer):
         raise DataError(
             f"{where}: the chat template writes the prompt differently once an answer follows, so the answer's tokens "
             "can't be told apart; use plain text fields, or a template that only appends"
@@ -143,6 +146,16 @@ def _rendered(messages: Messages, tokenizer: Tokenizer, where: str, *, add_gener
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     pairs = zip(first, second, strict=False)
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _begins_with(tokens: Sequence[int], prefix: Sequence[int], start: int, tokenizer: Tokenizer) -> bool:
+    """Whether the tokens' text begins with the prefix's, whose last tokens, from `start` on, joined what follows.
+
+    Special tokens have no text: one that is no longer there didn't join anything.
+    """
+    texts = [tokenizer.decode(prefix[:end]) for end in range(start, len(prefix) + 1)]
+    plain = all(before != after for before, after in pairwise(texts))
+    return plain and len(prefix) - start <= _JOINED and tokenizer.decode(tokens).startswith(texts[-1])
 
 
 def _seen(value: list[object]) -> str:

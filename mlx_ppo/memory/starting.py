@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_ppo.config.sections import TrainConfig
+from mlx_ppo.errors import ConfigError
 from mlx_ppo.memory.budget import default_budget
 from mlx_ppo.memory.choices import one_smaller, shapes_of
 from mlx_ppo.memory.model import config_of, weightless_roles
@@ -14,6 +15,9 @@ from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, needed, plan_of, 
 from mlx_ppo.models.load import is_quantised
 from mlx_ppo.runs.folder import open_config
 from mlx_ppo.runs.plan_file import PlanChange, PlanRecord, read_plan, write_plan
+
+_OF_TOKEN = 8  # bytes of a prompt's token, as a rollout keeps it
+_OF_SLOT = 28  # of a response's: token, four kinds of log-probability and entropy, value, advantage, mask
 
 
 class Planned(NamedTuple):
@@ -52,6 +56,36 @@ def accountant_of(config: TrainConfig, model_config: dict[str, Any] | None, long
     return own
 
 
+def require_countable(config: TrainConfig, longest_prompt: int, budget: int) -> None:
+    """Refuse, before anything is traced, more responses than could be kept as mere numbers.
+
+    Raises:
+        ConfigError: says what they would need.
+    """
+    shapes = shapes_of(config, longest_prompt)
+    needs = shapes.responses * (_OF_TOKEN * shapes.prompt + _OF_SLOT * shapes.response)
+    if needs > budget:
+        raise ConfigError(
+            f"memory.budget_gb: {shapes.responses} responses of up to {shapes.response} tokens are answered together, "
+            f"whose numbers alone take {needs / GIB:.1f} GiB of {budget / GIB:.1f}; lower rollout.prompts, "
+            "rollout.samples_per_prompt, rollout.max_tokens or data.eval_count"
+        )
+
+
+def new_plan(config: TrainConfig, prompts: Sequence[int], budget: int) -> tuple[Plan, Accountant]:
+    """A plan that fits, and what it was made with.
+
+    Raises:
+        ConfigError: none does.
+        ModelError: a folder is damaged.
+    """
+    require_countable(config, max(prompts), budget)
+    accountant = accountant_of(config, None, max(prompts))
+    plan = make_plan(accountant, config, budget)
+    require_fit(plan, accountant, config)
+    return plan, accountant
+
+
 def plan_run(config: TrainConfig, prompts: Sequence[int], folder: Path) -> Planned:
     """The plan for a run folder: what its `plan.json` says, so that resuming is exact, or a new one, which is kept.
 
@@ -65,14 +99,12 @@ def plan_run(config: TrainConfig, prompts: Sequence[int], folder: Path) -> Plann
         RunError: `plan.json` can't be read or written.
     """
     record = read_plan(folder)
-    accountant = accountant_of(config, None, max(prompts))
     budget = budget_of(config)
     if record is not None:
-        overhead = record.overhead or RUNTIME
+        accountant, overhead = accountant_of(config, None, max(prompts)), record.overhead or RUNTIME
         plan = plan_of(accountant, record.latest, budget, factors=record.factors, overhead=overhead)
         return Planned(plan, accountant, record)
-    plan = make_plan(accountant, config, budget)
-    require_fit(plan, accountant, config)
+    plan, accountant = new_plan(config, prompts, budget)
     record = PlanRecord(
         choices=plan.choices,
         budget=budget,

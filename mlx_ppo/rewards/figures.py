@@ -40,9 +40,6 @@ def rating_figures(raw: Floats, ratings: Floats, *, min_difference: float, paire
         Without a clear pair, 0 for what is taken over them.
     """
     wide = raw.astype(np.float64)
-    high, low = np.nonzero(ratings[:, None] > ratings[None, :])
-    difference = wide[high] - wide[low]
-    clear = ratings[high] - ratings[low] >= min_difference
     varied = wide.std() > 0 and ratings.std() > 0
     correlation = float(np.corrcoef(wide, ratings)[0, 1]) if varied else 0.0
     figures = {

@@ -16,7 +16,7 @@ from mlx_ppo.config.file import nearest, read_config
 from mlx_ppo.config.sections import Job
 from mlx_ppo.config.supervised import JOBS
 from mlx_ppo.errors import ConfigError, RunError
-from mlx_ppo.runs.provenance import describe, hashes
+from mlx_ppo.runs.provenance import Moved, describe, hashes
 from mlx_ppo.runtime.system import flush
 
 CONFIG, RECORD, METRICS, SAMPLES, LOCK = "config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "lock"
@@ -240,7 +240,7 @@ def _put_beside_others(temporary: Path, base: Path, name: str) -> Path:
 
 
 def open_config(folder: Path) -> Job:
-    """The configuration that a run was started with.
+    """The configuration that a run was started with; inputs that moved with the run's folder are where they are now.
 
     Raises:
         ConfigError: the folder isn't a run.
@@ -253,7 +253,8 @@ def open_config(folder: Path) -> Job:
     command = str(read_record(folder).get("command"))
     if command not in JOBS:
         raise ConfigError(f"{folder / RECORD}: unknown command {command!r}")
-    return read_config(JOBS[command], folder / CONFIG)
+    config = read_config(JOBS[command], folder / CONFIG)
+    return Moved.of(config, folder).config(config)
 
 
 def to_toml(config: Job) -> str:

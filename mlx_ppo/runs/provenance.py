@@ -1,18 +1,58 @@
 """What a run was made from: software, device, and the SHA-256 of its configuration and of every input file."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import tomli
 
-from mlx_ppo.config.sections import Job
+from mlx_ppo.config.sections import Job, TrainConfig
+from mlx_ppo.config.supervised import RewardConfig, SFTConfig
 from mlx_ppo.errors import RunError
 from mlx_ppo.runtime.system import facts
 
 Record = Mapping[str, Any]
+
+
+class Moved(NamedTuple):
+    """The folder that holds a run's folder: when the run was started, and now."""
+
+    then: Path
+    now: Path
+
+    @classmethod
+    def of(cls, config: Job, folder: Path) -> Self:
+        """From a run's configuration and its folder."""
+        assert isinstance(config, TrainConfig | SFTConfig | RewardConfig)
+        return cls(config.run.folder, Path(os.path.realpath(folder)).parent)
+
+    def place(self, path: Path) -> Path:
+        """Where an input is: where it was or, if it is there no more, at the same place as seen from the run."""
+        if path.exists() or self.then == self.now:
+            return path
+        moved = Path(os.path.normpath(self.now / os.path.relpath(path, self.then)))
+        return moved if moved.exists() else path
+
+    def config(self, config: Job) -> Job:
+        """The configuration with its inputs where they are."""
+        if self.then == self.now:
+            return config
+        kept = {"run": config.model_dump()["run"]}
+        return type(config).model_validate({**self._placed(config.model_dump(exclude={"run"})), **kept})
+
+    def _placed(self, value: Any) -> Any:
+        if isinstance(value, Path):
+            return self.place(value)
+        if isinstance(value, dict):
+            placed = {key: self._placed(item) for key, item in value.items()}
+            if isinstance(value.get("function"), str):
+                file, colon, name = value["function"].rpartition(":")
+                placed["function"] = f"{self.place(Path(file))}{colon}{name}"
+            return placed
+        return [self._placed(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class Change(NamedTuple):
@@ -107,7 +147,7 @@ def _rows(value: Any, key: str = "") -> dict[str, str]:
 
 
 def input_changes(record: Record, found: Mapping[Path, Mapping[str, str]]) -> list[Change]:
-    """Input files that are no longer as recorded.
+    """Input files that are no longer as recorded; one of the same name and content at another place is.
 
     Args:
         record: from `run.json`.
@@ -115,24 +155,28 @@ def input_changes(record: Record, found: Mapping[Path, Mapping[str, str]]) -> li
     """
     before: Mapping[str, str] = record.get("inputs", {})
     now = {name: digest for files in found.values() for name, digest in files.items()}
+    known, there = ({(Path(name).name, digest) for name, digest in files.items()} for files in (before, now))
     changes = []
     for name, digest in before.items():
         if name not in now:
+            if (Path(name).name, digest) in there:
+                continue
             changes.append(Change(name, "left out" if Path(name).is_file() else "missing"))
         elif now[name] != digest:
             changes.append(Change(name, "changed"))
     for path, files in found.items():
-        if before.keys() & files.keys() and path.is_dir():  # otherwise a changed configuration names it first
-            changes += [Change(name, "added") for name in files if name not in before]
+        new = [name for name, digest in files.items() if name not in before and (Path(name).name, digest) not in known]
+        if len(new) < len(files) and path.is_dir():  # otherwise a changed configuration names it first
+            changes += [Change(name, "added") for name in new]
     return changes
 
 
-def reward_file_changes(record: Record) -> list[Change]:
+def reward_file_changes(record: Record, moved: Moved) -> list[Change]:
     """Files that reward functions read, beside their own, and that are no longer what they were then."""
     changes = []
     for name, digest in record.get("reward_files", {}).items():
         try:
-            if sha256(Path(name)) != digest:
+            if sha256(moved.place(Path(name))) != digest:
                 changes.append(Change(name, "changed"))
         except OSError:
             changes.append(Change(name, "missing"))

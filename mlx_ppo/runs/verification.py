@@ -28,6 +28,7 @@ from mlx_ppo.runs.folder import (
 from mlx_ppo.runs.plan_file import read_plan
 from mlx_ppo.runs.provenance import (
     Change,
+    Moved,
     Record,
     config_changes,
     differences,
@@ -78,7 +79,7 @@ def require_as_recorded(config: Job, run: Run, *, allow_config_change: bool) -> 
             mend = _ALLOW if _is_code(change) else _NOTHING_ALLOWS.get(change.what, "restore it, or start a new run")
             raise RunError(f"{since}; {mend}")
         code.append(since)
-    files = {change.file: change for change in reward_file_changes(record)}
+    files = {change.file: change for change in reward_file_changes(record, Moved.of(config, run.folder))}
     for change in files.values():
         since = f"{change.file} (read by a reward function): {change.what} since the run was started"
         if not allow_config_change:
@@ -160,7 +161,8 @@ class _Inquiry:
         except RunError as error:
             yield str(error)
         self.files += len(self.record.get("reward_files", {}))
-        for change in reward_file_changes(self.record):
+        where = Moved(self.folder, self.folder) if self.config is None else Moved.of(self.config, self.folder)
+        for change in reward_file_changes(self.record, where):
             yield f"{change.file}: {change.what} since a reward function read it"
 
     def checkpoints(self) -> Iterator[str]:

@@ -3,18 +3,20 @@
 import contextlib
 import resource
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
 def open_files_limit_kept() -> Iterator[None]:
-    """`import mlx_lm` lowers the process's limit of open files; put the soft limit back as far as allowed."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """`import mlx_lm` sets the limit of open files, or fails where it may not: meanwhile nothing sets it."""
+    setting = resource.setrlimit
+
+    def ignoring(which: int, limits: Any) -> None:
+        if which != resource.RLIMIT_NOFILE:
+            setting(which, limits)
+
+    resource.setrlimit = ignoring
     try:
         yield
     finally:
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, before)
-            hard = before[1]
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], hard), hard))
+        resource.setrlimit = setting

@@ -59,7 +59,7 @@ def iterate(config: TrainConfig, roles: Roles, state: State, asked: Asked, plan:
     batch = advantages(config, rollout, scored, kl_coef=state.kl.coef)
     watcher.stage("update")
     rate = state.policy.optimizer.rate(state.policy.optimizer.steps)
-    warm, signal = state.iteration >= config.critic.warmup_iterations, is_signal(config, rollout, scored)
+    warm, signal = state.iteration >= config.critic_warmup, is_signal(config, rollout, scored)
     schedule = Schedule(config.ppo, (seed, "update", number), plan.next_step, train_policy=warm and signal)
     stats = update(roles, state, rollout, batch, schedule)
     metrics = iteration_metrics(number, state.kl.coef, rollout, scored, batch, stats) | {"learning_rate": rate}

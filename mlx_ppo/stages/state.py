@@ -69,7 +69,7 @@ class State:
 def initial_state(config: TrainConfig, policy: Weights, critic: Weights | None) -> State:
     """Learners, KL controller and counters before the first iteration."""
     steps = config.ppo.epochs * config.ppo.minibatches
-    iterations = {"policy": config.run.iterations - config.critic.warmup_iterations, "critic": config.run.iterations}
+    iterations = {"policy": config.run.iterations - config.critic_warmup, "critic": config.run.iterations}
     rates = {"policy": config.optimizer.learning_rate, "critic": config.critic.learning_rate}
     make = {
         role: Optimizer(config.optimizer, learning_rate=rate, total_steps=iterations[role] * steps)

@@ -104,6 +104,15 @@ ONE_MISTAKE = [
 ]
 
 
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("example", ["reviews", "smollm2-reviews", "smollm2-question"])
+def test_one_key_switches_the_estimator_of_the_examples(kind, example):
+    path = Path(__file__).parents[2] / "configs" / f"{example}.toml"
+    several = ("rollout.samples_per_prompt=4",)
+    config = read_config(TrainConfig, path, (*several, f"ppo.advantage={kind}"))
+    assert config.critic_warmup == 0 < read_config(TrainConfig, path, several).critic_warmup
+
+
 @pytest.mark.parametrize(("more", "message"), ONE_MISTAKE)
 def test_a_mistake_is_told_with_its_line_and_the_mend(folder, more, message):
     if more.startswith("[data]"):  # a key of a section that is there

@@ -1,4 +1,5 @@
 import io
+import re
 import warnings
 
 import pytest
@@ -96,6 +97,30 @@ def test_a_template_that_rewrites_the_prompt_is_refused(write, tokenizer):
     tokenizer.render_chat = counting
     with pytest.raises(DataError, match=r"data\.jsonl:1: the chat template writes the prompt differently once an answ"):
         load(write({"messages": [USER, ASSISTANT]}), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("end", "answer", "joined"),
+    [(" ", "Yes", " Y"), ("\n", "\nYes", "\n\n"), ("a:", ":) ok", "::"), ("> ", " two", "  "), ("no:", "-)", ":-")],
+)
+def test_an_answer_may_join_the_last_token_of_a_chat(write, tokenizer, end, answer, joined):
+    """Its first character becomes one token with the last one of the generation prompt."""
+
+    def encode(text):
+        parts = re.findall(f"{re.escape(joined)}|.", text, flags=re.DOTALL)
+        return [259 if part == joined else ord(part) + 3 for part in parts]
+
+    def render(messages, *, add_generation_prompt):
+        text = f"u:{messages[0]['content']}|{end}"
+        return encode(text) if add_generation_prompt else [*encode(text + messages[-1]["content"]), 2]
+
+    tokenizer.render_chat = render
+    tokenizer.decode = lambda tokens: "".join(
+        joined if token == 259 else chr(token - 3) for token in tokens if token > 2
+    )
+    [example] = load(write({"messages": [USER, ASSISTANT | {"content": answer}]}), tokenizer).examples
+    assert example.tokens[example.loss_from] == 259
+    assert tokenizer.decode(example.tokens[: example.loss_from]) + joined[:-1] == f"u:{USER['content']}|{end}"
 
 
 def test_overlong_examples(write, tokenizer):

@@ -197,3 +197,35 @@ def test_init_copies_the_example_once(project):
     project.refused(2, "rule.py: already there", "init", "rule.py")
     (project.folder / "empty").mkdir()
     project.done("init", "empty")
+
+
+@pytest.mark.parametrize(
+    "key", ["rollout.prompts", "rollout.samples_per_prompt", "rollout.max_tokens", "data.eval_count"]
+)
+@pytest.mark.parametrize("command", [("plan",), ("train", "--dry-run"), ("train",)])
+def test_a_number_with_too_many_zeros_is_refused_soon(project, command, key):
+    name, *options = command
+    config = project.config(memory={"budget_gb": 2.0})
+    shown = project.refused(2, "memory.budget_gb: ", name, config, *options, "--set", f"{key}=10000000000")
+    assert re.search(r"answered together, whose numbers alone take \d+\.\d GiB of 2\.0", shown)
+
+
+def test_a_dry_run_keeps_to_the_budget(project):
+    config = project.config(memory={"budget_gb": 0.1})
+    project.refused(2, "memory.budget_gb: the run needs", "train", config, "--dry-run")
+    assert "memory: up to" in project.done("train", config, "--dry-run", "--set", "memory.budget_gb=2")
+
+
+def test_a_working_folder_that_is_gone_is_told(project):
+    gone = project.folder / "gone"
+    gone.mkdir()
+    for command in (
+        ("train", "x.toml"),
+        ("plan", "x.toml"),
+        ("sample", "model", "--prompt", "it"),
+        ("verify", "runs/a"),
+    ):
+        code = "import os, sys; os.chdir(sys.argv.pop(1)); os.rmdir(os.getcwd())\nfrom mlx_ppo.cli.main import main; main()"
+        gone.mkdir(exist_ok=True)
+        done = subprocess.run([sys.executable, "-c", code, gone, *command], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 4 and done.stderr.startswith("error: the current folder can't be used"), done.stderr

@@ -237,3 +237,45 @@ def test_what_a_reward_function_read_is_part_of_the_record(project, change):
         shown = project.cli("resume", "runs/a", "--allow-config-change")
         assert shown.exit_code == 0 and "words.txt (read by a reward function): changed since" in shown.stderr
         assert "everything is as recorded" in project.done("verify", "runs/a")
+
+
+@pytest.mark.parametrize("how", ["project", "project, run elsewhere", "inputs"])
+def test_a_project_that_was_moved_goes_on(project, how):
+    """The whole folder; the same where the run lies outside it; inputs alone, with config.toml corrected."""
+    (project.folder / "words.txt").write_text("film")
+    (project.folder / "rule.py").write_text(
+        "WORD = open(__file__.replace('rule.py', 'words.txt')).read()\n"
+        "def letters(prompts, completions):\n    return [text.count(WORD) + len(text) / 10 for text in completions]\n"
+    )
+    home, inputs = project.folder / "home", ("prompts.jsonl", "rule.py", "words.txt", "model", "train.toml")
+    home.mkdir()
+    project.config(run={"iterations": 1, "folder": "../runs" if how == "project, run elsewhere" else "runs"})
+    for name in inputs:
+        (project.folder / name).rename(home / name)
+    project.done("train", home / "train.toml")
+    new = project.folder / ("home/inner" if how == "inputs" else "moved/home")
+    new.parent.mkdir(exist_ok=True)
+    if how == "project":
+        home.rename(new)
+        run = new / "runs/a"
+    elif how == "project, run elsewhere":
+        home.rename(new)
+        (project.folder / "runs").rename(new.parent / "runs")
+        run = new.parent / "runs/a"
+    else:
+        new.mkdir()
+        for name in inputs:
+            (home / name).rename(new / name)
+        run = home / "runs/a"
+        text = (run / "config.toml").read_text()
+        (run / "config.toml").write_text(text.replace(f"{home}/", f"{new}/").replace(f"{new}/runs", f"{home}/runs"))
+        (new / "words.txt").rename(home / "words.txt")
+        (new / "words.txt").write_text("film")
+        project.done("resume", run, "--allow-config-change")
+    assert project.done("sample", run, "--prompt", "the film", "--max-tokens", 2).startswith("the film")
+    assert "everything is as recorded" in project.done("verify", run)
+    project.done("resume", run)
+    project.done("export", run, project.folder / "exported", "--format", "adapters")
+    file = run.parent.parent / "rule.py" if how == "project" else new / "rule.py"
+    file.write_text(file.read_text() + "# edited")
+    project.refused(4, "rule.py: ", "resume", run, left=True)

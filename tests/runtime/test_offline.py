@@ -152,3 +152,17 @@ def test_imports_leave_the_limit_of_open_files_alone() -> None:
     if 0 < hard <= 4096:
         pytest.skip("the limit is no higher than mlx-lm's")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
+
+
+@pytest.mark.parametrize(
+    "module", ["mlx_ppo.train", "mlx_ppo.compute.kv_cache", "mlx_ppo.models.load", "mlx_ppo.memory.model"]
+)
+@pytest.mark.parametrize("limits", [(64, 1024), (512, 2048), (1024, 1024)])
+def test_imports_work_under_a_low_limit_of_open_files_and_leave_it(module: str, limits: tuple[int, int]) -> None:
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, {limits}); import {module}\n"
+        "from mlx_ppo.models.load import load_trunk\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{limits}\n"), done.stderr
