@@ -226,7 +226,7 @@ def slow_controller(config: TrainConfig) -> str | None:
     """A warning where the adaptive KL controller can't even double its coefficient in the whole run."""
     samples = config.run.iterations * config.rollout.prompts * config.rollout.samples_per_prompt
     factor = math.exp(min(0.2 * samples / horizon_of(config), 10.0))
-    if config.kl.controller == "fixed" or factor >= 2:
+    if config.kl.controller == "fixed" or not config.kl.horizon or factor >= 2:
         return None
     return (
         f"warning: kl.horizon = {config.kl.horizon:g} lets the run's {samples} samples change kl.coef by a factor of "

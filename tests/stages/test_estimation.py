@@ -161,4 +161,4 @@ def test_the_controller_acts_within_the_run(iterations: int, samples: int, given
     controller = AdaptiveKL(0.05, 6.0, horizon_of(config))
     for _ in range(iterations):
         controller.update(100.0, samples)
-    assert (controller.coef > 0.05 * min(1.2**iterations, 5)) is (given == 0) is (slow_controller(config) is None)
+    assert (controller.coef > 0.05 * min(1.1**iterations, 5)) is (given == 0) is (slow_controller(config) is None)
