@@ -85,7 +85,7 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
         run,
         reporter,
         interrupts,
-        Course(config.run, section.epochs, 0, trunk.blocks),
+        Course(config.run, section.epochs, 0, trunk.blocks, validation is not None),
     )
     best = _rounded(best, config.model.save_dtype) if config.model.train == "full" else best
     facts = _facts(trunk, best, train, held_out, config)

@@ -71,7 +71,7 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
         run,
         reporter,
         interrupts,
-        Course(config.run, config.sft.epochs, config.sft.patience, trunk.blocks),
+        Course(config.run, config.sft.epochs, config.sft.patience, trunk.blocks, validation is not None),
     )
     run.secure()
     result = write_result(run.folder, trunk, best, config.model)

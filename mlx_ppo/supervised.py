@@ -101,6 +101,7 @@ class Course(NamedTuple):
     epochs: int
     patience: int  # epochs without a better criterion after which training ends; 0: never
     blocks: int  # of the trunk, for the checkpoints' description
+    validated: bool  # the criterion is taken on held-out data
 
 
 class Noise(NamedTuple):
@@ -160,7 +161,8 @@ def fit(
         run.log(METRICS, [row])
         shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in ("step", "epoch"))
         reporter.message(
-            f"epoch {state.epoch} of {epochs}: {shown}" + ("  (best)" if value == state.best_value else "")
+            f"epoch {state.epoch} of {epochs}: {shown}"
+            + ("  (best)" if value == state.best_value and course.validated else "")
         )
         save()
     return state.weights.holding(state.best or state.weights.arrays)

@@ -1,5 +1,6 @@
 """PPO: the story around `stages.iteration`: plan, load, resume; iterate, log, evaluate, save."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +21,14 @@ from mlx_ppo.memory.watchdog import watching
 from mlx_ppo.models.folder import check_model_folder
 from mlx_ppo.models.roles import Loading, Roles, load_roles
 from mlx_ppo.runs import checkpoint
-from mlx_ppo.runs.folder import MEMORY, METRICS, SAMPLES, Run
+from mlx_ppo.runs.folder import MEMORY, METRICS, RESPONSES, SAMPLES, Run
 from mlx_ppo.runtime.phases import metering, phase
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
 from mlx_ppo.stages.iteration import iterate
+from mlx_ppo.stages.measurements import response_columns
 from mlx_ppo.stages.records import number
 from mlx_ppo.stages.rollout import Asked
-from mlx_ppo.stages.state import State, initial_state
+from mlx_ppo.stages.state import State, horizon_of, initial_state
 from mlx_ppo.tokenizers.load import completion_text, load_tokenizer
 
 Sample = tuple[str, str, float]  # prompt, completion, score
@@ -73,6 +75,8 @@ def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interru
         with phase("load"):
             roles, policy, critic = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
         try:
+            if (slow := slow_controller(config)) is not None:
+                reporter.message(slow)
             roles.require_fields([prompt.record for prompt in (*data.prompts, *held_out)])
             for remark in roles.trunk.remarks:
                 reporter.message(remark)
@@ -167,9 +171,10 @@ class _Training:
         row = int(np.argsort(np.array(done.scored.scores))[len(done.rollout.prompts) // 2])  # of the median score
         text = completion_text(self.roles.trunk.tokenizer, done.rollout.prompts[row], done.rollout.responses[row])
         of_prompt = prompts[row // self.config.rollout.samples_per_prompt].text
-        metrics = {**done.metrics, "seconds": time.monotonic() - started}
+        metrics = {**done.metrics, "time": time.time(), "seconds": time.monotonic() - started}
         metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["seconds"]
         metrics["memory"] = max(self.keeper.meter.peaks.values()) / GIB
+        self.run.log(RESPONSES, [{"step": self.state.iteration, **response_columns(done.rollout, done.scored)}])
         return metrics, (of_prompt, text, number(done.scored.scores[row])), done.rollout.lengths
 
     def _log(self, metrics: dict[str, float], sample: Sample) -> None:
@@ -215,6 +220,18 @@ def tokenizer_of(config: TrainConfig) -> Tokenizer:
         ModelError: the model folder is damaged.
     """
     return load_tokenizer(config.model.path, check_model_folder(config.model.path).config)
+
+
+def slow_controller(config: TrainConfig) -> str | None:
+    """A warning where the adaptive KL controller can't even double its coefficient in the whole run."""
+    samples = config.run.iterations * config.rollout.prompts * config.rollout.samples_per_prompt
+    factor = math.exp(min(0.2 * samples / horizon_of(config), 10.0))
+    if config.kl.controller == "fixed" or not config.kl.horizon or factor >= 2:
+        return None
+    return (
+        f"warning: kl.horizon = {config.kl.horizon:g} lets the run's {samples} samples change kl.coef by a factor of "
+        f"at most {factor:.2f}, so kl.target may never be reached; leave the key out, or lower it"
+    )
 
 
 class Messages(Protocol):

@@ -78,7 +78,7 @@ class Display:
     def phase(self, name: str, iteration: int, iterations: int) -> None:
         """A phase begins."""
         self._phase, self._total, self._tokens = name, iterations, 0
-        if self.console.is_terminal and self._live is None:
+        if self.console.is_terminal and not self.console.is_dumb_terminal and self._live is None:
             self._live = Live(console=self.console, refresh_per_second=4, transient=True, get_renderable=self._panel)
             self._live.start()
 

@@ -33,7 +33,7 @@ def _train_problems(config: TrainConfig) -> list[Problem]:
             f"more than the {responses} responses of an iteration (rollout.prompts * rollout.samples_per_prompt)",
         ),
         (
-            kl.controller == "adaptive" and responses >= 5 * kl.horizon,
+            kl.controller == "adaptive" and 0 < kl.horizon <= responses / 5,
             "kl.horizon",
             f"must be above a fifth of the {responses} responses of an iteration",
         ),

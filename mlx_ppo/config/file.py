@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mlx_ppo.config.checks import contradictions
+from mlx_ppo.config.overrides import as_text
 from mlx_ppo.config.sections import Job
 from mlx_ppo.errors import ConfigError
 from mlx_ppo.files import read_regular
@@ -46,6 +47,8 @@ def read_config(job: type[J], path: Path, overrides: Sequence[str] = ()) -> J:
     origins: dict[Key, str] = {}
     problems = [problem for override in overrides if (problem := _apply_override(table, override, origins))]
     folder = Path(os.path.realpath(path)).parent
+    for key, override in origins.items():
+        as_text(job, table, key, override)
     _resolve_paths(job, table, folder, origins)
     try:
         config = job.model_validate(table)

@@ -55,7 +55,10 @@ class PPORunSection(RunSection):
         "ppo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description=RunSection.model_fields["name"].description
     )
     iterations: Count = Field(100, description="PPO iterations: sample, score, update")
-    evaluate_every: CountOrZero = Field(0, description="iterations between evaluations; 0: only before and after")
+    evaluate_every: CountOrZero = Field(
+        25,
+        description="iterations between evaluations (`data.eval_count` samples each); 0: only before and after",
+    )
 
 
 class ModelSection(Section):
@@ -225,7 +228,9 @@ class KLSection(Section):
     coef: NonNegative = Field(0.05, description="factor on log pi - log pi_ref of each token")
     controller: Literal["fixed", "adaptive"] = Field("fixed", description="keep coef, or steer towards the target")
     target: Positive = Field(6.0, description="nats a sequence (adaptive)")
-    horizon: Positive = Field(10_000.0, description="samples over which the controller acts (adaptive)")
+    horizon: NonNegative = Field(
+        0.0, description="samples over which the controller acts (adaptive); 0: a tenth of those of the run"
+    )
 
 
 class Job(BaseModel):

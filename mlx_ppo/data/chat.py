@@ -43,7 +43,10 @@ def _message(item: object, where: str) -> dict[str, str]:
         if key not in item:
             raise DataError(f"{where} has no '{key}'; give every message a 'role' and a 'content'")
         if not isinstance(item[key], str):
-            raise DataError(f"{where} has {kind(item[key])} as its '{key}'; it must be a string")
+            raise DataError(
+                f"{where} has {kind(item[key])} as its '{key}'; it must be a string"
+                + (" (an answer that only calls a tool has none); remove the line" if item[key] is None else "")
+            )
     return {"role": item["role"], "content": item["content"]}
 
 

@@ -16,6 +16,18 @@ from mlx_ppo.files import open_regular
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _BOM = b"\xef\xbb\xbf"
 _LONGEST_LINE = 1 << 24  # bytes
+_BINARY = {  # how other kinds of files that hold data begin
+    b"\x1f\x8b": "compressed by gzip; unpack it with gunzip",
+    b"BZh": "compressed by bzip2; unpack it with bunzip2",
+    b"\xfd7zXZ\x00": "compressed by xz; unpack it with unxz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it with unzstd",
+    b"PK\x03\x04": "a zip archive (or a spreadsheet); unpack it, or save it as text",
+    b"PAR1": "a binary Parquet file; write its rows as JSONL, such as by pandas",
+    b"ARROW1": "a binary Arrow file; write its rows as JSONL",
+    b"SQLite f": "a binary SQLite database; write its rows as JSONL",
+    b"\xff\xfe": "text in UTF-16; save it as UTF-8",
+    b"\xfe\xff": "text in UTF-16; save it as UTF-8",
+}
 
 
 @dataclass(frozen=True)
@@ -61,10 +73,16 @@ def text_field(record: Record, name: str, *, allow_empty: bool = False) -> str:
     """
     value = record.fields[one_field(record, name)]
     if not isinstance(value, str):
-        raise DataError(f"{record.where}: '{name}' must be a string, not {kind(value)}; put it in double quotes")
+        raise DataError(f"{record.where}: '{name}' must be a string, not {kind(value)}; {_string_mend(value)}")
     if not allow_empty and not value.strip():
         raise DataError(f"{record.where}: '{name}' is empty; give it a text or remove the line")
     return value
+
+
+def _string_mend(value: object) -> str:
+    if isinstance(value, list | dict):
+        return "write it as one text"
+    return "give it a text or remove the line" if value is None else "put it in double quotes"
 
 
 def number(value: object, name: str, where: str) -> float:
@@ -94,6 +112,8 @@ def one_field(record: Record, *names: str) -> str:
     has = _quoted(fields[:8], ", ") + (" and more" if len(fields) > 8 else "")
     nearest = [match for name in names for match in difflib.get_close_matches(name, fields, n=1)]
     mend = f"did you mean {_quoted(nearest[:1], '')}?" if nearest else "rename or add it"
+    if "conversations" in fields:
+        mend = "turn ShareGPT's turns into 'messages', each with 'role' (user, assistant) and 'content'"
     raise DataError(f"{record.where}: {wanted}, only {has}; {mend}")
 
 
@@ -113,6 +133,11 @@ def _lines(path: Path) -> Iterator[bytes]:
     """Each line with its end, which only \\n is: JSON strings may hold U+2028 and the like."""
     try:
         with open_regular(path) as stream:
+            start = stream.read(8)
+            found = next((what for marks, what in _BINARY.items() if start.startswith(marks)), None)
+            if found is not None:
+                raise DataError(f"{path}: this is {found}; data are JSONL: a JSON object on each line of a text file")
+            stream.seek(0)
             number = 0
             while raw := stream.readline(_LONGEST_LINE + 1):
                 number += 1

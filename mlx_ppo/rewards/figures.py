@@ -7,6 +7,7 @@ import numpy as np
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 _BINS = 10
+_ROWS = 256  # texts that are compared with all others at a time
 
 
 def pair_figures(chosen: Floats, rejected: Floats) -> dict[str, float]:
@@ -17,11 +18,9 @@ def pair_figures(chosen: Floats, rejected: Floats) -> dict[str, float]:
         calibration_error: mean |confidence - accuracy| over ten bins of the predicted probability.
     """
     difference = chosen.astype(np.float64) - rejected
-    return {
-        "loss": _bradley_terry(difference),
-        "accuracy": _share_right(difference),
-        "calibration_error": calibration_error(difference),
-    }
+    pairs = _Pairs()
+    pairs.add(difference)
+    return {"loss": pairs.loss, "accuracy": pairs.accuracy, "calibration_error": pairs.calibration_error}
 
 
 def rating_figures(raw: Floats, ratings: Floats, *, min_difference: float, paired: bool) -> dict[str, float]:
@@ -41,16 +40,23 @@ def rating_figures(raw: Floats, ratings: Floats, *, min_difference: float, paire
     """
     wide = raw.astype(np.float64)
     varied = wide.std() > 0 and ratings.std() > 0
+    every, clear = _Pairs(), _Pairs()
+    for start in range(0, len(wide), _ROWS):  # all pairs at once would take memory by the square of their number
+        rows = slice(start, start + _ROWS)
+        apart = ratings[rows, None] - ratings[None, :]
+        difference = wide[rows, None] - wide[None, :]
+        every.add(difference[apart > 0])
+        clear.add(difference[(apart > 0) & (apart >= min_difference)])
     correlation = float(np.corrcoef(wide, ratings)[0, 1]) if varied else 0.0
     figures = {
-        "loss": _bradley_terry(difference[clear]) if paired else float(ratings.var() * (1 - correlation**2)),
-        "accuracy": _share_right(difference[clear]),
-        "accuracy_all": _share_right(difference),
+        "loss": clear.loss if paired else float(ratings.var() * (1 - correlation**2)),
+        "accuracy": clear.accuracy,
+        "accuracy_all": every.accuracy,
         "correlation": correlation,
         "slope": float(np.polyfit(wide, ratings, 1)[0]) if varied else 0.0,
     }
     if paired:
-        figures["calibration_error"] = calibration_error(difference[clear])
+        figures["calibration_error"] = clear.calibration_error
     return figures
 
 
@@ -60,22 +66,38 @@ def calibration_error(difference: np.ndarray[Any, np.dtype[np.float64]]) -> floa
     Each pair is read in the direction the model prefers, so that confidences lie between 0.5 and 1; a tie
     is half right.
     """
-    if not len(difference):
-        return 0.0
-    confidence = 1 / (1 + np.exp(-np.abs(difference)))
-    right = (difference > 0) + 0.5 * (difference == 0)
-    place = np.minimum(((confidence - 0.5) * 2 * _BINS).astype(int), _BINS - 1)
-    gaps = [
-        abs(confidence[place == at].mean() - right[place == at].mean()) * (place == at).mean()
-        for at in range(_BINS)
-        if (place == at).any()
-    ]
-    return float(sum(gaps))
+    pairs = _Pairs()
+    pairs.add(difference)
+    return pairs.calibration_error
 
 
-def _bradley_terry(difference: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-    return float(np.logaddexp(0.0, -difference).mean()) if len(difference) else 0.0
+class _Pairs:
+    """Sums over pairs, whose differences, better less worse, come in parts."""
 
+    def __init__(self) -> None:
+        self._loss = 0.0
+        self._bins = np.zeros((3, _BINS))  # pairs, their confidence, how many are right; by confidence
 
-def _share_right(difference: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-    return float(((difference > 0) + 0.5 * (difference == 0)).mean()) if len(difference) else 0.0
+    def add(self, difference: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+        self._loss += float(np.logaddexp(0.0, -difference).sum())
+        confidence = 1 / (1 + np.exp(-np.abs(difference)))
+        right = (difference > 0) + 0.5 * (difference == 0)
+        place = np.minimum(((confidence - 0.5) * 2 * _BINS).astype(int), _BINS - 1)
+        for row, weights in enumerate((np.ones(len(difference)), confidence, right)):
+            self._bins[row] += np.bincount(place, weights, _BINS)
+
+    @property
+    def _count(self) -> float:
+        return max(float(self._bins[0].sum()), 1.0)
+
+    @property
+    def loss(self) -> float:
+        return self._loss / self._count
+
+    @property
+    def accuracy(self) -> float:
+        return float(self._bins[2].sum()) / self._count
+
+    @property
+    def calibration_error(self) -> float:
+        return float(np.abs(self._bins[1] - self._bins[2]).sum()) / self._count

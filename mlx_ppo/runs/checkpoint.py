@@ -64,13 +64,21 @@ def save(run: Path, checkpoint: Checkpoint, *, keep_last: int, best: int | None)
         _put(temporary, target, aside)
         sync(target.parent)
     except (OSError, RuntimeError) as error:
-        raise RunError(f"{target}: the checkpoint cannot be written ({error}); earlier ones are untouched") from None
+        why = f"{error}; {_room(target.parent)}" if isinstance(error, RuntimeError) else error
+        raise RunError(f"{target}: the checkpoint cannot be written ({why}); earlier ones are untouched") from None
     finally:
         remove(temporary)
         if target.exists():
             remove(aside)
     _rotate(run, keep_last, best)
     return target
+
+
+def _room(folder: Path) -> str:
+    """Mlx doesn't say why a file can't be written; mostly the disk is full."""
+    with suppress(OSError):
+        return f"the disk has {shutil.disk_usage(folder).free / 1e6:.1f} MB free"
+    return "the disk can't be asked how much is free"
 
 
 def _beside(target: Path, kind: str) -> Path:

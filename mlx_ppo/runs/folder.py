@@ -20,9 +20,9 @@ from mlx_ppo.runs.provenance import Moved, describe, hashes
 from mlx_ppo.runtime.system import flush
 
 CONFIG, RECORD, METRICS, SAMPLES, LOCK = "config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "lock"
-MEMORY = "memory.jsonl"
+MEMORY, RESPONSES = "memory.jsonl", "responses.jsonl"
 RESULTS = ("adapters", "model", "reward")  # finished folders of `sft` and `reward`
-_REPLACED = (RECORD, METRICS, SAMPLES, MEMORY, "plan.json", "report.json", *RESULTS)
+_REPLACED = (RECORD, METRICS, SAMPLES, MEMORY, RESPONSES, "plan.json", "report.json", *RESULTS)
 _ENDING_SECONDS = 60.0
 
 
@@ -99,7 +99,7 @@ class Run:
         if there is None or (there.st_ino, there.st_dev) != (held.st_ino, held.st_dev):
             raise RunError(f"{self.folder}: was removed or replaced while this process worked in it; nothing is saved")
         try:
-            for name in (METRICS, SAMPLES, MEMORY):
+            for name in (METRICS, SAMPLES, MEMORY, RESPONSES):
                 if (self.folder / name).exists():
                     sync(self.folder / name)
         except OSError as error:
@@ -131,7 +131,7 @@ class Run:
 
         That is half a line, and an evaluation without the summary that is logged after its completions.
         """
-        for name in (METRICS, SAMPLES, MEMORY):
+        for name in (METRICS, SAMPLES, MEMORY, RESPONSES):
             path = self.folder / name
             if not path.exists():
                 continue

@@ -15,6 +15,9 @@ class Metric(NamedTuple):
 METRICS = (
     Metric("score", "score", "+.3f", "mean score of the responses, all sources weighted, before the KL penalty"),
     Metric("score_deviation", "score sd", ".3f", "standard deviation of the scores; near 0 there is no signal"),
+    Metric("score_low", "score 10 %", "+.3f", "a tenth of the scores are below"),
+    Metric("score_median", "score median", "+.3f", "half of the scores are below"),
+    Metric("score_high", "score 90 %", "+.3f", "a tenth of the scores are above"),
     Metric("reward", "total reward", "+.3f", "mean score minus the KL penalty: what the policy maximises"),
     Metric("kl", "KL", ".2f", "nats a sequence from the reference; the price paid for the score"),
     Metric("kl_token", "KL/token", ".4f", "nats a token from the reference (k3 estimate)"),
@@ -36,6 +39,7 @@ METRICS = (
     Metric("learning_rate", "rate", ".1e", "the policy's learning rate"),
     Metric("tokens_per_second", "tokens/s", ".0f", "sampled tokens over the whole iteration's time"),
     Metric("memory", "memory", ".2f", "GiB at mlx's peak in the iteration, freed buffers not counted"),
+    Metric("time", "time", ".0f", "when the iteration was done, in seconds since 1970 (UTC)"),
     Metric("seconds", "seconds", ".2f", "time of the iteration"),
 )
 

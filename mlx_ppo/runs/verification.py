@@ -16,6 +16,7 @@ from mlx_ppo.runs.folder import (
     MEMORY,
     METRICS,
     RECORD,
+    RESPONSES,
     RESULTS,
     SAMPLES,
     Run,
@@ -116,7 +117,7 @@ def verify_run(folder: Path) -> Findings:
         inquiry = _Inquiry(folder, read_record(folder))
         for line in (*inquiry.record_itself(), *inquiry.inputs(), *inquiry.checkpoints(), *inquiry.own_files()):
             inquiry.problems.append(line)
-        for name in (METRICS, MEMORY, SAMPLES):
+        for name in (METRICS, MEMORY, RESPONSES, SAMPLES):
             inquiry.problems += inquiry.log(name)
     return Findings(inquiry.files, tuple(inquiry.problems), tuple(inquiry.notes))
 

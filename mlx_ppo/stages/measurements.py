@@ -46,8 +46,28 @@ def iteration_metrics(
         metrics["explained_variance"] = number(explained_variance(batch.old_values, batch.full_returns, mask))
         metrics["value_loss"] = _mean(stats.value_loss)
         metrics["critic_norm"] = _mean(stats.critic_norm)
+    low, median, high = np.quantile(np.array(scored.scores), (0.1, 0.5, 0.9)).tolist()
+    metrics |= {"score_low": low, "score_median": median, "score_high": high}
+    metrics.update({f"points/{name}": number(values.mean()) for name, values in scored.points.items()})
     metrics.update({f"score/{name}": number(values.mean()) for name, values in scored.by_source.items()})
     return metrics
+
+
+def response_columns(rollout: Rollout, scored: Scored) -> dict[str, list[float]]:
+    """What is logged of every response of an iteration: a list for each column, in the rollout's order.
+
+    The scores, by source too, and predicted ratings; tokens; 1 where it ended by itself; nats from the reference.
+    """
+    kl = mx.where(rollout.mask, scored.old_logprobs - scored.ref_logprobs, 0.0).sum(axis=1)
+    columns = {
+        "score": scored.scores,
+        "length": rollout.mask.sum(axis=1),
+        "finished": rollout.finished,
+        "kl": kl,
+        **{f"score/{name}": values for name, values in scored.by_source.items()},
+        **{f"points/{name}": values for name, values in scored.points.items()},
+    }
+    return {name: [float(f"{value:.4g}") for value in np.array(column)] for name, column in columns.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

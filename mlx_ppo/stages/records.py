@@ -1,6 +1,7 @@
 """The named arrays that pass between the stages. B responses, T response slots, S token positions, N counted tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -69,6 +70,7 @@ class Scored(NamedTuple):
     ref_logprobs: mx.array  # [B, T] float32
     entropy: mx.array  # [B, T] float32, of the policy's distribution at each token
     values: mx.array | None  # [B, T] float32, the critic's; None without one
+    points: Mapping[str, mx.array] = MappingProxyType({})  # [B] float32 each: predicted ratings, by source
 
 
 class PPOBatch(NamedTuple):

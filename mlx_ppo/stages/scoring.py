@@ -147,7 +147,7 @@ def score(
     _require_finite(reference, "a log-probability of the reference", rollout, roles)
     if values is not None:
         _require_finite(values, "a value of the critic", rollout, roles)
-    return Scored(scores, raw.normalised, old, reference, entropy, values)
+    return Scored(scores, raw.normalised, old, reference, entropy, values, raw.points)
 
 
 def policy_columns(

@@ -66,6 +66,12 @@ class State:
         self.best = (best[0], best[1]) if best else None
 
 
+def horizon_of(config: TrainConfig) -> float:
+    """Samples over which the KL controller acts: given, or a tenth of the run's, but an iteration's at least."""
+    responses = config.rollout.prompts * config.rollout.samples_per_prompt
+    return config.kl.horizon or max(config.run.iterations / 10, 1.0) * responses
+
+
 def initial_state(config: TrainConfig, policy: Weights, critic: Weights | None) -> State:
     """Learners, KL controller and counters before the first iteration."""
     steps = config.ppo.epochs * config.ppo.minibatches
@@ -77,5 +83,5 @@ def initial_state(config: TrainConfig, policy: Weights, critic: Weights | None) 
     }
     kl: AdaptiveKL | FixedKL = FixedKL(config.kl.coef)
     if config.kl.controller == "adaptive":
-        kl = AdaptiveKL(config.kl.coef, config.kl.target, config.kl.horizon)
+        kl = AdaptiveKL(config.kl.coef, config.kl.target, horizon_of(config))
     return State(Learner(policy, make["policy"]), Learner(critic, make["critic"]) if critic is not None else None, kl)

@@ -104,6 +104,28 @@ ONE_MISTAKE = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("given", "section", "key", "value"),
+    [
+        ("run.name=42", "run", "name", "42"),
+        ("run.name=2026-11-28", "run", "name", "2026-11-28"),
+        ("run.name=1e5", "run", "name", "1e5"),
+        ("run.name=true", "run", "name", "true"),
+        ("run.name=007", "run", "name", "007"),
+        ("run.name=0x1F", "run", "name", "0x1F"),
+        ('run.name="x"', "run", "name", "x"),
+        ("data.prompts=7", "data", "prompts", Path("7")),
+        ("data.eval_prompts=1_0", "data", "eval_prompts", Path("1_0")),
+        ("lora.targets=[self_attn.q_proj]", "lora", "targets", ("self_attn.q_proj",)),
+        ("lora.targets=[mlp.up_proj, self_attn.q_proj]", "lora", "targets", ("mlp.up_proj", "self_attn.q_proj")),
+    ],
+)
+def test_texts_need_no_quotes_on_the_command_line(folder, given, section, key, value):
+    (folder / "a.toml").write_text(TRAIN)
+    found = getattr(getattr(read_config(TrainConfig, folder / "a.toml", [given]), section), key)
+    assert found == (Path.cwd() / value if section == "data" else value)
+
+
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
 @pytest.mark.parametrize("example", ["reviews", "smollm2-reviews", "smollm2-question"])
 def test_one_key_switches_the_estimator_of_the_examples(kind, example):
@@ -304,7 +326,7 @@ def test_defaults_are_those_of_the_design(folder):
     ppo, kl, optimizer, critic = config.ppo, config.kl, config.optimizer, config.critic
     assert (ppo.epochs, ppo.minibatches, ppo.clip_low, ppo.clip_high, ppo.dual_clip) == (2, 4, 0.2, 0.28, 3.0)
     assert (ppo.value_clip, ppo.discount, ppo.lambda_policy, ppo.lambda_critic) == (0.2, 1.0, 0.95, 1.0)
-    assert (kl.coef, kl.controller, kl.target, kl.horizon) == (0.05, "fixed", 6.0, 10_000.0)
+    assert (kl.coef, kl.controller, kl.target, kl.horizon) == (0.05, "fixed", 6.0, 0.0)
     assert (optimizer.eps, optimizer.gradient_clip, config.rollout.temperature) == (1e-5, 1.0, 1.0)
     assert (critic.initialise, ppo.advantage, ppo.whiten, ppo.aggregate) == ("reward", "gae", True, "token-mean")
     assert (config.score.truncated, ppo.entropy_coef, ppo.stop_at_kl, ppo.length_adaptive) == ("none", 0, 0, 0)

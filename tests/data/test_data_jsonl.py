@@ -1,4 +1,9 @@
+import bz2
+import gzip
+import json
+import lzma
 import os
+import re
 
 import pytest
 
@@ -175,3 +180,38 @@ def test_number_errors(value, message):
     with pytest.raises(DataError) as caught:
         number(value, "rating", "a.jsonl:3")
     assert str(caught.value).startswith(f"a.jsonl:3: {message}")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(b'{"a": 1}'), "compressed by gzip; unpack it"),
+        (bz2.compress(b'{"a": 1}'), "compressed by bzip2; unpack it"),
+        (lzma.compress(b'{"a": 1}'), "compressed by xz; unpack it"),
+        (b"\x28\xb5\x2f\xfd\x04", "compressed by zstd; unpack it"),
+        (b"PK\x03\x04abc", "a zip archive"),
+        (b"PAR1\x15\x04PAR1", "a binary Parquet file; write its rows as JSONL"),
+        (b"ARROW1\0\0", "a binary Arrow file"),
+        (b"SQLite format 3\0", "a binary SQLite database"),
+        ('{"a": 1}'.encode("utf-16"), "text in UTF-16; save it as UTF-8"),
+    ],
+)
+def test_other_kinds_of_files_are_called_what_they_are(tmp_path, content, words):
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(f"d.jsonl: this is {words}")):
+        read_records(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "mend"),
+    [
+        ({"a": None}, "not null; give it a text or remove the line"),
+        ({"a": 3}, "not a number; put it in double quotes"),
+        ({"a": ["x"]}, "not a list; write it as one text"),
+        ({"conversations": []}, "turn ShareGPT's turns into 'messages'"),
+    ],
+)
+def test_the_mend_fits_what_is_there(tmp_path, line, mend):
+    (tmp_path / "d.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=re.escape(mend)):
+        text_field(read_records(tmp_path / "d.jsonl")[0], "a")

@@ -18,7 +18,7 @@ PROMPTS = ("the film", "a very good story", "it was", "bad", "is it not in the s
 RULE = """def letters(prompts, completions):
     return [sum(c.isascii() and c.isalpha() for c in text) / (1 + len(text)) for text in completions]
 """
-TIMES = ("seconds", "tokens_per_second", "memory")
+TIMES = ("time", "seconds", "tokens_per_second", "memory")
 Sections = dict[str, Any]
 
 

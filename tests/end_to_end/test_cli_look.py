@@ -225,7 +225,8 @@ def test_a_working_folder_that_is_gone_is_told(project):
         ("sample", "model", "--prompt", "it"),
         ("verify", "runs/a"),
     ):
-        code = "import os, sys; os.chdir(sys.argv.pop(1)); os.rmdir(os.getcwd())\nfrom mlx_ppo.cli.main import main; main()"
+        code = "import os, sys; os.chdir(sys.argv.pop(1)); os.rmdir('../gone')\n"
+        code += "from mlx_ppo.cli.main import main; main()"
         gone.mkdir(exist_ok=True)
         done = subprocess.run([sys.executable, "-c", code, gone, *command], capture_output=True, text=True, timeout=240)
         assert done.returncode == 4 and done.stderr.startswith("error: the current folder can't be used"), done.stderr

@@ -45,7 +45,7 @@ def unsound(project, *wanted, whole=False):
 
 def test_sound_runs(project):
     project.done("train", project.config())
-    assert sound(project) == ["everything is as recorded (26 files)"]
+    assert sound(project) == ["everything is as recorded (27 files)"]
     assert not (project.run() / "lock").read_text()
     project.done("sft", project.config("sft", run={"name": "s"}))
     project.done("reward", project.config("reward", run={"name": "r"}))

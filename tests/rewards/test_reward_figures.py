@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -23,6 +24,17 @@ def brute_calibration(differences: list[float]) -> float:
         gap = sum(c for c, _ in entries) / len(entries) - sum(r for _, r in entries) / len(entries)
         total += abs(gap) * len(entries) / len(differences)
     return total
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_figures_of_many_texts_take_little_memory(paired: bool) -> None:
+    """All pairs at once are 400 MB of differences alone, in float64."""
+    raw, ratings = outputs(7000, 5), np.arange(7000, dtype=np.float32) % 5
+    tracemalloc.start()
+    rating_figures(raw, ratings, min_difference=1.0, paired=paired)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150e6
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])

@@ -4,9 +4,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_ppo.algo.kl import AdaptiveKL
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.stages.advantages import advantages, is_signal
 from mlx_ppo.stages.records import PPOBatch, Rollout, Scored
+from mlx_ppo.stages.state import horizon_of
+from mlx_ppo.train import slow_controller
 
 LENGTHS = [4, 1, 3, 2, 4, 2]
 GROUP = [0, 0, 0, 1, 1, 1]
@@ -138,3 +141,24 @@ def test_without_a_critic_the_penalised_scores_are_compared_within_a_group(kind:
     np.testing.assert_allclose(np.array(batch.advantages), np.where(MASK, expected[:, None], 0.0), atol=2e-5)
     assert batch.old_values is None
     assert batch.returns is None
+
+
+@pytest.mark.parametrize(("iterations", "samples", "given", "horizon"), [
+    (50, 64, 0.0, 320.0), (100, 32, 0.0, 320.0), (3, 4, 0.0, 4.0), (50, 64, 10_000.0, 10_000.0),
+])  # fmt: skip
+def test_the_controller_acts_within_the_run(iterations: int, samples: int, given: float, horizon: float) -> None:
+    config = TrainConfig.model_validate(
+        {
+            "run": {"iterations": iterations},
+            "model": {"path": "m"},
+            "data": {"prompts": "p"},
+            "reward": [{"kind": "model", "path": "r"}],
+            "rollout": {"prompts": samples},
+            "kl": {"controller": "adaptive", "horizon": given},
+        }
+    )
+    assert horizon_of(config) == horizon
+    controller = AdaptiveKL(0.05, 6.0, horizon_of(config))
+    for _ in range(iterations):
+        controller.update(100.0, samples)
+    assert (controller.coef > 0.05 * min(1.1**iterations, 5)) is (given == 0) is (slow_controller(config) is None)
