@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
+from mlx_ppo.compute.choose import engine_for, using
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.plan import GIB, Plan, make_plan
-from mlx_ppo.memory.simulator.stand_ins import as_on_metal
 from mlx_ppo.memory.starting import accountant_of
 
 COMMON = {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 128256, "torch_dtype": "bfloat16"}
@@ -55,7 +55,7 @@ def main() -> None:
     asked = config(Path("a-reward-model-that-is-not-here"))
     print("| model | " + " | ".join(f"{size} GB" for size in MEMORY) + " |")
     print("|---|" + "---|" * len(MEMORY))
-    with as_on_metal():
+    with using(engine_for("gpu")):
         for name, sizes in MODELS.items():
             for form in ("bf16", "4-bit"):
                 given = COMMON | sizes | {"head_dim": HEAD[name], "tie_word_embeddings": name != "8B"}

@@ -20,10 +20,10 @@ from memory_table import RULE, shrunk
 
 import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
 from mlx_ppo.config.sections import TrainConfig
-from mlx_ppo.memory.choices import applied
 from mlx_ppo.memory.plan import GIB, make_plan, smallest
 from mlx_ppo.memory.starting import accountant_of
 from mlx_ppo.runs.folder import to_toml
+from mlx_ppo.runs.plan_file import Choices
 
 # A new process's largest resident set begins with that of the process that starts it: so one that is small does.
 LAUNCH = """
@@ -56,6 +56,24 @@ def configuration(drawn: random.Random, models: dict[str, Path], folder: Path) -
     if advantage == "rloo":
         document["rollout"] |= {"prompts": rows // 2, "samples_per_prompt": 2}
     return TrainConfig.model_validate(document)
+
+
+def pinned(config: TrainConfig, choices: Choices) -> TrainConfig:
+    """The configuration with choices in place of what is open."""
+    keys: dict[str, dict[str, Any]] = {
+        "rollout": {"batch_size": choices.rollout_batch, "kv_cache": choices.kv_cache},
+        "score": {"batch_size": choices.score_batch},
+        "ppo": {
+            "micro_batch": choices.micro_batch,
+            "gradient_checkpointing": "on" if choices.checkpointing else "off",
+        },
+        "memory": {
+            "residency": "evict" if choices.evict else "resident",
+            "compact": "on" if choices.compact else "off",
+            "positions": choices.positions,
+        },
+    }
+    return config.model_copy(update={name: getattr(config, name).model_copy(update=keys[name]) for name in keys})
 
 
 def run(config: TrainConfig, folder: Path) -> tuple[int, int, str]:
@@ -92,7 +110,7 @@ def main(arguments: list[str]) -> None:
             if code == 0:
                 row |= {"used_gib": round(used / GIB, 3), "right": used <= budget * GIB}
             elif code == 2:
-                least = applied(config, smallest(config, accountant.shapes, accountant.possible))
+                least = pinned(config, smallest(config, accountant.shapes, accountant.possible))
                 again, needs, _ = run(least, folder)
                 row |= {"refused": said, "needs_gib": round(needs / GIB, 3), "again": again}
                 row["right"] = again == 0 and needs >= 0.85 * budget * GIB

@@ -25,7 +25,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_ppo.bench.dry_run import dry_run
-from mlx_ppo.config.sections import TrainConfig
+from mlx_ppo.config.sections import LoraSection, TrainConfig
 from mlx_ppo.memory.choices import shapes_of
 from mlx_ppo.memory.plan import Plan, make_plan, plan_of, smallest
 from mlx_ppo.memory.starting import accountant_of
@@ -41,7 +41,7 @@ PROMPT, RESPONSE, ROWS = 24, 40, 16
 def reward_models(smollm2: Path, folder: Path) -> tuple[Path, Path]:
     """A reward model as adapters on the trunk, and one with a trunk of its own; neither has learned anything."""
     trunk = load_trunk(smollm2)
-    adapters = new_adapters(trunk.adapted, layers=8, rank=8, scale=2.0, targets=(), key="reward", seed=0)
+    adapters = new_adapters(trunk.adapted, LoraSection(layers=8), key="reward", seed=0)
     write_adapters(folder / "adapters", adapters, trunk.blocks)
     shutil.copytree(smollm2, folder / "own")
     for name, placement in (("adapters", "adapters"), ("own", "folder")):

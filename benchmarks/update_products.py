@@ -26,9 +26,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_ppo.bench.dry_run import dry_run
-from mlx_ppo.bench.operations import products
+from mlx_ppo.bench.operations import products, read_by_mlx
 from mlx_ppo.cli.bench import config_of_folder
-from mlx_ppo.compute.cpu.passes import avoiding_passes
 from mlx_ppo.compute.machine import gigaflops
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.phases import Accountant, Cost
@@ -55,7 +54,7 @@ class Collector(Accountant):
 
     def _predict(self, key: tuple[object, ...], function: Callable[..., Any], *arrays: Any) -> Cost:
         if key[0] in ("policy", "critic"):
-            with avoiding_passes():  # the same products, where a trace sees them
+            with read_by_mlx(self.roles):  # the same products, where a trace sees them
                 self.products.extend(products(trace(function, *arrays)))
         return Cost()
 

@@ -10,8 +10,9 @@ from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.prompts import Prompt
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.roles import Roles
+from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.stages.records import Rollout, number
-from mlx_ppo.stages.rollout import generate, sampling
+from mlx_ppo.stages.rollout import Asked, generate, sampling
 from mlx_ppo.stages.scoring import combined_scores, policy_logprobs, raw_scores, reference_logprobs
 from mlx_ppo.tokenizers.load import completion_text
 
@@ -38,24 +39,19 @@ class Evaluation(NamedTuple):
 
     def figures(self) -> dict[str, float]:
         """The numbers, for a log line."""
-        named = {f"points_{name}": value for name, value in self.points.items()}
+        named = {f"points/{name}": value for name, value in self.points.items()}
         rest = {name: getattr(self, name) for name in ("score", "kl", "distinct_2", "length", "finished")}
         return {**rest, **named}
 
 
-def evaluate(roles: Roles, policy: Weights, prompts: Sequence[Prompt], config: TrainConfig) -> Evaluation:
+def evaluate(
+    roles: Roles, policy: Weights, prompts: Sequence[Prompt], config: TrainConfig, choices: Choices
+) -> Evaluation:
     """Answer prompts with the same random draws at every call, so that differences come from the policy alone."""
-    rollout = generate(
-        roles.trunk,
-        policy,
-        [prompt.tokens for prompt in prompts],
-        samples_per_prompt=1,
-        seed_parts=(config.run.seed, "evaluate"),
-        positions=range(len(prompts)),
-        records=[prompt.record for prompt in prompts],
-        **sampling(config.rollout),
-    )
-    raw = raw_scores(roles, rollout, batch_size=config.score.batch_size)
+    asked = Asked([prompt.tokens for prompt in prompts], range(len(prompts)), [prompt.record for prompt in prompts])
+    how = sampling(config.rollout, choices, config.run.seed, "evaluate")._replace(samples_per_prompt=1)
+    rollout = generate(roles.trunk, policy, asked, how)
+    raw = raw_scores(roles, rollout, batch_size=choices.score_batch)
     scores = combined_scores(raw, roles, rollout, config.score, config.rollout.max_tokens)
     texts = [
         completion_text(roles.trunk.tokenizer, prompt, response)
@@ -70,16 +66,17 @@ def evaluate(roles: Roles, policy: Weights, prompts: Sequence[Prompt], config: T
         completions,
         score=number(scores.mean()),
         points={name: float(values.mean()) for name, values in points.items()},
-        kl=sequence_kl(roles, policy, rollout, config),
+        kl=sequence_kl(roles, policy, rollout, choices),
         distinct_2=distinct_ngrams(texts, 2),
         length=float(np.mean([len(response) for response in rollout.responses])),
         finished=number(rollout.finished.mean()),
     )
 
 
-def sequence_kl(roles: Roles, policy: Weights, rollout: Rollout, config: TrainConfig) -> float:
+def sequence_kl(roles: Roles, policy: Weights, rollout: Rollout, choices: Choices) -> float:
     """Mean over sequences of the summed log pi - log pi_ref, in nats: an unbiased estimate of the KL divergence."""
-    temperature, size = config.rollout.temperature, config.score.batch_size
+    temperature, size = rollout.temperature, choices.score_batch
+    roles.trunk.positions = choices.positions
     now = policy_logprobs(roles, policy, rollout, temperature=temperature, batch_size=size)
     reference = reference_logprobs(roles, rollout, temperature=temperature, batch_size=size)
     roles.evict()

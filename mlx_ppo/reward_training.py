@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from mlx_ppo.rewards.figures import Floats, pair_figures, rating_figures
 from mlx_ppo.runs.folder import Run, replace_file
 from mlx_ppo.runtime.signals import Interrupts
 from mlx_ppo.stages.optimizer import Optimizer
-from mlx_ppo.supervised import Fit, StepReporter, Task, drop_tokens, fit, load_trainable
+from mlx_ppo.supervised import Course, Fit, Noise, StepReporter, Task, drop_tokens, fit, load_trainable
 
 Tokens = tuple[int, ...]
 
@@ -84,10 +85,7 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
         run,
         reporter,
         interrupts,
-        section=config.run,
-        epochs=section.epochs,
-        patience=0,
-        blocks=trunk.blocks,
+        Course(config.run, section.epochs, 0, trunk.blocks),
     )
     best = _rounded(best, config.model.save_dtype) if config.model.train == "full" else best
     facts = _facts(trunk, best, train, held_out, config)
@@ -201,7 +199,7 @@ def _batch(feedback: Feedback, rows: np.ndarray, config: RewardConfig, parts: tu
 def _loss(trunk: Trunk, weights: Weights, batch: Batch, config: RewardConfig, key: mx.array) -> mx.array:
     section = config.reward_training
     texts = drop_tokens(batch.texts, section.token_dropout, trunk.tokenizer.vocab_size, *batch.noise_parts)
-    raw = _outputs(trunk, weights, texts, section.pooling, dropout=section.dropout, key=key, learning=True)
+    raw = _outputs(trunk, weights, texts, section.pooling, Noise(section.dropout, key))
     total = mx.zeros(())
     if batch.chosen.size:
         chosen, rejected = raw[batch.chosen], raw[batch.rejected]
@@ -216,15 +214,12 @@ def _outputs(
     weights: Weights,
     texts: Sequence[Sequence[int]],
     pooling: str,
-    *,
-    dropout: float = 0.0,
-    key: mx.array | None = None,
-    learning: bool = False,
+    noise: Noise | None = None,
 ) -> mx.array:
-    """Raw outputs [n] for texts."""
+    """Raw outputs [n] for texts. `noise`: a gradient will be taken."""
     sequences = make_sequences(texts, [()] * len(texts))
-    with trunk.using(weights), trunk.noise(dropout, key if key is not None else mx.random.key(0)):
-        return apply_head(weights.arrays, text_states(trunk, sequences, pooling, learning=learning))
+    with trunk.using(weights), trunk.noise(*noise) if noise is not None else nullcontext():
+        return apply_head(weights.arrays, text_states(trunk, sequences, pooling, learning=noise is not None))
 
 
 def raw_outputs(trunk: Trunk, weights: Weights, texts: Sequence[Tokens], pooling: str) -> Floats:

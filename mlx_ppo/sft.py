@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mlx_ppo.runs.folder import Run
 from mlx_ppo.runtime.signals import Interrupts
 from mlx_ppo.stages.optimizer import Optimizer
 from mlx_ppo.stages.records import number
-from mlx_ppo.supervised import Fit, StepReporter, Task, drop_tokens, fit, load_trainable, write_result
+from mlx_ppo.supervised import Course, Fit, Noise, StepReporter, Task, drop_tokens, fit, load_trainable, write_result
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,10 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
         return [Numbered([train.examples[row] for row in rows], epoch, at) for at, rows in enumerate(groups)]
 
     def loss(weights: Weights, batch: Numbered, key: mx.array) -> mx.array:
-        total, count = _summed_loss(
-            trunk,
-            weights,
-            batch.examples,
-            token_dropout=config.sft.token_dropout,
-            noise_parts=(seed, batch.epoch, batch.index),
-            dropout=config.sft.dropout,
-            key=key,
-            learning=True,
-        )
+        share, vocabulary = config.sft.token_dropout, trunk.tokenizer.vocab_size
+        rows = [example.tokens for example in batch.examples]
+        read = drop_tokens(rows, share, vocabulary, seed, batch.epoch, batch.index) if share else None
+        total, count = _summed_loss(trunk, weights, batch.examples, read, Noise(config.sft.dropout, key))
         return total / count
 
     def validate(weights: Weights) -> dict[str, float]:
@@ -76,10 +71,7 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
         run,
         reporter,
         interrupts,
-        section=config.run,
-        epochs=config.sft.epochs,
-        patience=config.sft.patience,
-        blocks=trunk.blocks,
+        Course(config.run, config.sft.epochs, config.sft.patience, trunk.blocks),
     )
     run.secure()
     result = write_result(run.folder, trunk, best, config.model)
@@ -117,24 +109,22 @@ def _summed_loss(
     trunk: Trunk,
     weights: Weights,
     examples: Sequence[Example],
-    *,
-    token_dropout: float = 0.0,
-    noise_parts: tuple[int, ...] = (),
-    dropout: float = 0.0,
-    key: mx.array | None = None,
-    learning: bool = False,
+    read: Sequence[Sequence[int]] | None = None,
+    noise: Noise | None = None,
 ) -> tuple[mx.array, int]:
-    """Summed negative log-probability of the counted tokens, and their number."""
+    """Summed negative log-probability of the counted tokens, and their number.
+
+    `read`: rows to read in place of the examples' own. `noise`: a gradient will be taken.
+    """
     rows = [example.tokens for example in examples]
     starts = [max(1, example.loss_from) for example in examples]
     sequences = make_sequences(
         [row[:at] for row, at in zip(rows, starts, strict=True)],
         [row[at:] for row, at in zip(rows, starts, strict=True)],
     )
-    if token_dropout:
-        noisy = drop_tokens(rows, token_dropout, trunk.tokenizer.vocab_size, *noise_parts)
-        sequences = sequences._replace(tokens=make_sequences(noisy, [()] * len(noisy)).tokens)
-    with trunk.using(weights), trunk.noise(dropout, key if key is not None else mx.random.key(0)):
-        states = trunk.response_states(sequences, learning=learning)
+    if read is not None:
+        sequences = sequences._replace(tokens=make_sequences(read, [()] * len(read)).tokens)
+    with trunk.using(weights), trunk.noise(*noise) if noise is not None else nullcontext():
+        states = trunk.response_states(sequences, learning=noise is not None)
         logprobs, _ = token_statistics(trunk, states, sequences, temperature=1.0)
     return -logprobs.sum(), sequences.targets.size

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -94,17 +94,29 @@ class Fit:
         self.best_epoch = saved.state["best_epoch"]
 
 
+class Course(NamedTuple):
+    """How long to train, and what is kept of it."""
+
+    section: RunSection
+    epochs: int
+    patience: int  # epochs without a better criterion after which training ends; 0: never
+    blocks: int  # of the trunk, for the checkpoints' description
+
+
+class Noise(NamedTuple):
+    """Dropout of a pass whose gradient is taken, see `Trunk.noise`."""
+
+    share: float
+    key: mx.array
+
+
 def fit(
     task: Task[Batch],
     state: Fit,
     run: Run,
     reporter: StepReporter,
     interrupts: Interrupts,
-    *,
-    section: RunSection,
-    epochs: int,
-    patience: int,
-    blocks: int,
+    course: Course,
 ) -> Weights:
     """Train for some epochs and return the best weights by the criterion; resumes from the run's last checkpoint.
 
@@ -115,8 +127,9 @@ def fit(
 
     def save() -> None:
         run.secure()
-        checkpoint.save(run.folder, state.as_checkpoint(blocks), keep_last=section.keep_last, best=None)
+        checkpoint.save(run.folder, state.as_checkpoint(course.blocks), keep_last=section.keep_last, best=None)
 
+    section, epochs, patience = course.section, course.epochs, course.patience
     saved = checkpoint.newest(run.folder)
     if saved is not None:
         state.restore(saved)

@@ -1,4 +1,4 @@
-"""PPO: the story. Only this file knows every stage."""
+"""PPO: the story around `stages.iteration`: plan, load, resume; iterate, log, evaluate, save."""
 
 import time
 from collections.abc import Sequence
@@ -13,25 +13,23 @@ from mlx_ppo.data.prompts import Prompt, PromptSet, PromptStream, load_prompts, 
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.evaluate import Evaluation, evaluate
 from mlx_ppo.memory.budget import keeping_to
-from mlx_ppo.memory.choices import applied
 from mlx_ppo.memory.keeping import Keeper, is_tight, limits_of
 from mlx_ppo.memory.plan import GIB
 from mlx_ppo.memory.starting import plan_run, said
 from mlx_ppo.memory.watchdog import watching
 from mlx_ppo.models.folder import check_model_folder
-from mlx_ppo.models.roles import Roles, load_roles
+from mlx_ppo.models.roles import Loading, Roles, load_roles
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.folder import MEMORY, METRICS, SAMPLES, Run
 from mlx_ppo.runtime.phases import metering, phase
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
-from mlx_ppo.stages.advantages import advantages
-from mlx_ppo.stages.measurements import iteration_metrics
-from mlx_ppo.stages.records import Rollout, Scored, number
-from mlx_ppo.stages.rollout import generate, sampling
-from mlx_ppo.stages.scoring import score
+from mlx_ppo.stages.iteration import iterate
+from mlx_ppo.stages.records import number
+from mlx_ppo.stages.rollout import Asked
 from mlx_ppo.stages.state import State, initial_state
-from mlx_ppo.stages.update import update
 from mlx_ppo.tokenizers.load import completion_text, load_tokenizer
+
+Sample = tuple[str, str, float]  # prompt, completion, score
 
 
 class Reporter(Protocol):
@@ -46,7 +44,7 @@ class Reporter(Protocol):
     def tokens(self, count: int) -> None:
         """Tokens have been sampled."""
 
-    def iteration(self, metrics: dict[str, float], iterations: int, sample: tuple[str, str, float]) -> None:
+    def iteration(self, metrics: dict[str, float], iterations: int, sample: Sample) -> None:
         """An iteration is done; the sample is a prompt, its completion and its score."""
 
 
@@ -68,56 +66,146 @@ def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interru
     """
     data, held_out = load_data(config, tokenizer_of(config), reporter)
     planned = plan_run(config, [len(p.tokens) for p in (*data.prompts, *held_out)], run.folder)
-    plan = planned.plan
+    plan, choices = planned.plan, planned.record.choices
     reporter.message(said(plan))
-    with (
-        keeping_to(plan),
-        watching(interrupts.stop),
-        metering(limits_of(plan.phases), clearing=is_tight(plan)) as meter,
-    ):
-        keeper = Keeper(config, planned, run.folder, meter)
-        config = applied(config, planned.record.choices)
+    measuring = metering(limits_of(plan.phases), clearing=is_tight(plan))
+    with keeping_to(plan), watching(interrupts.stop), measuring as meter:
         with phase("load"):
-            roles, policy, critic = load_roles(config)
+            roles, policy, critic = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
         try:
+            roles.require_fields([prompt.record for prompt in (*data.prompts, *held_out)])
             for remark in roles.trunk.remarks:
                 reporter.message(remark)
-            stream = PromptStream(data.prompts, config.run.seed)
             state = initial_state(config, policy, critic)
             del policy, critic  # the first weights would stay in memory beside the trained ones
-            before = _start(config, run, roles, state, held_out, reporter)
-            meter.take()
-            while state.iteration < config.run.iterations:
-                started = time.monotonic()
-                try:
-                    config = keeper.begin(state.iteration + 1, state.moments)
-                    rows, sample, lengths = _iterate(config, roles, state, stream, reporter, interrupts, keeper)
-                    metrics = {**rows, "seconds": time.monotonic() - started}
-                    metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["seconds"]
-                    metrics["memory"] = max(meter.peaks.values()) / GIB
-                    keeper.finish(lengths, state.moments)
-                    for text in keeper.messages():
-                        reporter.message(text)
-                    run.log(MEMORY, [{"step": state.iteration, **meter.take()}])
-                    run.log(METRICS, [metrics])
-                    run.log(SAMPLES, [_sample_row(state.iteration, sample)])
-                    reporter.iteration(metrics, config.run.iterations, sample)
-                    if metrics["score_deviation"] == 0:
-                        reporter.message(
-                            f"warning: all scores of iteration {state.iteration} are equal: no signal to learn from"
-                        )
-                    _evaluate_and_save(config, run, roles, state, held_out)
-                    interrupts.check()
-                except Interrupted:
-                    _save(config, run, roles, state)
-                    raise
-            reporter.phase("evaluate", state.iteration, config.run.iterations)
-            after = evaluate(roles, state.policy.weights, held_out, config)
-            if not run.has(SAMPLES, step=state.iteration, kind="summary"):  # a finished run that is resumed has it
-                run.log(SAMPLES, _evaluation_rows(state.iteration, after))
-            return Result(before, after, checkpoint.folder_of(run.folder, state.iteration))
+            keeper = Keeper(config, planned, run.folder, meter)
+            training = _Training(config, run, roles, state, held_out, keeper, reporter, interrupts)
+            return training.run_through(PromptStream(data.prompts, config.run.seed))
         finally:
             roles.close()
+
+
+@dataclass
+class _Training:
+    """A run whose models are loaded: what happens around its iterations."""
+
+    config: TrainConfig
+    run: Run
+    roles: Roles
+    state: State
+    held_out: Sequence[Prompt]
+    keeper: Keeper
+    reporter: Reporter
+    interrupts: Interrupts
+
+    def run_through(self, stream: PromptStream) -> Result:
+        """All iterations that are left, each one sampled, scored, learned from, logged and, where due, saved."""
+        state, meter = self.state, self.keeper.meter
+        before = self._start()
+        meter.take()
+        while state.iteration < self.config.run.iterations:
+            try:
+                self.keeper.begin(state.iteration + 1, state.moments)
+                metrics, sample, lengths = self._iterate(stream)
+                self.keeper.finish(lengths, state.moments)
+                self._log(metrics, sample)
+                self._evaluate_and_save()
+                self.interrupts.check()
+            except Interrupted:
+                self._save()
+                raise
+        self.reporter.phase("evaluate", state.iteration, self.config.run.iterations)
+        after = self._evaluation()
+        if not self.run.has(SAMPLES, step=state.iteration, kind="summary"):  # a finished run that is resumed has it
+            self.run.log(SAMPLES, _evaluation_rows(state.iteration, after))
+        return Result(before, after, checkpoint.folder_of(self.run.folder, state.iteration))
+
+    def stage(self, name: str) -> None:
+        """A stage of an iteration begins; the last safe place to stop before it."""
+        self.interrupts.check()
+        self.reporter.phase(name, self.state.iteration + 1, self.config.run.iterations)
+
+    def tokens(self, count: int) -> None:
+        """Tokens have been sampled."""
+        self.reporter.tokens(count)
+
+    def _start(self) -> Evaluation:
+        """Resume from the last checkpoint if there is one; the evaluation before training is the same either way."""
+        state, iterations = self.state, self.config.run.iterations
+        self.reporter.phase("evaluate", state.iteration, iterations)
+        before = self._evaluation()
+        saved = checkpoint.newest(self.run.folder)
+        if saved is not None:
+            state.restore(saved)
+            self.run.cut_logs(state.iteration)
+            self.reporter.message(f"resuming after iteration {state.iteration} of {iterations}")
+        else:
+            self.run.cut_logs(-1)
+            self.run.log(SAMPLES, _evaluation_rows(0, before))
+        self._note_reward_files()
+        return before
+
+    def _note_reward_files(self) -> None:
+        """What reward functions have read, as the first time."""
+        found, known = self.roles.reward_files(), self.run.record().get("reward_files", {})
+        if found.keys() - known.keys():
+            self.run.note(reward_files={**found, **known})
+
+    def _iterate(self, stream: PromptStream) -> tuple[dict[str, float], Sample, list[tuple[int, int]]]:
+        """One iteration, whose arrays are free again afterwards: its metrics, a sample, and tokens of each row."""
+        started = time.monotonic()
+        taken = stream.take(self.state.cursor, self.config.rollout.prompts)
+        prompts = [prompt for _, prompt in taken]
+        positions = range(self.state.cursor, self.state.cursor + len(taken))
+        asked = Asked([prompt.tokens for prompt in prompts], positions, [prompt.record for prompt in prompts])
+        done = iterate(self.config, self.roles, self.state, asked, self.keeper, self)
+        if not done.signal:
+            equal = "all scores" if self.config.ppo.advantage == "gae" else "the scores of each prompt's responses"
+            step = self.state.iteration
+            said = f"warning: {equal} of iteration {step} are equal: no signal to learn from, the policy stays as it is"
+            self.reporter.message(said)
+        row = int(np.argsort(np.array(done.scored.scores))[len(done.rollout.prompts) // 2])  # of the median score
+        text = completion_text(self.roles.trunk.tokenizer, done.rollout.prompts[row], done.rollout.responses[row])
+        of_prompt = prompts[row // self.config.rollout.samples_per_prompt].text
+        metrics = {**done.metrics, "seconds": time.monotonic() - started}
+        metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["seconds"]
+        metrics["memory"] = max(self.keeper.meter.peaks.values()) / GIB
+        return metrics, (of_prompt, text, number(done.scored.scores[row])), done.rollout.lengths
+
+    def _log(self, metrics: dict[str, float], sample: Sample) -> None:
+        step = self.state.iteration
+        for text in self.keeper.messages():
+            self.reporter.message(text)
+        self.run.log(MEMORY, [{"step": step, **self.keeper.meter.take()}])
+        self.run.log(METRICS, [metrics])
+        prompt, completion, score = sample
+        row = {"step": step, "kind": "rollout", "prompt": prompt, "completion": completion, "score": score}
+        self.run.log(SAMPLES, [row])
+        self.reporter.iteration(metrics, self.config.run.iterations, sample)
+
+    def _evaluation(self) -> Evaluation:
+        return evaluate(self.roles, self.state.policy.weights, self.held_out, self.config, self.keeper.now())
+
+    def _evaluate_and_save(self) -> None:
+        """What is due after an iteration. The log comes first, so that a checkpoint is never ahead of it."""
+        state, section = self.state, self.config.run
+        done = state.iteration == section.iterations
+        due = bool(section.evaluate_every) and state.iteration % section.evaluate_every == 0
+        if due and not done:
+            evaluation = self._evaluation()
+            self.run.log(SAMPLES, _evaluation_rows(state.iteration, evaluation))
+            if state.best is None or evaluation.score > state.best[1]:
+                state.best = (state.iteration, evaluation.score)
+        if done or due or state.iteration % section.save_every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        best, keep_last = self.state.best[0] if self.state.best is not None else None, self.config.run.keep_last
+        with phase("checkpoint"):
+            self._note_reward_files()
+            self.run.secure()
+            saved = self.state.as_checkpoint(self.roles.trunk.blocks)
+            checkpoint.save(self.run.folder, saved, keep_last=keep_last, best=best)
 
 
 def tokenizer_of(config: TrainConfig) -> Tokenizer:
@@ -155,120 +243,10 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer, reporter: Messages) -> 
     return data, chosen
 
 
-def _start(
-    config: TrainConfig, run: Run, roles: Roles, state: State, held_out: Sequence[Prompt], reporter: Reporter
-) -> Evaluation:
-    """Resume from the last checkpoint if there is one; the evaluation before training is the same either way."""
-    reporter.phase("evaluate", state.iteration, config.run.iterations)
-    before = evaluate(roles, state.policy.weights, held_out, config)
-    saved = checkpoint.newest(run.folder)
-    if saved is not None:
-        state.restore(saved)
-        run.cut_logs(state.iteration)
-        reporter.message(f"resuming after iteration {state.iteration} of {config.run.iterations}")
-    else:
-        run.cut_logs(-1)
-        run.log(SAMPLES, _evaluation_rows(0, before))
-    return before
-
-
-def _iterate(
-    config: TrainConfig,
-    roles: Roles,
-    state: State,
-    stream: PromptStream,
-    reporter: Reporter,
-    interrupts: Interrupts,
-    keeper: Keeper,
-) -> tuple[dict[str, float], tuple[str, str, float], list[tuple[int, int]]]:
-    """One iteration; the state moves on only when all of it is done. Metrics, a sample, and tokens of each row."""
-    interrupts.check()
-    number_, seed = state.iteration + 1, config.run.seed
-    taken = stream.take(state.cursor, config.rollout.prompts)
-    reporter.phase("rollout", number_, config.run.iterations)
-    rollout = generate(
-        roles.trunk,
-        state.policy.weights,
-        [prompt.tokens for _, prompt in taken],
-        samples_per_prompt=config.rollout.samples_per_prompt,
-        seed_parts=(seed, "rollout"),
-        positions=range(state.cursor, state.cursor + len(taken)),
-        records=[prompt.record for _, prompt in taken],
-        on_tokens=reporter.tokens,
-        **sampling(config.rollout),
-    )
-    interrupts.check()
-    reporter.phase("score", number_, config.run.iterations)
-    scored, _ = score(
-        roles,
-        state.policy.weights,
-        state.critic.weights if state.critic is not None else None,
-        rollout,
-        section=config.score,
-        temperature=config.rollout.temperature,
-        max_tokens=config.rollout.max_tokens,
-    )
-    batch = advantages(config, rollout, scored, kl_coef=state.kl.coef)
-    interrupts.check()
-    reporter.phase("update", number_, config.run.iterations)
-    rate = state.policy.optimizer.rate(state.policy.optimizer.steps)
-    stats = update(
-        roles,
-        state.policy,
-        state.critic,
-        rollout,
-        batch,
-        section=config.ppo,
-        temperature=config.rollout.temperature,
-        max_tokens=config.rollout.max_tokens,
-        seed_parts=(seed, "update", number_),
-        train_policy=state.iteration >= config.critic.warmup_iterations,
-        pass_size=keeper.pass_size,
-    )
-    metrics = iteration_metrics(number_, state.kl.coef, rollout, scored, batch, stats) | {"learning_rate": rate}
-    state.kl.update(metrics["kl"], len(rollout.prompts))
-    state.iteration = number_
-    state.cursor += len(taken)
-    return metrics, _median(roles, config, taken, rollout, scored), rollout.lengths
-
-
-def _median(
-    roles: Roles, config: TrainConfig, taken: Sequence[tuple[int, Prompt]], rollout: Rollout, scored: Scored
-) -> tuple[str, str, float]:
-    """The response with the median score: prompt, completion, score."""
-    row = int(np.argsort(np.array(scored.scores))[len(rollout.prompts) // 2])
-    text = completion_text(roles.trunk.tokenizer, rollout.prompts[row], rollout.responses[row])
-    asked = taken[row // config.rollout.samples_per_prompt][1].text
-    return asked, text, number(scored.scores[row])
-
-
-def _evaluate_and_save(config: TrainConfig, run: Run, roles: Roles, state: State, held_out: Sequence[Prompt]) -> None:
-    """What is due after an iteration. The log comes first, so that a checkpoint is never ahead of it."""
-    done = state.iteration == config.run.iterations
-    due = bool(config.run.evaluate_every) and state.iteration % config.run.evaluate_every == 0
-    if due and not done:
-        evaluation = evaluate(roles, state.policy.weights, held_out, config)
-        run.log(SAMPLES, _evaluation_rows(state.iteration, evaluation))
-        if state.best is None or evaluation.score > state.best[1]:
-            state.best = (state.iteration, evaluation.score)
-    if done or due or state.iteration % config.run.save_every == 0:
-        _save(config, run, roles, state)
-
-
-def _save(config: TrainConfig, run: Run, roles: Roles, state: State) -> None:
-    best = state.best[0] if state.best is not None else None
-    with phase("checkpoint"):
-        run.secure()
-        checkpoint.save(run.folder, state.as_checkpoint(roles.trunk.blocks), keep_last=config.run.keep_last, best=best)
-
-
-def _sample_row(step: int, sample: tuple[str, str, float]) -> dict[str, Any]:
-    return {"step": step, "kind": "rollout", "prompt": sample[0], "completion": sample[1], "score": sample[2]}
-
-
 def _evaluation_rows(step: int, evaluation: Evaluation) -> list[dict[str, Any]]:
     rows = [
-        {"step": step, "kind": "evaluation", "prompt": c.prompt, "completion": c.text, "score": c.score, **c.points}
+        {"step": step, "kind": "evaluation", "prompt": c.prompt, "completion": c.text, "score": c.score}
+        | {f"points/{name}": value for name, value in c.points.items()}
         for c in evaluation.completions
     ]
     return [*rows, {"step": step, "kind": "summary", **evaluation.figures()}]

@@ -1,6 +1,6 @@
-"""The README's table of configuration keys, made from the schema.
+"""The tables of the documents that are made from the code: configuration keys, columns of the log.
 
-python tests/config_table.py   # writes it into README.md
+python tests/config_table.py   # writes them into docs/
 """
 
 from pathlib import Path
@@ -11,12 +11,19 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mlx_ppo.config.supervised import JOBS
+from mlx_ppo.runs.metrics import METRICS
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-START, END = "<!-- configuration keys: made by tests/config_table.py -->", "<!-- end of configuration keys -->"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
-def table() -> str:
+def columns() -> str:
+    """Markdown: a row for each number that a PPO run logs."""
+    cells = [(f"`{metric.key}`", metric.label, metric.sentence.replace("|", "\\|")) for metric in METRICS]
+    rows = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join(["| key | shown as | meaning |", "|---|---|---|", *rows])
+
+
+def keys() -> str:
     """Markdown: a heading for each command, a row for each key that no earlier command has in the same words."""
     parts: list[str] = []
     seen: set[str] = set()
@@ -57,15 +64,31 @@ def _choices(field: FieldInfo) -> str:
     return ", ".join(f"`{choice}`" for choice in get_args(field.annotation)) + ": "
 
 
-def written() -> str:
-    """What the README has between the markers."""
-    return README.read_text("utf-8").split(START)[1].split(END)[0].strip()
+TABLES = {
+    "configuration.md": (
+        "<!-- configuration keys: made by tests/config_table.py -->",
+        keys,
+        "<!-- end of configuration keys -->",
+    ),
+    "how-it-works.md": (
+        "<!-- columns of metrics.jsonl: made by tests/config_table.py -->",
+        columns,
+        "<!-- end of columns -->",
+    ),
+}
+
+
+def written(name: str) -> str:
+    """What a document has between its markers."""
+    start, _, end = TABLES[name]
+    return (DOCS / name).read_text("utf-8").split(start)[1].split(end)[0].strip()
 
 
 def main() -> None:
-    """Put the table into the README."""
-    before, rest = README.read_text("utf-8").split(START)
-    README.write_text(f"{before}{START}\n\n{table()}\n\n{END}{rest.split(END)[1]}", "utf-8")
+    """Put the tables into the documents."""
+    for name, (start, made, end) in TABLES.items():
+        before, rest = (DOCS / name).read_text("utf-8").split(start)
+        (DOCS / name).write_text(f"{before}{start}\n\n{made()}\n\n{end}{rest.split(end)[1]}", "utf-8")
 
 
 if __name__ == "__main__":

@@ -16,17 +16,18 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 from tiny_models import COMMON, KINDS, write_weights, write_word_tokenizer
 
-from mlx_ppo.config.sections import OptimizerSection, PPOSection, ScoreSection
+from mlx_ppo.config.sections import LoraSection, OptimizerSection, PPOSection, ScoreSection
 from mlx_ppo.models.adapters import Weights, new_adapters
 from mlx_ppo.models.heads import new_head
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.roles import Critic, Roles
 from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.stages.optimizer import Optimizer
 from mlx_ppo.stages.records import PPOBatch, Rollout
-from mlx_ppo.stages.rollout import generate
+from mlx_ppo.stages.rollout import Asked, Sampling, generate
 from mlx_ppo.stages.scoring import policy_logprobs, score
-from mlx_ppo.stages.update import Learner, UpdateStats, update
+from mlx_ppo.stages.update import Learner, Schedule, UpdateStats, update
 
 MakeModel = Callable[..., Path]
 
@@ -116,8 +117,7 @@ def make_adapters() -> Callable[..., Weights]:
     """Adapters that change a trunk's output, as after some training."""
 
     def make(trunk: Trunk, *, seed: int = 0, size: float = 0.1, **options: Any) -> Weights:
-        chosen: dict[str, Any] = {"layers": 0, "rank": 3, "scale": 2.0, "targets": (), **options}
-        weights = new_adapters(trunk.adapted, key="test", seed=seed, **chosen)
+        weights = new_adapters(trunk.adapted, LoraSection(**{"rank": 3, **options}), key="test", seed=seed)
         keys = mx.random.split(mx.random.key(seed), len(weights.arrays))
         noise = {
             n: size * mx.random.normal(a.shape, key=k) for (n, a), k in zip(weights.arrays.items(), keys, strict=True)
@@ -136,25 +136,22 @@ class World:
     critic: Learner | None
     rollout: Rollout
     batch: PPOBatch
-    max_tokens: int = 6
-    temperature: float = 0.9
 
-    def update(self, *, train_policy: bool = True, seed: int = 0, **section: Any) -> UpdateStats:
-        return update(
-            self.roles,
-            self.policy,
-            self.critic,
-            self.rollout,
-            self.batch,
-            section=PPOSection(**section),
-            temperature=self.temperature,
-            max_tokens=self.max_tokens,
-            seed_parts=("update", seed),
-            train_policy=train_policy,
-        )
+    def update(
+        self,
+        *,
+        train_policy: bool = True,
+        seed: int = 0,
+        choices: Callable[[], Choices] | None = None,
+        **section: Any,
+    ) -> UpdateStats:
+        ppo = PPOSection(**section)
+        pinned = Choices(0, 0, ppo.micro_batch, ppo.gradient_checkpointing == "on")
+        schedule = Schedule(ppo, ("update", seed), choices or (lambda: pinned), train_policy)
+        return update(self.roles, self, self.rollout, self.batch, schedule)
 
     def logprobs(self, weights: Weights) -> np.ndarray:
-        options = {"temperature": self.temperature, "batch_size": 32}
+        options = {"temperature": self.rollout.temperature, "batch_size": 32}
         return np.array(policy_logprobs(self.roles, weights, self.rollout, **options))
 
 
@@ -195,22 +192,11 @@ def make_world(
             roles.critic = Critic(kind, own)
         if keep:
             trunk.share_below([weights])
-        rollout = generate(
-            trunk,
-            weights,
-            chosen,
-            samples_per_prompt=samples,
-            max_tokens=max_tokens,
-            temperature=0.9,
-            batch_size=64,
-            seed_parts=(3,),
-            positions=range(len(chosen)),
-            records=[{}] * len(chosen),
-            cache_form=cache_form,
-        )
-        options: dict[str, Any] = {"temperature": 0.9, "max_tokens": max_tokens}
+        asked = Asked(chosen, range(len(chosen)), [{}] * len(chosen))
+        how = Sampling((3,), max_tokens, 0.9, samples, batch_size=64, cache_form=cache_form)
+        rollout = generate(trunk, weights, asked, how)
         critic_weights = critic.weights if critic is not None else None
-        scored, _ = score(roles, weights, critic_weights, rollout, section=ScoreSection(), **options)
+        scored = score(roles, weights, critic_weights, rollout, ScoreSection(), Choices(0, 32, 0, False))
         generator = np.random.default_rng(0)
         advantages, returns = (mx.array(generator.normal(size=rollout.mask.shape), mx.float32) for _ in range(2))
         values = (scored.values, returns) if kind is not None else (None, None)

@@ -19,7 +19,7 @@ MODULES = {
 LAYERS = (
     "errors", "files", "bundle", "config", "data", "algo", "runtime", "compute", "tokenizers", "rewards", "models",
     "runs", "stages", "memory", "importing", "exporting", "bench", "evaluate", "supervised", "sft", "reward_training",
-    "train", "cli",
+    "train", "api", "cli",
 )  # fmt: skip
 # Beside the standard library, and with the longest match: what else.
 OUTSIDE = {
@@ -56,6 +56,7 @@ INSIDE: dict[str, set[str]] = {
     "compute.cpu.blas": set(),
 }  # fmt: skip
 BEFORE_MLX = {"mlx_ppo.compute.cpu.blas", "mlx_ppo.runtime.offline", "mlx_ppo.runtime.private_tmp"}
+PUBLIC = "mlx_ppo.api"  # imported when one of its names is first used
 STAGES = {f"mlx_ppo.stages.{name}" for name in ("rollout", "scoring", "advantages", "update")}
 HEAVY = {"mlx", "mlx_lm", "numpy", "pydantic", "rich", "safetensors", "sentencepiece", "tomli", "transformers"}
 HEAVY |= {f"mlx_ppo.{name}" for name in ("config.sections", "config.file", "runs.folder", "stages", "train", "sft")}
@@ -103,12 +104,12 @@ def forbidden(module, source):
 
 def may_import(module, name):
     if name == "mlx_ppo":
-        return module.split(".")[1] in ("cli", "runs", "bench")  # its version
+        return module.split(".")[1] in ("cli", "runs", "bench", "api")  # its version, its BLAS
     inside = longest(module, INSIDE)
     if inside is not None:
         return within(name, {f"mlx_ppo.{item}" for item in inside})
     if module == "mlx_ppo":
-        return name in BEFORE_MLX
+        return name in BEFORE_MLX or name == PUBLIC
     same_stage = module.startswith("mlx_ppo.stages.") and name in STAGES and module in STAGES
     return layer(name) is not None and layer(name) <= layer(module) and not (same_stage and name != module)
 
@@ -180,3 +181,51 @@ def test_files_and_functions_are_short(module):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= FUNCTION_LIMIT
     }
     assert long == {}
+
+
+# Parameters. What has more takes a record; a command of click has one for every option.
+PARAMETER_LIMIT = 6
+MANY = {
+    "mlx_ppo.cli.bench.bench", "mlx_ppo.cli.look.sample", "mlx_ppo.cli.look.compare", "mlx_ppo.cli.plan.show",
+    "mlx_ppo.compute.cpu.products.prepare",
+}  # fmt: skip
+
+
+def many(module, source):
+    """Functions of a module with more parameters than are allowed, `self` and `cls` not counted."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = node.args
+            names = [arg.arg for arg in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+            if len(set(names) - {"self", "cls"}) > PARAMETER_LIMIT:
+                yield f"{module}.{node.name}"
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"mlx_ppo.cli.main"}))
+def test_functions_have_few_parameters(module):
+    assert set(many(module, MODULES[module].read_text("utf-8"))) <= MANY
+
+
+# Which device or system this is decides something in these places only.
+ASKING = {"mlx_ppo.compute", "mlx_ppo.runtime", "mlx_ppo.cli.doctor"}
+QUESTIONS = {"sys.platform", "mx.default_device", "mx.device_info", "mx.metal", "mx.cuda", "platform.system", "on_cpu"}
+QUESTIONS |= {"platform.machine", "platform.platform", "os.uname", "is_available", "set_default_device"}
+
+
+def asked(source):
+    """Questions for the device or the system in a module's code."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute | ast.Name):
+            name = ast.unparse(node)
+            yield from (question for question in QUESTIONS if name == question or name.endswith(f".{question}"))
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_only_engines_and_the_runtime_ask_what_machine_this_is(module):
+    assert within(module, ASKING) or set(asked(MODULES[module].read_text("utf-8"))) == set()
+
+
+def test_questions_are_recognised():
+    source = "import sys\nif sys.platform == 'darwin' or mx.metal.is_available() or on_cpu(): pass"
+    assert set(asked(source)) == {"sys.platform", "mx.metal", "is_available", "on_cpu"}
+    assert set(asked("import mlx.core as mx\nmx.eval(mx.device_info())")) == {"mx.device_info"}

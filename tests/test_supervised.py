@@ -13,7 +13,7 @@ from mlx_ppo.models.adapters import Weights
 from mlx_ppo.runs.folder import METRICS, Run
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
 from mlx_ppo.stages.optimizer import Optimizer
-from mlx_ppo.supervised import Fit, Task, drop_tokens, fit
+from mlx_ppo.supervised import Course, Fit, Task, drop_tokens, fit
 
 EPOCHS, BATCHES = 4, 5
 
@@ -66,10 +66,7 @@ def go(
             run,
             Silent(),
             interrupts,
-            section=section,
-            epochs=EPOCHS,
-            patience=patience,
-            blocks=0,
+            Course(section, EPOCHS, patience, blocks=0),
         )
     found = {f"best/{name}": np.array(array) for name, array in best.arrays.items()}
     found |= {name: np.array(array) for name, array in state.weights.arrays.items()}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_ppo.config.sections import LoraSection
 from mlx_ppo.data.prompts import load_prompts
 from mlx_ppo.models.adapters import new_adapters
 from mlx_ppo.models.folder import check_model_folder
@@ -64,7 +65,7 @@ def chats(model: Path, target: Path, count: int) -> None:
 def reward_models(model: Path, target: Path) -> None:
     """One as adapters on the policy's trunk, one in a folder of its own; neither has learned anything."""
     trunk = load_trunk(model)
-    adapters = new_adapters(trunk.adapted, layers=8, rank=8, scale=2.0, targets=(), key="reward", seed=0)
+    adapters = new_adapters(trunk.adapted, LoraSection(layers=8), key="reward", seed=0)
     write_adapters(target / "reward-adapters", adapters, trunk.blocks)
     shutil.copytree(model, target / "reward-folder")
     key = mx.random.key(0)

@@ -28,21 +28,11 @@ class Ours:
 
     def sample(self, prompts: list[list[int]], max_tokens: int, stopping: bool, seed: int) -> int:
         from mlx_ppo.models.adapters import Weights
-        from mlx_ppo.stages.rollout import generate
+        from mlx_ppo.stages.rollout import Asked, Sampling, generate
 
         self.trunk.tokenizer.eos_ids = self.eos_ids if stopping else frozenset()
-        rollout = generate(
-            self.trunk,
-            Weights({}),
-            [tuple(prompt) for prompt in prompts],
-            samples_per_prompt=1,
-            max_tokens=max_tokens,
-            temperature=1.0,
-            batch_size=0,
-            seed_parts=("benchmark", seed),
-            positions=range(len(prompts)),
-            records=[{}] * len(prompts),
-        )
+        asked = Asked([tuple(prompt) for prompt in prompts], range(len(prompts)), [{}] * len(prompts))
+        rollout = generate(self.trunk, Weights({}), asked, Sampling(("benchmark", seed), max_tokens))
         return sum(len(response) for response in rollout.responses)
 
 

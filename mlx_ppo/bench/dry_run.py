@@ -10,16 +10,15 @@ from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.random import philox
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.memory.budget import keeping_to
-from mlx_ppo.memory.choices import Shapes, applied
+from mlx_ppo.memory.choices import Shapes
 from mlx_ppo.memory.keeping import is_tight, limits_of
 from mlx_ppo.memory.plan import Plan
-from mlx_ppo.models.roles import Roles, load_roles
+from mlx_ppo.models.roles import Loading, Roles, load_roles
+from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.runtime.phases import Meter, metering, phase
-from mlx_ppo.stages.advantages import advantages
-from mlx_ppo.stages.rollout import generate, sampling
-from mlx_ppo.stages.scoring import score
-from mlx_ppo.stages.state import State, initial_state
-from mlx_ppo.stages.update import update
+from mlx_ppo.stages.iteration import iterate
+from mlx_ppo.stages.rollout import Asked
+from mlx_ppo.stages.state import initial_state
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,27 @@ class _FirstTokens:
         self._batch = 0.0  # when the batch began that has its first tokens
         self.seconds = 0.0
 
-    def __call__(self, count: int) -> None:
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+
+    def tokens(self, count: int) -> None:
         """Tokens have been sampled."""
         if self._meter.began != self._batch:
             self._batch = self._meter.began
             self.seconds += time.monotonic() - self._batch
+
+
+class _Same:
+    """A plan that doesn't change."""
+
+    def __init__(self, choices: Choices) -> None:
+        self._choices = choices
+
+    def now(self) -> Choices:
+        """The choices in effect."""
+        return self._choices
+
+    next_step = now
 
 
 class _Endless:
@@ -64,17 +79,20 @@ def dry_run(config: TrainConfig, plan: Plan, shapes: Shapes, *, iterations: int)
 
     Args:
         config: the run's.
-        plan: its choices are applied, and mlx's limits are the plan's.
+        plan: its choices hold, and mlx's limits are the plan's.
         shapes: of the run; an iteration has the configured number of responses.
         iterations: how many; in the first one there are no optimizer states yet.
     Raises:
         UserError: whatever is wrong with the models, or went wrong.
     """
-    config = applied(config, plan.choices)
+    config = config.model_copy(  # from the first iteration on all is trained, as later in a run
+        update={"critic": config.critic.model_copy(update={"warmup_iterations": 0})}
+    )
+    loading = Loading(compact=plan.choices.compact, evict=plan.choices.evict)
     measuring = metering(limits_of(plan.phases), clearing=is_tight(plan))
     with keeping_to(plan), measuring as meter:
         with phase("load"):
-            roles, policy, critic = load_roles(config)
+            roles, policy, critic = load_roles(config, loading)
         try:
             roles.trunk.tokenizer = _Endless(roles.trunk.tokenizer)
             state = initial_state(config, policy, critic)
@@ -82,7 +100,8 @@ def dry_run(config: TrainConfig, plan: Plan, shapes: Shapes, *, iterations: int)
             found = []
             for number in range(iterations):
                 before, started, first = state.moments, time.monotonic(), _FirstTokens(meter)
-                _iterate(config, roles, state, shapes, number, first)
+                iterate(config, roles, state, _drawn(config, roles, shapes, number), _Same(plan.choices), first)
+                mx.synchronize()
                 total = time.monotonic() - started
                 found.append(Measured(meter.peaks, meter.seconds, first.seconds, total, (before, state.moments)))
                 meter.take()
@@ -91,39 +110,8 @@ def dry_run(config: TrainConfig, plan: Plan, shapes: Shapes, *, iterations: int)
             roles.close()
 
 
-def _iterate(config: TrainConfig, roles: Roles, state: State, shapes: Shapes, number: int, first: _FirstTokens) -> None:
+def _drawn(config: TrainConfig, roles: Roles, shapes: Shapes, number: int) -> Asked:
+    """Prompts of chance, of the longest prompt's length."""
     count = config.rollout.prompts
     drawn = philox("dry run", number).integers(0, roles.trunk.tokenizer.vocab_size, (count, shapes.prompt))
-    rollout = generate(
-        roles.trunk,
-        state.policy.weights,
-        [tuple(row) for row in drawn.tolist()],
-        samples_per_prompt=config.rollout.samples_per_prompt,
-        seed_parts=("dry run", number),
-        positions=range(count),
-        records=[{"prompt": ""}] * count,
-        on_tokens=first,
-        **sampling(config.rollout),
-    )
-    scored, _ = score(
-        roles,
-        state.policy.weights,
-        state.critic.weights if state.critic is not None else None,
-        rollout,
-        section=config.score,
-        temperature=config.rollout.temperature,
-        max_tokens=config.rollout.max_tokens,
-    )
-    batch = advantages(config, rollout, scored, kl_coef=state.kl.coef)
-    update(
-        roles,
-        state.policy,
-        state.critic,
-        rollout,
-        batch,
-        section=config.ppo,
-        temperature=config.rollout.temperature,
-        max_tokens=config.rollout.max_tokens,
-        seed_parts=("dry run", number),
-    )
-    mx.synchronize()
+    return Asked([tuple(row) for row in drawn.tolist()], range(count), [{"prompt": ""}] * count)

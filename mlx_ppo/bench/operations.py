@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_ppo.compute.kv_cache import FULL, new_caches, size_caches
-from mlx_ppo.memory.choices import Choices
 from mlx_ppo.memory.phases import Accountant, Cost
 from mlx_ppo.memory.simulator.graph import Graph, Operation
 from mlx_ppo.memory.simulator.trace import trace
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Roles
+from mlx_ppo.runs.plan_file import Choices
 
 PREFILL, DECODE = "rollout prefill", "rollout decode"
 _PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherMM", "GatherQMM"}
@@ -59,11 +59,11 @@ def flops_of(accountant: Accountant, choices: Choices) -> dict[str, int]:
     """Operations of an iteration's products by phase, for prompts and responses of the accountant's lengths.
 
     Decoding is counted without a response's first token, which reading the prompt predicts. Keys are the phases of
-    `memory.meter`, but "rollout prefill" and "rollout decode"; phases without products are left out.
+    `runtime.phases`, but "rollout prefill" and "rollout decode"; phases without products are left out.
     """
     config, shapes = accountant.config, accountant.shapes
     one = _Counter(accountant)
-    with _read_by_mlx(accountant.roles):  # the same products, where a trace sees them
+    with read_by_mlx(accountant.roles):  # the same products, where a trace sees them
         one.phases(Choices(1, 1, 1, checkpointing=False, positions=_ALL, kv_cache=choices.kv_cache))
     responses = config.rollout.prompts * config.rollout.samples_per_prompt
     found = {}
@@ -98,7 +98,7 @@ def _bytes_read(graph: Graph) -> int:
 
 
 @contextmanager
-def _read_by_mlx(roles: Roles) -> Iterator[None]:
+def read_by_mlx(roles: Roles) -> Iterator[None]:
     """No kernels of this project for the length of a `with` block."""
     models = [source.scorer.trunk for source in roles.sources if isinstance(source.scorer, RewardModel)]
     critics = [roles.critic.trunk] if roles.critic is not None else []

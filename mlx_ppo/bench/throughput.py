@@ -24,8 +24,9 @@ Document = dict[str, Any]
 class Ceilings(NamedTuple):
     """What the machine reaches at best."""
 
-    gigaflops: float  # GFLOP/s of float32 matrix products
+    gigaflops: float  # GFLOP/s of matrix products
     gigabytes: float  # GB/s
+    dtype: str = "float32"  # of the matrices
 
 
 def seconds_of(phases: Mapping[str, float], prefill: float, total: float) -> dict[str, float]:
@@ -80,7 +81,7 @@ def figures(
     return found
 
 
-class Change(NamedTuple):
+class PhaseChange(NamedTuple):
     """A phase in two results."""
 
     before: float | None  # seconds; None where it wasn't there
@@ -93,7 +94,7 @@ class Change(NamedTuple):
         return self.after / self.before if self.after is not None and self.before else None
 
 
-def changes(before: Document, now: Document) -> dict[str, Change]:
+def changes(before: Document, now: Document) -> dict[str, PhaseChange]:
     """Every phase of either result."""
     old, new = before["phases"], now["phases"]
     found = {}
@@ -102,7 +103,7 @@ def changes(before: Document, now: Document) -> dict[str, Change]:
         beyond = bool(first and second) and (
             first["slowest"] < second["fastest"] or second["slowest"] < first["fastest"]
         )
-        found[name] = Change(first and first["seconds"], second and second["seconds"], beyond)
+        found[name] = PhaseChange(first and first["seconds"], second and second["seconds"], beyond)
     return found
 
 
@@ -114,7 +115,7 @@ def differences(before: Document, now: Document) -> list[str]:
 
 def _facts(result: Document) -> Iterator[tuple[str, object]]:
     yield from result["versions"].items()
-    yield from ((name, result[name]) for name in _FACTS)
+    yield from ((name, result.get(name)) for name in (*_FACTS, "engine"))
     yield from result["shapes"].items()
 
 

@@ -44,7 +44,7 @@ from mlx_ppo.models.adapters import new_adapters
 from mlx_ppo.models.heads import HEAD_FILE, RewardFacts, new_head
 from mlx_ppo.models.write import write_adapters
 from mlx_ppo.runs.folder import replace_file
-from mlx_ppo.runs.provenance import device, software
+from mlx_ppo.runs.provenance import device, engine, software
 
 _SIDE = 2048  # of the matrices whose product is the peak
 _PROMPT = 32  # tokens of a prompt where no configuration says it
@@ -129,10 +129,7 @@ def config_of_folder(model: Path, overrides: Sequence[str], folder: Path) -> Tra
     file.write_text(text, "utf-8", errors="surrogateescape")
     config = read_config(TrainConfig, file, overrides)
     trunk = weightless_trunk(content, str(model), dtype=config.model.dtype)
-    lora = config.lora
-    adapters = new_adapters(
-        trunk.adapted, layers=lora.layers, rank=lora.rank, scale=lora.scale, targets=lora.targets, key="reward", seed=0
-    )
+    adapters = new_adapters(trunk.adapted, config.lora, key="reward", seed=0)
     write_adapters(folder / "reward", adapters, trunk.blocks)
     mx.save_safetensors(str(folder / "reward" / HEAD_FILE), new_head(trunk.width))
     RewardFacts("adapters", "last", 0.0, 1.0).write(folder / "reward")
@@ -146,7 +143,9 @@ def measure(config: TrainConfig, prompt: int, iterations: int) -> Document:
     require_fit(plan, accountant, config)
     found = dry_run(config, plan, accountant.shapes, iterations=1 + iterations)[1:]
     seconds = [seconds_of(one.seconds, one.prefill, one.total) for one in found]
-    ceilings = Ceilings(gigaflops(_SIDE), gigabytes())
+    ceilings = Ceilings(
+        gigaflops(_SIDE, accountant.dtype), gigabytes(), str(accountant.dtype).removeprefix("mlx.core.")
+    )
     names = [name for name in seconds[0] if name not in ("between", "update step")]
     tokens = {name: tokens_of(config, name, prompt) for name in names}
     flops = flops_of(accountant, plan.choices)
@@ -155,6 +154,7 @@ def measure(config: TrainConfig, prompt: int, iterations: int) -> Document:
         "format": FORMAT,
         **software(),
         "device": device(),
+        "engine": engine(),
         "processors": processors(),
         "ceilings": ceilings._asdict(),
         "shapes": _shapes(config, accountant, plan),
@@ -219,7 +219,7 @@ def _print(result: Document) -> None:
         table.add_row(name, *_cells(row), style="bold" if name == ITERATION else "")
     console.print(table)
     console.print(
-        f"peak: {ceilings.gigaflops:.0f} GFLOP/s in float32 products of {_SIDE} x {_SIDE}; memory: "
+        f"peak: {ceilings.gigaflops:.0f} GFLOP/s in {ceilings.dtype} products of {_SIDE} x {_SIDE}; memory: "
         f"{ceilings.gigabytes:.0f} GB/s copied. Medians of {result['iterations']}; operations are those of matrix "
         "products, counted in a trace",
         highlight=False,

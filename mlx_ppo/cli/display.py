@@ -139,10 +139,10 @@ class Display:
         self.close()
         table = Table("held-out prompts", "before", "after", "change", title=f"{len(before.completions)} prompts")
         first, last = before.figures, after.figures
-        names = {"score": "score (normalised)", "kl": "KL, nats a sequence", "distinct_2": "distinct 2-grams"}
+        names = {"kl": "KL, nats a sequence", "distinct_2": "distinct 2-grams"}
         for key in first:
             name = (
-                f"rating points ({key.removeprefix('points_')})" if key.startswith("points_") else names.get(key, key)
+                f"rating points ({key.removeprefix('points/')})" if key.startswith("points/") else names.get(key, key)
             )
             table.add_row(
                 Text(printable(name)), f"{first[key]:.3f}", f"{last[key]:.3f}", f"{last[key] - first[key]:+.3f}"

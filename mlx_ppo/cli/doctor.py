@@ -25,6 +25,7 @@ from mlx_ppo.compute.machine import SIDE, gigaflops, processors
 from mlx_ppo.errors import RunError
 from mlx_ppo.memory.budget import cgroup_room, default_budget
 from mlx_ppo.runs.folder import METRICS
+from mlx_ppo.runs.provenance import engine
 from mlx_ppo.runtime import offline
 from mlx_ppo.runtime.surroundings import NOWHERE, Surroundings
 
@@ -32,6 +33,7 @@ _GIB = 1 << 30
 _SLOW = 15.0  # GFLOP/s; the reference BLAS has 2 to 6, OpenBLAS some 50 a core
 _FILES = 256  # a training run opens some tens
 _PROOF_SECONDS = 600.0
+_RELAXED = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 _SANDBOX = "(version 1)(allow default)(deny network*)"
 
 
@@ -71,9 +73,12 @@ def _findings() -> Iterator[Finding]:
     yield Finding("mlx-ppo", f"{mlx_ppo.__version__}, Python {platform.python_version()}, {versions}")
     yield Finding("system", f"{platform.system()} {platform.release()}, {platform.machine()}")
     yield Finding("device", f"{device.kind()}, {device.name()}")
+    yield Finding("engine", engine())
     yield _memory()
     yield _threads()
     yield _products()
+    if device.kind() == "Metal":
+        yield _display()
     yield _open_files()
     yield _temporary()
     yield _environment()
@@ -106,6 +111,16 @@ def _products() -> Finding:
     if not problem and speed < _SLOW:
         problem = "as slow as mlx's reference BLAS: another program takes the processors, or OpenBLAS isn't in use"
     return Finding("matrix products", value, problem)
+
+
+def _display() -> Finding:
+    """MacOS ends long work of the GPU while the display is on; what helped: ml-explore/mlx, issue 3267."""
+    relaxed = os.environ.get(_RELAXED) == "1"
+    value = f"macOS may end a run's work on the GPU while the display is on; {_RELAXED} is {'' if relaxed else 'not '}1"
+    if relaxed:
+        return Finding("display", value)
+    mend = f"if a run ends so: let the display sleep, set {_RELAXED}=1, or compute less at a time (ppo.micro_batch)"
+    return Finding("display", value, mend)
 
 
 def _open_files() -> Finding:

@@ -94,13 +94,18 @@ def dry(config: Job) -> None:
 
     with Display() as display:
         if isinstance(config, TrainConfig):
-            from mlx_ppo.models.roles import load_roles
+            from mlx_ppo.models.roles import Loading, load_roles
+            from mlx_ppo.runs.plan_file import Choices
             from mlx_ppo.train import load_data
 
-            roles, _, _ = load_roles(config)
-            roles.close()
-            _remark(roles.trunk.remarks)
-            data, held_out = load_data(config, roles.trunk.tokenizer, display)
+            choices = Choices.pinned(config)
+            roles, _, _ = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
+            try:
+                _remark(roles.trunk.remarks)
+                data, held_out = load_data(config, roles.trunk.tokenizer, display)
+                roles.require_fields([prompt.record for prompt in (*data.prompts, *held_out)])
+            finally:
+                roles.close()
             _statistics("training prompts", [len(prompt.tokens) for prompt in data.prompts])
             _statistics("evaluation prompts", [len(prompt.tokens) for prompt in held_out])
             responses = config.rollout.prompts * config.rollout.samples_per_prompt

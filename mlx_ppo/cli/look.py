@@ -9,7 +9,7 @@ import click
 import numpy as np
 
 from mlx_ppo.cli.display import harmless
-from mlx_ppo.config.sections import TrainConfig
+from mlx_ppo.config.sections import RolloutSection, TrainConfig
 from mlx_ppo.data.prompts import Prompt, load_prompts
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ConfigError, printable
@@ -17,10 +17,11 @@ from mlx_ppo.models.heads import REWARD_FILE, RewardModel, lies_on, load_reward_
 from mlx_ppo.rewards.figures import Floats
 from mlx_ppo.runs.targets import Target, load_target
 from mlx_ppo.stages.records import Rollout
-from mlx_ppo.stages.rollout import generate
+from mlx_ppo.stages.rollout import Asked, Sampling, generate
 from mlx_ppo.tokenizers.load import completion_text
 
 _Z95 = 1.96
+_LONGEST = 4096  # tokens of a prompt, where no run says it
 
 
 def sample(
@@ -30,14 +31,16 @@ def sample(
     count: int,
     *,
     samples: int,
-    max_tokens: int,
-    temperature: float,
+    max_tokens: int | None,
+    temperature: float | None,
     seed: int,
 ) -> None:
-    """Print completions of given prompts, of a file's, or of those of the run."""
+    """Print completions of given prompts, of a file's, or of those of the run; without numbers, by the run's own."""
     target = load_target(model)
     prompts = _prompts(target, texts, file, count)
-    rollout = _write(target, prompts, samples, max_tokens, temperature, seed)
+    how = _sampling(target, target, max_tokens, temperature, seed)._replace(samples_per_prompt=samples)
+    click.echo(_said(how, model), err=True)
+    rollout = _write(target, prompts, how)
     for row, text in enumerate(_texts(target.trunk.tokenizer, rollout)):
         if row % samples == 0 and row:
             click.echo()
@@ -51,20 +54,24 @@ def compare(
     file: Path | None,
     reward: Path | None,
     count: int,
-    max_tokens: int,
-    temperature: float,
+    max_tokens: int | None,
+    temperature: float | None,
     seed: int,
 ) -> None:
-    """Print the second model's win rate over the first on the same prompts, judged by a reward model."""
+    """Print the second model's win rate over the first on the same prompts, judged by a reward model.
+
+    Without numbers, each writes by its run's own temperature, both by the length of the run that gives the prompts.
+    """
     targets = [load_target(first), load_target(second)]
     configured = next((t.config for t in reversed(targets) if isinstance(t.config, TrainConfig)), None)
     judge = _judge(targets, reward, configured)
     source = next((t for t in reversed(targets) if isinstance(t.config, TrainConfig)), targets[1])
     prompts = _prompts(source, (), file, count)
     scores = []
-    for target in targets:
-        rollout = _write(target, prompts, 1, max_tokens, temperature, seed)
-        scores.append(_scores(judge, target, rollout))
+    for path, target in zip((first, second), targets, strict=True):
+        how = _sampling(target, source, max_tokens, temperature, seed)
+        click.echo(_said(how, path), err=True)
+        scores.append(_scores(judge, target, _write(target, prompts, how)))
     wins, low, high = win_rate(scores[0], scores[1])
     shown = "rating points" if judge.facts.slope is not None else "normalised score"
     click.echo(f"{len(prompts)} prompts, judged by {judge.facts.placement} reward model ({shown})")
@@ -107,28 +114,32 @@ def _prompts(target: Target, texts: Sequence[str], file: Path | None, count: int
         if broken is not None:
             raise ConfigError(f"--prompt: {broken!r} isn't UTF-8; write it in UTF-8, or give a file with --prompts")
         return [Prompt(tuple(tokenizer.encode(text, bos=True)), text, {"prompt": text}, "--prompt") for text in texts]
-    if file is None and isinstance(target.config, TrainConfig):
-        file = target.config.data.eval_prompts or target.config.data.prompts
+    run = target.config.data if isinstance(target.config, TrainConfig) else None
+    if file is None and run is not None:
+        file = run.eval_prompts or run.prompts
     if file is None:
         raise ConfigError("give --prompt or --prompts; only a run of `train` has prompts of its own")
-    return list(load_prompts(file, tokenizer, max_tokens=4096, overlong="drop").prompts[:count])
+    longest, overlong = (run.max_prompt_tokens, run.overlong) if run is not None else (_LONGEST, "drop")
+    return list(load_prompts(file, tokenizer, max_tokens=longest, overlong=overlong).prompts[:count])
 
 
-def _write(
-    target: Target, prompts: Sequence[Prompt], samples: int, max_tokens: int, temperature: float, seed: int
-) -> Rollout:
-    return generate(
-        target.trunk,
-        target.weights,
-        [prompt.tokens for prompt in prompts],
-        samples_per_prompt=samples,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        batch_size=64,
-        seed_parts=(seed, "sample"),
-        positions=range(len(prompts)),
-        records=[prompt.record for prompt in prompts],
-    )
+def _sampling(target: Target, source: Target, max_tokens: int | None, temperature: float | None, seed: int) -> Sampling:
+    """What is given, else the target's own settings, else those of the run that gives the prompts."""
+    runs = [one.config.rollout for one in (target, source) if isinstance(one.config, TrainConfig)]
+    if temperature is None:
+        temperature = runs[0].temperature if runs else RolloutSection().temperature
+    if max_tokens is None:
+        max_tokens = runs[-1].max_tokens if runs else RolloutSection().max_tokens
+    return Sampling((seed, "sample"), max_tokens, temperature, 1, batch_size=64)
+
+
+def _said(how: Sampling, path: Path) -> str:
+    return printable(f"{path}: temperature {how.temperature:g}, up to {how.max_tokens} tokens")
+
+
+def _write(target: Target, prompts: Sequence[Prompt], how: Sampling) -> Rollout:
+    asked = Asked([prompt.tokens for prompt in prompts], range(len(prompts)), [prompt.record for prompt in prompts])
+    return generate(target.trunk, target.weights, asked, how)
 
 
 def _texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:

@@ -10,7 +10,9 @@ import click
 
 import mlx_ppo
 from mlx_ppo.cli import PROGRAM
+from mlx_ppo.cli.options import MAX_TOKENS, TEMPERATURE, Number
 from mlx_ppo.errors import ConfigError, DamageError, RunError, UserError, printable
+from mlx_ppo.runtime.device_errors import device_failure
 from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
 
 _SET = click.option(
@@ -45,6 +47,12 @@ class _Commands(click.Group):
             ctx.exit(error.exit_code)
         except NetworkRefused as error:
             click.echo(f"error: {error}", err=True)
+            ctx.exit(RunError.exit_code)
+        except RuntimeError as error:
+            failure = device_failure(error)
+            if failure is None:
+                raise
+            click.echo(f"error: {failure.cause}; {failure.remedy}", err=True)
             ctx.exit(RunError.exit_code)
         except KeyboardInterrupt:  # outside the jobs, which save first
             ctx.exit(130)
@@ -111,7 +119,7 @@ def train(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> Non
 @main.command()
 @click.argument("config", type=_FILE)
 @_SET
-@click.option("--memory-gb", type=click.FloatRange(0, min_open=True), help="Budget in GiB instead of the config's.")
+@click.option("--memory-gb", type=Number(0, min_open=True), help="Budget in GiB instead of the config's.")
 @click.option("--model-config", type=_FILE, help="Plan for the model of this config.json, which needn't be here.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Plan for this kind of device; default: this one.")
 @click.option("--measure", is_flag=True, help="Load the models and time two iterations: real peaks, tokens a second.")
@@ -226,10 +234,8 @@ def verify(run: Path) -> None:
 @click.option("--prompts", "file", type=_FILE, help="A JSONL file of prompts.")
 @click.option("--count", type=click.IntRange(1), default=4, show_default=True, help="Prompts taken from a file.")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Completions a prompt.")
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Longest completion.")
-@click.option(
-    "--temperature", type=click.FloatRange(0), default=1.0, show_default=True, help="0: the most probable token."
-)
+@MAX_TOKENS
+@TEMPERATURE
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def sample(model: Path, prompts: tuple[str, ...], file: Path | None, count: int, **options: Any) -> None:
     """Write completions with MODEL: a run, a model folder, or a checkpoint of a run.
@@ -250,8 +256,8 @@ def sample(model: Path, prompts: tuple[str, ...], file: Path | None, count: int,
 @click.option("--prompts", "file", type=_FILE, help="JSONL of prompts; by default those of a run's evaluations.")
 @click.option("--reward", type=_FILE, help="Reward model that judges; by default that of a run.")
 @click.option("--count", type=click.IntRange(2), default=128, show_default=True, help="Prompts taken.")
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0), default=1.0, show_default=True)
+@MAX_TOKENS
+@TEMPERATURE
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def compare(first: Path, second: Path, **options: Any) -> None:
     """How often SECOND's completions win over FIRST's under a reward model, with a confidence interval.

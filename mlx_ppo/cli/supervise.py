@@ -1,9 +1,7 @@
 """A run in a child process: this one shows and journals what it reports, and says why it ended."""
 
-import ctypes
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -20,15 +18,16 @@ import click
 from mlx_ppo import errors
 from mlx_ppo.cli.work import Answers, Order, short, stopped, worth_keeping
 from mlx_ppo.errors import RunError
+from mlx_ppo.runs.folder import MEMORY, log_row
 from mlx_ppo.runtime.signals import STOPPING, holding_back_interrupts
+from mlx_ppo.runtime.system import adopt_orphans, memory_kills, most_held_by_children
 
 if TYPE_CHECKING:
     from mlx_ppo.cli.display import Display
 
 JOURNAL = "journal.jsonl"
-_LAST = ("finished", "stopped", "failed", "crashed")
+_LAST = ("finished", "stopped", "failed", "crashed", "device")
 _GIB = 1 << 30
-_PR_SET_CHILD_SUBREAPER = 36
 _END_SECONDS = 5.0
 
 
@@ -40,6 +39,7 @@ class Journal:
         self._file = folder / JOURNAL
         self._begun = False
         self.where = ""
+        self.first: float | None = None  # iteration that the present process has finished
 
     def note(self, **values: Any) -> None:
         """A line, once the run has begun; a full disk is left to the run, which has more to write."""
@@ -62,6 +62,7 @@ class Journal:
             self.note(phase=phase, iteration=iteration)
         elif name == "iteration":
             self.where = f"after iteration {int(values[0]['step'])}"
+            self.first = values[0]["step"] if self.first is None else self.first
         elif name == "step":
             self.where = f"after step {values[0]} of {values[1]}"
 
@@ -158,27 +159,33 @@ def supervise(order: Order, *, retries: int) -> list[str]:
     """
     folder = Path(order.folder)
     journal = Journal(folder)
-    _adopt_orphans()
+    adopt_orphans()
     with _relaying() as relay:
         for attempt in range(retries + 1):
-            kills = _memory_kills()
-            journal.where = "while it started"
+            kills = memory_kills()
+            journal.where, journal.first = "while it started", None
             now = Order(str(folder), smaller=True) if attempt else order
             last, status = _attend(now._replace(supervisor=os.getpid()), relay, journal)
             if relay.second is not None:
                 _end_what_is_left()
                 journal.note(event="ended", by=signal.Signals(relay.second).name)
                 raise SystemExit(128 + relay.second)
-            if last is not None:
+            refused = last is not None and last[0] == "device"
+            if last is not None and not refused:
                 return _outcome(last, folder, journal)
             _end_what_is_left()
-            starved = kills is not None and _memory_kills() != kills
-            said = _death(status, journal.where, folder, starved=starved)
+            starved = kills is not None and memory_kills() != kills
+            said = (
+                f"{journal.where}, {last[1][0]}"
+                if last is not None
+                else _death(status, journal, folder, starved=starved)
+            )
             journal.note(event="died", status=status, why=said)
-            if status != -signal.SIGKILL or relay.first is not None or attempt == retries:
+            if not (refused or status == -signal.SIGKILL) or relay.first is not None or attempt == retries:
                 break
             click.echo(f"warning: {said}; going on with a smaller plan ({attempt + 1} of {retries})", err=True)
-    raise RunError(f"{said}. {_mend(folder)}")
+    remedy = f" {last[1][1]}." if last is not None else ""
+    raise RunError(f"{said}.{remedy} {_mend(folder)}")
 
 
 def _attend(order: Order, relay: Relay, journal: Journal) -> tuple[tuple[str, Any] | None, int]:
@@ -223,18 +230,29 @@ def _outcome(last: tuple[str, list[Any]], folder: Path, journal: Journal) -> lis
     raise SystemExit(1)
 
 
-def _death(status: int, where: str, folder: Path, *, starved: bool) -> str:
+def _death(status: int, journal: Journal, folder: Path, *, starved: bool) -> str:
     """Why a child that said nothing ended, in one line."""
+    where = journal.where
     if status >= 0:
         return f"the training process ended {where} with status {status} and without a word"
     if status != -signal.SIGKILL:
         known = -status in set(signal.Signals)
         name = signal.Signals(-status).name if known else f"signal {-status}"
         return f"the training process was ended {where} by {name}: a fault in a library, or a signal from outside"
-    held = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    held = max(most_held_by_children(), _measured(folder, journal.first))
     memory = f"it had held up to {held / _GIB:.2f} GiB" + _expected(folder)
     cause = "the system was out of memory" if starved else "probably the system was out of memory"
     return f"the training process was killed from outside {where} (signal 9); {cause} ({memory})"
+
+
+def _measured(folder: Path, first: float | None) -> int:
+    """Bytes of the largest phase logged from an iteration on: a GPU's arrays aren't in a process's resident size."""
+    with suppress(OSError):
+        rows = (log_row(line) for line in (folder / MEMORY).read_bytes().splitlines())
+        own = (row for row in rows if row is not None and first is not None and row["step"] >= first)
+        sizes = (size for row in own for name, size in row.items() if name != "step")
+        return max((size for size in sizes if isinstance(size, int)), default=0)
+    return 0
 
 
 def _expected(folder: Path) -> str:
@@ -252,12 +270,6 @@ def _mend(folder: Path) -> str:
     return f"Go on with: mlx-ppo resume {short(folder)}"
 
 
-def _adopt_orphans() -> None:
-    """On Linux, let what a killed child had started become this process's, so that it can be found."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
 def _end_what_is_left() -> None:
     """End what a killed child had started; where orphans aren't adopted, its workers notice by themselves."""
     import psutil
@@ -267,12 +279,3 @@ def _end_what_is_left() -> None:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=_END_SECONDS)
-
-
-def _memory_kills() -> int | None:
-    """How many processes Linux has ended for want of memory since it was started; None where it doesn't say."""
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/vmstat").read_text("ascii").splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return None

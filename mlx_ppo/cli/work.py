@@ -22,9 +22,11 @@ from mlx_ppo.config.sections import Job, TrainConfig
 from mlx_ppo.config.supervised import RewardConfig, SFTConfig
 from mlx_ppo.errors import RunError, UserError
 from mlx_ppo.runs.folder import METRICS, Run, open_config
-from mlx_ppo.runs.provenance import device
+from mlx_ppo.runs.provenance import device, engine
+from mlx_ppo.runtime.device_errors import device_failure
 from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
 from mlx_ppo.runtime.signals import STOPPING, Interrupted, Interrupts, catching_interrupts
+from mlx_ppo.runtime.system import staying_awake
 
 _TOKENS_EVERY = 0.25  # seconds
 
@@ -90,13 +92,15 @@ def work(order: Order, reporter: JobReporter, interrupts: Interrupts) -> list[st
             _make_smaller(folder, reporter)
         else:
             reporter.message(f"run folder: {short(folder)}")
-        if mlx_ppo.BLAS.problem:
+        if mlx_ppo.BLAS.problem and device().startswith("CPU"):
             reporter.message(f"warning: {mlx_ppo.BLAS.problem}")
         if "device" not in run.record():
-            run.note(device=device())
+            run.note(device=device(), engine=engine())
         from mlx_ppo.runtime.allocator import keeping_buffers
 
-        with keeping_buffers():
+        with keeping_buffers(), staying_awake(config.run.stay_awake) as said:
+            if said:
+                reporter.message(said)
             return _do(config, run, reporter, interrupts)
 
 
@@ -134,7 +138,7 @@ def _do(config: Job, run: Run, reporter: JobReporter, interrupts: Interrupts) ->
         f"policy: {short(result.checkpoint)}",
         f"try it: mlx-ppo sample {short(run.folder)}",
         f"   or:  mlx_lm.generate --model {short(config.model.path)} --adapter-path {short(result.checkpoint)} "
-        "--temp 1 --prompt '...'",
+        f"--temp {config.rollout.temperature:g} --prompt '...'",
     ]
 
 
@@ -209,7 +213,8 @@ def main(arguments: list[str]) -> None:
     """The child process: given are the descriptor for events and, as a line on standard input, what to do.
 
     Standard input ends with the parent. The last event is `finished` with the lines to print, `stopped` with the
-    reason and the exit code, `failed` with the error's class and text, or `crashed` with a traceback.
+    reason and the exit code, `failed` with the error's class and text, `device` with what a GPU refused and what helps,
+    or `crashed` with a traceback.
     """
     refuse_connections()
     descriptor = int(arguments[0])
@@ -230,8 +235,12 @@ def main(arguments: list[str]) -> None:
             sender.send("failed", next(known), str(error))
         except NetworkRefused as error:
             sender.send("failed", RunError.__name__, str(error))
-        except BaseException:
-            sender.send("crashed", traceback.format_exc())
+        except BaseException as error:
+            failure = device_failure(error)
+            if failure is None:
+                sender.send("crashed", traceback.format_exc())
+            else:  # what a GPU refused: its process may not compute any further
+                sender.send("device", *failure)
 
 
 def _stop_with_parent(requests: FileIO, interrupts: Interrupts) -> None:

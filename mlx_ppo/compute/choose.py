@@ -65,7 +65,7 @@ def using(engine: Engine) -> Iterator[None]:
 
 @contextmanager
 def exactly() -> Iterator[None]:
-    """Compute on the CPU, where float32 is exact and quantised models are written out, for a `with` block."""
+    """Compute on the CPU, where float32 is exact and quantised models are dequantised, for a `with` block."""
     before = mx.default_device()
     mx.set_default_device(mx.cpu)
     try:

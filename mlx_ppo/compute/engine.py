@@ -116,7 +116,7 @@ class Engine(Protocol):
         """The type to compute in, for a setting of `model.dtype`."""
 
     def unpacks(self, wanted: str) -> bool:
-        """Whether quantised models are written out, for a setting of `model.dtype`."""
+        """Whether quantised models are dequantised, for a setting of `model.dtype`."""
 
     def unpacked(self, model: nn.Module, wanted: str, *, compact: bool) -> tuple[nn.Module, str]:
         """A quantised model in the form that this engine computes with, and what a person should know of it."""

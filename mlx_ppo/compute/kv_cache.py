@@ -142,7 +142,7 @@ def _hold(cache: Any, parts: list[mx.array]) -> None:
 class EightBitCache(BatchKVCache):
     """mlx-lm's `BatchKVCache`, whose `keys` and `values` are each a list: numbers, scales, offsets [B, K, S, ...].
 
-    What is read for the first time is attended to as it is; from then on it is written out for one layer at a time.
+    What is read for the first time is attended to as it is; from then on it is dequantised for one layer at a time.
     Rows leave and are added by `keep_rows` and `join`.
     """
 
@@ -160,7 +160,7 @@ class EightBitCache(BatchKVCache):
         )
         if before == 0:
             return keys, values
-        return _written_out(self.keys, self._idx, keys), _written_out(self.values, self._idx, values)
+        return _dequantised(self.keys, self._idx, keys), _dequantised(self.values, self._idx, values)
 
     def finalize(self) -> None:
         """Move right padding, told of by `prepare`, to the left."""
@@ -192,7 +192,7 @@ def _added(old: Sequence[mx.array] | None, new: Sequence[mx.array], at: int, roo
     return found
 
 
-def _written_out(parts: Sequence[mx.array], length: int, like: mx.array) -> mx.array:
+def _dequantised(parts: Sequence[mx.array], length: int, like: mx.array) -> mx.array:
     """Keys or values of so many tokens."""
     numbers, *rest = (part[..., :length, :] for part in parts)
     if not rest:

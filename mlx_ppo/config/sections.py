@@ -45,6 +45,7 @@ class RunSection(Section):
     seed: CountOrZero = Field(0, description="every random choice derives from it")
     save_every: Count = Field(10, description="iterations (or optimizer steps) between checkpoints")
     keep_last: Count = Field(2, description="checkpoints kept besides the best")
+    stay_awake: bool = Field(False, description="keep a Mac from sleeping while the run lasts (caffeinate)")
 
 
 class PPORunSection(RunSection):
@@ -64,7 +65,8 @@ class ModelSection(Section):
     train: Literal["lora", "full"] = Field("lora", description="train LoRA adapters or all weights")
     adapter: InputPath | None = Field(None, description="mlx-lm adapter folder to start from")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="compute type; auto: float32 on a CPU, the stored type on a GPU"
+        "auto",
+        description="compute type; auto: float32 on a CPU, and on a GPU below half a billion parameters, else bfloat16",
     )
 
 
@@ -137,8 +139,8 @@ class RewardSource(Section):
     path: InputPath | None = Field(None, description="folder written by `mlx-ppo reward` (kind = model)")
     function: str | None = Field(
         None,
-        description="`file.py:name` (kind = function); called with lists of prompts and completions, "
-        "in a process of its own",
+        description="`file.py:name` (kind = function), run in a process of its own; its parameters get lists by their "
+        "names: `prompts`, `completions`, `records` (the prompts' JSON objects), or a field of these",
     )
     weight: float = Field(1.0, description="factor on the source's score")
     timeout: Positive = Field(60.0, description="seconds a call of the function may take")
@@ -231,6 +233,7 @@ class Job(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     command: ClassVar[str]
+    run: RunSection
 
 
 class MemorySection(Section):

@@ -1,32 +1,15 @@
-"""What a plan may choose, in which order it gives ground, and the file that a run keeps of it. Nothing heavy here."""
+"""What a plan may choose for a run's shapes, and in which order it gives ground. Nothing heavy here."""
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mlx_ppo.config.sections import TrainConfig
-from mlx_ppo.errors import RunError
+from mlx_ppo.runs.plan_file import Choices, PlanRecord
 
-PLAN = "plan.json"
 _FEW_ROWS = 8  # computed together; fewer make products slow, so reading weights anew, or 8-bit keys, come first
 _FEW_TOKENS = 256  # of a micro-batch; fewer make products slow, so checkpointing comes first
 _FEW_POSITIONS = 64  # whose logits are computed together; fewer save little
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a plan may choose. None changes what is computed but for rounding, except `kv_cache`."""
-
-    rollout_batch: int
-    score_batch: int
-    micro_batch: int
-    checkpointing: bool
-    evict: bool = False  # weights that only some phases read are read anew in every iteration
-    compact: bool = False  # a quantised model stays quantised on a CPU
-    positions: int = 0  # response positions whose logits are computed together; 0: as many as is fast
-    kv_cache: str = "full"  # or "8-bit"
 
 
 class Shapes(NamedTuple):
@@ -144,101 +127,7 @@ def _said(value: object) -> str:
     return "on" if value is True else str(value)
 
 
-def applied(config: TrainConfig, choices: Choices) -> TrainConfig:
-    """The configuration with choices in place of what was open."""
-    update = {
-        "micro_batch": choices.micro_batch,
-        "gradient_checkpointing": "on" if choices.checkpointing else "off",
-    }
-    rollout = {"batch_size": choices.rollout_batch, "kv_cache": choices.kv_cache}
-    memory = {
-        "residency": "evict" if choices.evict else "resident",
-        "compact": "on" if choices.compact else "off",
-        "positions": choices.positions,
-    }
-    return config.model_copy(
-        update={
-            "rollout": config.rollout.model_copy(update=rollout),
-            "score": config.score.model_copy(update={"batch_size": choices.score_batch}),
-            "ppo": config.ppo.model_copy(update=update),
-            "memory": config.memory.model_copy(update=memory),
-        }
-    )
-
-
-class Change(NamedTuple):
-    """Choices that hold from an optimizer step on (0: from the beginning of the iteration)."""
-
-    iteration: int
-    step: int
-    choices: Choices
-    why: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """What `plan.json` of a run says: enough to make every later start do the same at the same place."""
-
-    choices: Choices
-    budget: int | None  # bytes of the process
-    longest_prompt: int
-    phases: Mapping[str, Mapping[str, int]]  # name -> mlx_bytes, numpy_bytes
-    factors: Mapping[str, float]  # measured over predicted, by phase, after the first iteration
-    overhead: int | None  # bytes of the process beside arrays, measured; None: not yet
-    changes: tuple[Change, ...] = ()
-
-    def at(self, iteration: int, step: int = 0) -> Choices:
-        """The choices in effect at an optimizer step of an iteration."""
-        held = [change.choices for change in self.changes if (change.iteration, change.step) <= (iteration, step)]
-        return held[-1] if held else self.choices
-
-    @property
-    def latest(self) -> Choices:
-        """The choices after all changes."""
-        return self.changes[-1].choices if self.changes else self.choices
-
-
-def read_record(folder: Path) -> Record | None:
-    """The plan of a run folder, None where it has none yet.
-
-    Raises:
-        RunError: `plan.json` can't be read.
-    """
-    file = folder / PLAN
-    if not file.exists():
-        return None
-    try:
-        document = json.loads(file.read_text("utf-8"))
-        return Record(
-            choices=Choices(**document["choices"]),
-            budget=document["budget_bytes"],
-            longest_prompt=document["longest_prompt"],
-            phases=document["phases"],
-            factors=document["factors"],
-            overhead=document["overhead_bytes"],
-            changes=tuple(
-                Change(change["iteration"], change["step"], Choices(**change["choices"]), change["why"])
-                for change in document["changes"]
-            ),
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{file}: not a plan; remove it to have another one made") from None
-
-
-def as_document(record: Record) -> dict[str, Any]:
-    """The content of `plan.json`."""
-    return {
-        "choices": asdict(record.choices),
-        "budget_bytes": record.budget,
-        "longest_prompt": record.longest_prompt,
-        "phases": record.phases,
-        "factors": record.factors,
-        "overhead_bytes": record.overhead,
-        "changes": [{**change._asdict(), "choices": asdict(change.choices)} for change in record.changes],
-    }
-
-
-def one_smaller(record: Record, config: TrainConfig, first: Sequence[str] = ()) -> tuple[Choices, str] | None:
+def one_smaller(record: PlanRecord, config: TrainConfig, first: Sequence[str] = ()) -> tuple[Choices, str] | None:
     """The choices that a run should go on with after it was killed for its memory, and what is smaller in them.
 
     Args:

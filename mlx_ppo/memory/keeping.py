@@ -6,10 +6,11 @@ from pathlib import Path
 
 from mlx_ppo.compute.device import arrays_are_resident
 from mlx_ppo.config.sections import TrainConfig
-from mlx_ppo.memory.choices import Change, Choices, Possible, Shapes, applied
+from mlx_ppo.memory.choices import Possible, Shapes
 from mlx_ppo.memory.phases import Phase
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, plan_of
-from mlx_ppo.memory.starting import Planned, keep
+from mlx_ppo.memory.starting import Planned
+from mlx_ppo.runs.plan_file import Choices, PlanChange, write_plan
 from mlx_ppo.runtime.phases import Limit, Meter
 
 NEAR = 0.97  # of the budget; a plan ends at 0.95
@@ -33,22 +34,26 @@ class Keeper:
         self.said: list[str] = []
         self._states_before = 0
 
-    def begin(self, iteration: int, states: int) -> TrainConfig:
-        """The configuration of an iteration that begins with so many bytes of optimizer states."""
+    def begin(self, iteration: int, states: int) -> None:
+        """An iteration begins, with so many bytes of optimizer states."""
         self.iteration, self.step, self._states_before = iteration, 0, states
-        return applied(self.config, self.record.at(iteration))
 
-    def pass_size(self) -> int:
-        """Responses in a pass of the next optimizer step; fewer from here on where the last came near the budget."""
-        choices = self.record.at(self.iteration, self.step)
+    def now(self) -> Choices:
+        """The choices in effect; before this process's first iteration the latest, as a run that was killed needs."""
+        return self.record.at(self.iteration, self.step) if self.iteration else self.record.latest
+
+    def next_step(self) -> Choices:
+        """Those of the next optimizer step; smaller passes from here on where the last came near the budget."""
+        choices = self.now()
         needs, budget = self._needs(), self.plan.budget
         may = not self.config.ppo.micro_batch and choices.micro_batch > 1 and choices == self.record.latest
         if may and budget is not None and needs > NEAR * budget:
             choices = replace(choices, micro_batch=(choices.micro_batch + 1) // 2)
-            self._change(choices, f"{needs / GIB:.2f} GiB needed of {budget / GIB:.2f}")
+            why = f"{needs / GIB:.2f} GiB needed of {budget / GIB:.2f}"
+            self._change(PlanChange(self.iteration, self.step, choices, why))
             self.meter.peaks = {name: peak for name, peak in self.meter.peaks.items() if "update" not in name}
         self.step += 1
-        return choices.micro_batch
+        return choices
 
     def finish(self, lengths: Sequence[tuple[int, int]], states: int) -> None:
         """An iteration is done: after the first one the predictions are corrected by what was measured.
@@ -71,10 +76,10 @@ class Keeper:
             overhead=overhead,
         )
         if self.plan.choices != self.record.latest:
-            self.iteration, self.step = self.iteration + 1, 0
-            self._change(self.plan.choices, "measured more than was expected")
+            why = "measured more than was expected"
+            self._change(PlanChange(self.iteration + 1, 0, self.plan.choices, why))
         else:
-            keep(self.record, self.folder)
+            write_plan(self.record, self.folder)
 
     def messages(self) -> list[str]:
         """What a person should know, each once."""
@@ -87,16 +92,14 @@ class Keeper:
         found = [peak + outside.get(name, 0) for name, peak in self.meter.peaks.items() if name.startswith("update")]
         return max(found, default=0) + self.plan.overhead
 
-    def _change(self, choices: Choices, why: str) -> None:
-        before = self.record.latest
+    def _change(self, change: PlanChange) -> None:
+        before, choices = self.record.latest, change.choices
         self.meter.limits = limits_of(plan_of(self.accountant, choices, None).phases)
-        self.record = replace(
-            self.record, changes=(*self.record.changes, Change(self.iteration, self.step, choices, why))
-        )
-        keep(self.record, self.folder)
+        self.record = replace(self.record, changes=(*self.record.changes, change))
+        write_plan(self.record, self.folder)
         fields = vars(choices)
         smaller = ", ".join(f"{name} {fields[name]}" for name in fields if fields[name] != getattr(before, name))
-        self.said.append(f"memory: {why}; from iteration {self.iteration} on: {smaller}")
+        self.said.append(f"memory: {change.why}; from iteration {change.iteration} on: {smaller}")
 
     def _factors(self, lengths: Sequence[tuple[int, int]], states: int) -> dict[str, float]:
         """Measured over predicted, for the shapes that this iteration had."""

@@ -99,11 +99,9 @@ def weightless_roles(
         return weightless_trunk(given, str(path), dtype=dtype, compact=compact)
 
     def reward(path: Path, shared: Trunk | None, *, dtype: str = "auto") -> RewardModel:
-        lora = config.lora
         assert shared is not None
-        adapters = new_adapters(
-            shared.adapted, layers=lora.layers, rank=lora.rank, scale=lora.scale, targets=(), key="reward", seed=0
-        )
+        everywhere = config.lora.model_copy(update={"targets": ()})
+        adapters = new_adapters(shared.adapted, everywhere, key="reward", seed=0)
         if not path.exists():  # not trained yet: what `mlx-ppo reward` makes with the same [lora]
             facts = RewardFacts("adapters", "last", 0.0, 1.0)
             return RewardModel(shared, adapters.holding({**adapters.arrays, **new_head(shared.width)}), facts)

@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from mlx_ppo.compute.kv_cache import FULL, new_caches, size_caches
 from mlx_ppo.compute.sequences import Sequences, make_sequences
-from mlx_ppo.config.sections import PPOSection, TrainConfig
-from mlx_ppo.memory.choices import Choices, Possible, Shapes
+from mlx_ppo.config.sections import TrainConfig
+from mlx_ppo.memory.choices import Possible, Shapes
 from mlx_ppo.memory.model import loading, reading
 from mlx_ppo.memory.simulator.replay import named, predict
 from mlx_ppo.memory.simulator.trace import trace
@@ -20,8 +20,9 @@ from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Roles, evictable
 from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.stages.scoring import critic_values, policy_columns, raw_of
-from mlx_ppo.stages.update import CriticTargets, PolicyTargets, critic_loss, policy_loss
+from mlx_ppo.stages.update import CriticTargets, Pass, PolicyTargets, critic_loss, policy_loss
 
 Terms = dict[str, int]
 _CACHE = "keys and values (KV cache)"
@@ -89,8 +90,8 @@ class Accountant:
         self.possible = Possible(evict=bool(evictable(roles, config)), compact=compact is not None)
         self._compact = functools.cache(compact) if compact is not None else None
         self._width = trunk.width
-        self._dtype = next(array.dtype for array in trunk.base.values() if mx.issubdtype(array.dtype, mx.floating))
-        state = mx.zeros((1, 1, self._width), self._dtype)
+        self.dtype = next(array.dtype for array in trunk.base.values() if mx.issubdtype(array.dtype, mx.floating))
+        state = mx.zeros((1, 1, self._width), self.dtype)
         self._vocabulary = trace(trunk.logits, state).outputs[0].shape[-1]
         self._seen: dict[tuple[object, ...], Cost] = {}
 
@@ -205,7 +206,7 @@ class Accountant:
         """What decoding needs on top of the caches, whose arrays for one row are given: a token, or rows that join."""
         largest = max(caches, key=lambda tensor: tensor.nbytes)
         moving = 2 * rows * largest.nbytes  # a block's keys and values
-        written = {"a block's, written out": moving * self._dtype.size} if largest.dtype == mx.uint32 else {}
+        written = {"a block's, dequantised": moving * self.dtype.size} if largest.dtype == mx.uint32 else {}
         token = Cost({**step.passing, **written})
         return max(token, Cost({"a block's, as rows leave or join": moving}), key=lambda cost: cost.transient)
 
@@ -252,11 +253,11 @@ class Accountant:
 
     def _policy(self, rows: int, choices: Choices) -> Cost:
         targets = PolicyTargets(present(rows, self.shapes.response), present(rows, self.shapes.response), 1.0)
-        temperature = self.config.rollout.temperature
+        how = Pass(self.config.ppo, self.config.rollout.temperature, saving=choices.checkpointing)
 
         def loss(arrays: Mapping[str, mx.array]) -> mx.array:
-            sequences, section = self._updated(rows, choices), _with(self.config.ppo, choices)
-            return policy_loss(self.roles.trunk, self.policy, sequences, targets, section, temperature)(arrays)[0]
+            sequences = self._updated(rows, choices)
+            return policy_loss(self.roles.trunk, self.policy, sequences, targets, how)(arrays)[0]
 
         return self._gradient("policy", rows, choices, loss, self.policy)
 
@@ -264,11 +265,11 @@ class Accountant:
         critic, weights = self.roles.critic, self.critic
         assert critic is not None and weights is not None
         targets = CriticTargets(present(rows, self.shapes.response), present(rows, self.shapes.response), 1.0)
+        how = Pass(self.config.ppo, self.config.rollout.temperature, saving=choices.checkpointing)
         states = present(rows * self.shapes.response, self._width) if critic.kind == "head" else None
 
         def loss(arrays: Mapping[str, mx.array]) -> mx.array:
-            sequences, section = self._updated(rows, choices), _with(self.config.ppo, choices)
-            return critic_loss(critic, weights, sequences, targets, section, states)(arrays)
+            return critic_loss(critic, weights, self._updated(rows, choices), targets, how, states)(arrays)
 
         return self._gradient("critic", rows, choices, loss, weights)
 
@@ -295,9 +296,9 @@ class Accountant:
         if not self.roles.trunk.split or choices.kv_cache != FULL:
             return made
         if made.shared is None:
-            return made._replace(kept=present(*made.tokens.shape, self._width, dtype=self._dtype))
+            return made._replace(kept=present(*made.tokens.shape, self._width, dtype=self.dtype))
         first, second = made.shared.prompts.shape, made.shared.responses.shape
-        kept = present(*first, self._width, dtype=self._dtype), present(*second, self._width, dtype=self._dtype)
+        kept = present(*first, self._width, dtype=self.dtype), present(*second, self._width, dtype=self.dtype)
         return made._replace(shared=made.shared._replace(kept=kept))
 
     def _taken(self, rows: int, choices: Choices) -> Terms:
@@ -307,10 +308,10 @@ class Accountant:
         return {"of them, this batch's": sum(part.nbytes for part in kept or [] if part is not None)}
 
     def _kept(self, responses: int) -> int:
-        return responses * (self.shapes.prompt + self.shapes.response) * self._width * self._dtype.size
+        return responses * (self.shapes.prompt + self.shapes.response) * self._width * self.dtype.size
 
     def _states(self, rows: int) -> int:
-        return rows * self.shapes.response * self._width * self._dtype.size
+        return rows * self.shapes.response * self._width * self.dtype.size
 
     @functools.cached_property
     def _trained(self) -> set[tuple[int, ...]]:
@@ -332,10 +333,6 @@ def _is_plain(cache: Any) -> bool:
 def _phase(name: str, resident: Mapping[str, int], cost: Cost) -> Phase:
     there = {what: size for what, size in resident.items() if size}
     return Phase(name, there, {what: size for what, size in cost.passing.items() if size}, cost.outside)
-
-
-def _with(section: PPOSection, choices: Choices) -> PPOSection:
-    return section.model_copy(update={"gradient_checkpointing": "on" if choices.checkpointing else "off"})
 
 
 def _bytes(arrays: Mapping[str, mx.array]) -> int:

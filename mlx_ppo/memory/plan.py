@@ -9,8 +9,9 @@ import numpy as np
 
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.errors import ConfigError
-from mlx_ppo.memory.choices import Choices, Possible, Shapes, concede
+from mlx_ppo.memory.choices import Possible, Shapes, concede
 from mlx_ppo.memory.phases import Accountant, Phase
+from mlx_ppo.runs.plan_file import Choices
 
 RUNTIME = 170 << 20  # bytes of Python, libraries and what mlx and numpy hold beside arrays; 124 to 182 MiB measured
 RESERVE = 0.05  # of the budget, for what a prediction misses
@@ -66,15 +67,12 @@ def needed(phase: Phase) -> int:
 
 def fastest(config: TrainConfig, shapes: Shapes) -> Choices:
     """What is pinned, and the fastest of what is open."""
-    return Choices(
-        rollout_batch=config.rollout.batch_size or min(_ROLLOUT, shapes.responses),
-        score_batch=config.score.batch_size or min(_SCORE, shapes.responses),
-        micro_batch=min(config.ppo.micro_batch or shapes.minibatch, shapes.minibatch),
-        checkpointing=config.ppo.gradient_checkpointing == "on",
-        evict=config.memory.residency == "evict",
-        compact=config.memory.compact == "on",
-        positions=config.memory.positions,
-        kv_cache="8-bit" if config.rollout.kv_cache == "8-bit" else "full",
+    pinned = Choices.pinned(config)
+    return replace(
+        pinned,
+        rollout_batch=pinned.rollout_batch or min(_ROLLOUT, shapes.responses),
+        score_batch=pinned.score_batch or min(_SCORE, shapes.responses),
+        micro_batch=min(pinned.micro_batch or shapes.minibatch, shapes.minibatch),
     )
 
 

@@ -1,6 +1,5 @@
 """The plan of a run that starts or goes on: made once, kept in its folder, used again at every resume."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +7,13 @@ from typing import Any, NamedTuple
 
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.budget import default_budget
-from mlx_ppo.memory.choices import PLAN, Change, Record, as_document, one_smaller, read_record, shapes_of
+from mlx_ppo.memory.choices import one_smaller, shapes_of
 from mlx_ppo.memory.model import config_of, weightless_roles
 from mlx_ppo.memory.phases import Accountant
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, needed, plan_of, require_fit
 from mlx_ppo.models.load import is_quantised
-from mlx_ppo.runs.folder import open_config, replace_file
+from mlx_ppo.runs.folder import open_config
+from mlx_ppo.runs.plan_file import PlanChange, PlanRecord, read_plan, write_plan
 
 
 class Planned(NamedTuple):
@@ -21,7 +21,7 @@ class Planned(NamedTuple):
 
     plan: Plan
     accountant: Accountant
-    record: Record
+    record: PlanRecord
 
 
 def budget_of(config: TrainConfig) -> int:
@@ -64,7 +64,7 @@ def plan_run(config: TrainConfig, prompts: Sequence[int], folder: Path) -> Plann
         ModelError: a folder is damaged.
         RunError: `plan.json` can't be read or written.
     """
-    record = read_record(folder)
+    record = read_plan(folder)
     accountant = accountant_of(config, None, max(prompts))
     budget = budget_of(config)
     if record is not None:
@@ -73,7 +73,7 @@ def plan_run(config: TrainConfig, prompts: Sequence[int], folder: Path) -> Plann
         return Planned(plan, accountant, record)
     plan = make_plan(accountant, config, budget)
     require_fit(plan, accountant, config)
-    record = Record(
+    record = PlanRecord(
         choices=plan.choices,
         budget=budget,
         longest_prompt=accountant.shapes.prompt,
@@ -81,17 +81,8 @@ def plan_run(config: TrainConfig, prompts: Sequence[int], folder: Path) -> Plann
         factors={},
         overhead=None,
     )
-    keep(record, folder)
+    write_plan(record, folder)
     return Planned(plan, accountant, record)
-
-
-def keep(record: Record, folder: Path) -> None:
-    """Write `plan.json`.
-
-    Raises:
-        RunError: the disk is full, or the file can't be written.
-    """
-    replace_file(folder / PLAN, json.dumps(as_document(record), indent=2) + "\n")
 
 
 def said(plan: Plan) -> str:
@@ -119,12 +110,12 @@ def smaller(folder: Path) -> str | None:
     Raises:
         RunError: `plan.json` can't be read or written.
     """
-    record, config = read_record(folder), open_config(folder)
+    record, config = read_plan(folder), open_config(folder)
     found = one_smaller(record, config) if record is not None and isinstance(config, TrainConfig) else None
     if record is None or found is None:
         return None
     choices, said = found
     saved = max((int(item.name) for item in (folder / "checkpoints").glob("[0-9]*")), default=0)
-    change = Change(saved + 1, 0, choices, "the run was killed")
-    keep(replace(record, changes=(*record.changes, change)), folder)
+    change = PlanChange(saved + 1, 0, choices, "the run was killed")
+    write_plan(replace(record, changes=(*record.changes, change)), folder)
     return f"a smaller plan: {said}"

@@ -1,8 +1,6 @@
 """Watches the machine's memory while a run lasts, and has the run saved and stopped before the machine freezes."""
 
-import ctypes
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from mlx_ppo.memory.budget import cgroup_room
+from mlx_ppo.runtime.system import CRITICAL, is_mac, pressure_level
 
 _EVERY = 1.0  # seconds
 _LEFT = 0.02  # of the machine's memory; less than this available is a danger
@@ -18,7 +17,6 @@ _SWAPPED = 1 << 30  # bytes of swap taken since the start, with little memory le
 _LITTLE = 0.1  # of the machine's memory
 _ROOM = 64 << 20  # bytes that a control group may have left
 _STALLED = 40.0  # percent of the last ten seconds in which every process waited for memory
-_CRITICAL = 4  # macOS's memory pressure level
 _PRESSURE = Path("/proc/pressure/memory")
 _TURNS = 3  # observations in a row
 
@@ -26,9 +24,13 @@ _TURNS = 3  # observations in a row
 def danger(swap_at_start: int) -> str:
     """What is wrong with the machine's memory at this moment, "" where nothing is.
 
+    On macOS the kernel's own judgement alone counts: it swaps idle programs while nothing is short.
+
     Args:
         swap_at_start: bytes of swap in use when the run began.
     """
+    if is_mac():
+        return "the system reports critical memory pressure" if pressure_level() >= CRITICAL else ""
     memory = psutil.virtual_memory()
     if memory.available < _LEFT * memory.total:
         return f"only {memory.available >> 20} MB of the machine's memory are left"
@@ -40,8 +42,6 @@ def danger(swap_at_start: int) -> str:
         return f"the control group of this process has {room >> 20} MB left"
     if _stalled() > _STALLED:
         return "processes wait for memory most of the time"
-    if _pressure_level() >= _CRITICAL:
-        return "the system reports critical memory pressure"
     return ""
 
 
@@ -76,13 +76,3 @@ def _stalled() -> float:
     except OSError:
         return 0.0
     return float(found[1]) if found else 0.0
-
-
-def _pressure_level() -> int:
-    """1 normal, 2 warning, 4 critical on macOS; 0 elsewhere. Source: xnu, kern.memorystatus_vm_pressure_level."""
-    if sys.platform != "darwin":
-        return 0
-    level, size = ctypes.c_int(), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
-    name = b"kern.memorystatus_vm_pressure_level"
-    failed = ctypes.CDLL(None).sysctlbyname(name, ctypes.byref(level), ctypes.byref(size), None, 0)
-    return 0 if failed else level.value

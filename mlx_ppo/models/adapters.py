@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_ppo.compute.adapted import dimensions, layer_of
+from mlx_ppo.config.sections import LoraSection
 from mlx_ppo.data.model_files import json_object, read_arrays
 from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
@@ -49,24 +50,12 @@ def _block_of(name: str) -> int:
         return 0
 
 
-def new_adapters(
-    adapted: Mapping[str, nn.Module],
-    *,
-    layers: int,
-    rank: int,
-    scale: float,
-    targets: tuple[str, ...],
-    key: str,
-    seed: int,
-) -> Weights:
+def new_adapters(adapted: Mapping[str, nn.Module], lora: LoraSection, *, key: str, seed: int) -> Weights:
     """Fresh adapters: A uniform within 1/sqrt(in), B zero, so that the trunk's output is unchanged.
 
     Args:
         adapted: the trunk's adaptable layers.
-        layers: adapt this many of the uppermost blocks; 0: all.
-        rank: rank of each adapter.
-        scale: factor on the adapters' output.
-        targets: names inside a block; empty: every linear layer.
+        lora: where they go, of which rank, and the factor on their output.
         key: the role's name, so that roles with one seed differ.
         seed: the run's seed.
     Raises:
@@ -74,20 +63,20 @@ def new_adapters(
     """
     names = {name: layer_of(name) for name in adapted}
     known = sorted({inner for _, inner in names.values()})
-    for target in targets:
+    for target in lora.targets:
         if target not in known:
             raise ModelError(f"lora.targets: no layer is named {target!r}; this model has {', '.join(known)}")
     depth = max(number for number, _ in names.values()) + 1
-    lowest = depth - layers if layers else 0
+    lowest = depth - lora.layers if lora.layers else 0
     arrays: dict[str, mx.array] = {}
     for name, (number, inner) in names.items():
-        if number < lowest or (targets and inner not in targets):
+        if number < lowest or (lora.targets and inner not in lora.targets):
             continue
         inputs, outputs = dimensions(adapted[name])
         bound = 1 / math.sqrt(inputs)
-        arrays[f"{name}.lora_a"] = mx.random.uniform(-bound, bound, (inputs, rank), key=mx_key(seed, key, name))
-        arrays[f"{name}.lora_b"] = mx.zeros((rank, outputs))
-    return Weights(arrays, scale)
+        arrays[f"{name}.lora_a"] = mx.random.uniform(-bound, bound, (inputs, lora.rank), key=mx_key(seed, key, name))
+        arrays[f"{name}.lora_b"] = mx.zeros((lora.rank, outputs))
+    return Weights(arrays, lora.scale)
 
 
 def adapter_config(weights: Weights, blocks: int) -> dict[str, Any]:

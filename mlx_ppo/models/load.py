@@ -17,6 +17,7 @@ from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.folder import ModelFolder, check_depth, check_model_folder
 from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.runtime.device_errors import device_failure
 from mlx_ppo.runtime.open_files import open_files_limit_kept
 from mlx_ppo.tokenizers.load import load_tokenizer
 
@@ -89,6 +90,8 @@ def computing_with(name: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
+        if device_failure(error) is not None:
+            raise
         raise ModelError(f"{name}: mlx-lm cannot compute with this model ({_said(error)})") from None
 
 

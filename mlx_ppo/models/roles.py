@@ -1,9 +1,9 @@
 """The four roles as views of as few weights as possible; the one place that knows which arrays are shared."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -73,6 +73,21 @@ class Roles:
         for trunk in self.evictable:
             trunk.evict()
 
+    def require_fields(self, records: Sequence[dict[str, Any]]) -> None:
+        """Refuse prompts without a field that a reward function has a parameter for.
+
+        Raises:
+            ConfigError: names it.
+        """
+        for source in self.sources:
+            if isinstance(source.scorer, RewardFunction):
+                source.scorer.require_fields(records)
+
+    def reward_files(self) -> dict[str, str]:
+        """SHA-256 of the files that reward functions have read so far, beside their own."""
+        functions = [source.scorer for source in self.sources if isinstance(source.scorer, RewardFunction)]
+        return {name: digest for function in functions for name, digest in function.files.items()}
+
     def close(self) -> None:
         """End the processes of reward functions."""
         for source in self.sources:
@@ -106,6 +121,8 @@ class Loading(NamedTuple):
     trunk: Callable[..., Trunk] = load_trunk
     reward: Callable[..., RewardModel] = load_reward_model
     function: Callable[[RewardSource], RewardFunction | None] = _started
+    compact: bool = False  # quantised models stay so on a CPU
+    evict: bool = False  # weights that only some phases read are in memory only while they are read
 
 
 def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles, Weights, Weights | None]:  # noqa: B008
@@ -116,9 +133,7 @@ def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles
     Raises:
         ModelError, ConfigError: whatever is wrong, before anything is trained.
     """
-    compact = config.memory.compact == "on"
-    trunk = loading.trunk(config.model.path, dtype=config.model.dtype, compact=compact)
-    trunk.positions = config.memory.positions
+    trunk = loading.trunk(config.model.path, dtype=config.model.dtype, compact=loading.compact)
     policy = initial_weights(trunk, config.model, config.lora, key="policy", seed=config.run.seed)
     reference = policy if config.model.adapter is not None else Weights({})
     roles = Roles(trunk, reference, None)
@@ -130,14 +145,14 @@ def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles
             )
             loaded.name += f"-{same + 1}" if same else ""
             roles.sources.append(loaded)
-            if config.memory.residency == "evict":
+            if loading.evict:
                 roles.evictable = evictable(roles, config)
                 roles.evict()  # before the next one is loaded
         critic_weights = None
         if config.ppo.advantage == "gae":
             roles.critic, critic_weights = _load_critic(config, roles, loading)
         trunk.share_below(_on_trunk(roles, policy, critic_weights))
-        if config.memory.residency == "evict":
+        if loading.evict:
             roles.evictable = evictable(roles, config)
             roles.evict()
     except BaseException:
@@ -181,9 +196,7 @@ def initial_weights(trunk: Trunk, model: ModelSection, lora: LoraSection, *, key
         return Weights(_trainable(trunk))
     if given is not None:
         return given
-    return new_adapters(
-        trunk.adapted, layers=lora.layers, rank=lora.rank, scale=lora.scale, targets=lora.targets, key=key, seed=seed
-    )
+    return new_adapters(trunk.adapted, lora, key=key, seed=seed)
 
 
 def _trainable(trunk: Trunk) -> Mapping[str, mx.array]:
@@ -227,16 +240,7 @@ def _load_critic(config: TrainConfig, roles: Roles, loading: Loading) -> tuple[C
         return _separate_critic(config, roles, loading)
     body = _adapters_of_reward(roles) if critic.initialise == "reward" else None
     if body is None:
-        lora = config.lora
-        body = new_adapters(
-            trunk.adapted,
-            layers=lora.layers,
-            rank=lora.rank,
-            scale=lora.scale,
-            targets=lora.targets,
-            key="critic",
-            seed=config.run.seed,
-        )
+        body = new_adapters(trunk.adapted, config.lora, key="critic", seed=config.run.seed)
     return Critic("adapters", trunk), body.holding({**_body(body), **new_head(trunk.width)})
 
 

@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +36,9 @@ def parse_reference(text: str) -> tuple[str, str]:
 
 
 class RewardFunction:
-    """Scores of a user's function `def name(prompts, completions)` or `(prompts, completions, records)`.
+    """Scores of a user's function, whose parameters get what their names say.
+
+    Those are `prompts`, `completions`, `records`, and fields of the records: `(completions, answer, **others)`.
 
     Use it as a context manager: the user's file is then loaded at once, so that its mistakes come before training.
     The child runs in a session of its own: Ctrl-C in a terminal reaches the trainer only, which then closes the child.
@@ -58,8 +62,9 @@ class RewardFunction:
         self.name = name
         self.timeout = timeout
         self.sha256 = hashlib.sha256(_read(file)).hexdigest()
+        self.files: dict[str, str] = {}  # SHA-256 of each other file that the function has read so far
         self._child: Child | None = None
-        self._wants_records = False
+        self._needs: tuple[str, ...] = ()
         self._closed = ""
 
     def __enter__(self) -> Self:
@@ -104,7 +109,8 @@ class RewardFunction:
             self._end("a failure to load")
             line = f":{ready['line']}" if isinstance(ready.get("line"), int) else ""
             raise ConfigError(f"{self.file}{line}: the reward function can't be loaded: {problem}")
-        self._wants_records = ready["records"] is True
+        self._needs = tuple(map(str, ready["needs"]))
+        self._note_files(ready)
 
     def score(self, prompts: list[str], completions: list[str], records: list[dict[str, Any]]) -> list[float]:
         """One finite score per completion.
@@ -112,7 +118,7 @@ class RewardFunction:
         Args:
             prompts: the prompt of each completion.
             completions: the texts to score.
-            records: the JSONL record of each prompt; passed on if the user's function has a parameter `records`.
+            records: the JSONL record of each prompt; a parameter with the name of a field gets that of each.
 
         Raises:
             RunError: the function raised, hung, died, or returned anything but one finite number per completion.
@@ -123,9 +129,7 @@ class RewardFunction:
         assert self._child is not None
         if not completions:
             return []
-        request: dict[str, Any] = {"prompts": prompts, "completions": completions}
-        if self._wants_records:
-            request["records"] = records
+        request = {"prompts": prompts, "completions": completions, "records": records}
         where = f"reward function {self.file}:{self.name}"
         try:
             answer = self._child.exchange(json.dumps(request).encode("ascii") + b"\n", self.timeout)
@@ -140,13 +144,35 @@ class RewardFunction:
         except BaseException:
             self._end("an interruption")  # the answer to this batch would be taken for the next one's
             raise
+        self._note_files(answer)
         if "error" in answer:
             raise RunError(_explain(where, answer, prompts, completions))
         return self._floats(answer.get("scores"), len(completions), where)
 
+    def require_fields(self, records: Iterable[dict[str, Any]]) -> None:
+        """Refuse prompts whose records lack a field that the function, which has been started, has a parameter for.
+
+        Raises:
+            ConfigError: names the parameter.
+        """
+        for record in records:
+            for field in self._needs:
+                if field not in record:
+                    has = ", ".join(repr(key) for key in list(record)[:8])
+                    raise ConfigError(
+                        f"{self.file}:{self.name} has a parameter '{field}', and prompts without a field of that name "
+                        f"(their fields: {has}); add it to the prompts, or give the parameter a default"
+                    )
+
     def close(self) -> None:
         """End the child; does nothing the second time."""
         self._end("close()", grace=_CLOSE_SECONDS)
+
+    def _note_files(self, answer: dict[str, Any]) -> None:
+        read = answer.get("read")
+        for name in read if isinstance(read, list) else ():
+            with suppress(OSError, ValueError), open(str(name), "rb") as file:
+                self.files[str(name)] = hashlib.file_digest(file, "sha256").hexdigest()
 
     def _floats(self, scores: Any, count: int, where: str) -> list[float]:
         """Check the answer again on this side: the user's code shares the other side's process."""
@@ -182,7 +208,7 @@ def _load_problem(ready: dict[str, Any], sha256: str) -> str:
     """Why the child isn't ready to score, "" if it is."""
     if "error" in ready:
         return str(ready["error"])
-    if "sha256" not in ready or "records" not in ready:
+    if "sha256" not in ready or not isinstance(ready.get("needs"), list):
         return "its process sent a garbled answer"
     return "" if ready["sha256"] == sha256 else "the file was changed after its SHA-256 was taken; start again"
 

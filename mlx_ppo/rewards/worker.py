@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import random
 import sys
 import threading
 import time
@@ -17,12 +18,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from queue import SimpleQueue
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 GRACE_SECONDS = 1.0
 _LONGEST_TRACEBACK = 4000
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")  # ours: not what users read
 _LONGEST_SUMMARY = 300
+_OWN = ("prompts", "completions", "records")  # what a parameter of that name gets
 
 
 class Unusable(Exception):
@@ -49,18 +51,63 @@ def serve(source: int, descriptor: int, arguments: list[str]) -> None:
         arguments: the user's FILE and the function's NAME.
     """
     file, name = arguments
+    seen = Seen(file)
+    sys.addaudithook(seen.hear)
+    _seed(b"")
     requests: SimpleQueue[bytes | None] = SimpleQueue()
     threading.Thread(target=_receive, args=(source, requests), daemon=True).start()
     with open(descriptor, "wb", buffering=0) as answers:
         try:
             digest, function = load(file, name)
-            wants_records = takes_records(function, name)
+            call = call_of(function, name)
         except Unusable as problem:
             answers.write(_line(problem.answer()))
             return
-        answers.write(_line({"sha256": digest, "records": wants_records}))
+        answers.write(_line({"sha256": digest, "needs": call.needs, "read": seen.new()}))
         while (request := requests.get()) is not None:
-            answers.write(_line(score(function, json.loads(request), file)))
+            _seed(request)
+            answer = score(function, call, json.loads(request), file)
+            answers.write(_line({**answer, "read": seen.new()}))
+
+
+def _seed(content: bytes) -> None:
+    """Have the usual generators start anew, so that the same batch gets the same scores, also in a resumed run."""
+    seed = int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+
+
+class Seen:
+    """Which files the user's code reads beside its own: modules and data, not what is installed or the system's."""
+
+    def __init__(self, file: str) -> None:
+        """`file`: the user's, which is recorded elsewhere."""
+        self._told = {os.path.realpath(file)}
+        self._opened: set[str] = set()
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """An audit hook: nothing that fails here may disturb the user's code."""
+        if event == "open" and isinstance(arguments[0], str):
+            path, writes = os.path.realpath(arguments[0]), bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+            self._told.add(path) if writes else self._opened.add(path)  # what it writes itself is no input
+
+    def new(self) -> list[str]:
+        """Those that weren't told yet."""
+        modules = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+        found = {os.path.realpath(path) for path in modules if isinstance(path, str)} | self._opened
+        fresh = sorted(path for path in found - self._told if _is_own(path))
+        self._told.update(fresh)
+        return fresh
+
+
+def _is_own(path: str) -> bool:
+    elsewhere = {sys.prefix, sys.base_prefix, os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix)}
+    elsewhere |= {_PACKAGE, "/usr", "/lib", "/etc", "/proc", "/sys", "/dev", "/System", "/Library"}
+    outside = not any(path == root or path.startswith(os.path.join(root, "")) for root in elsewhere)
+    return outside and not path.endswith(".pyc") and os.path.isfile(path)
 
 
 def load(file: str, name: str) -> tuple[str, Callable[..., Any]]:
@@ -92,28 +139,58 @@ def load(file: str, name: str) -> tuple[str, Callable[..., Any]]:
     return hashlib.sha256(content).hexdigest(), function
 
 
-def takes_records(function: Callable[..., Any], name: str) -> bool:
-    """Whether the function accepts `records`; Unusable when it doesn't accept prompts and completions either."""
+class Call(NamedTuple):
+    """How a user's function is called: every parameter by what its name says."""
+
+    ordered: tuple[str, ...]  # parameters that have no keyword
+    named: tuple[str, ...]
+    needs: tuple[str, ...]  # fields of the records that it can't do without
+    rest: bool  # `**`: it takes the other fields as well
+
+
+def call_of(function: Callable[..., Any], name: str) -> Call:
+    """By its signature: prompts, completions, records, and fields of the records under their own names.
+
+    Raises:
+        Unusable: it takes no completions, or what a parameter stands for can't be told.
+    """
+    wanted = "write (prompts, completions), or with records and fields of the records by name"
     try:
         signature = inspect.signature(function)
     except ValueError:  # some functions written in C have none
-        return False
-    for names in (["records"], []):
-        try:
-            signature.bind([], [], **dict.fromkeys(names))
-        except TypeError:
-            continue
-        return bool(names)
-    raise Unusable(f"'{name}{signature}' doesn't accept (prompts, completions) or (prompts, completions, records)")
+        raise Unusable(f"'{name}' doesn't tell its parameters; put it into a function of yours: {wanted}") from None
+    kinds = {p.name: p.kind for p in signature.parameters.values()}
+    rest = inspect.Parameter.VAR_KEYWORD in kinds.values()
+    single = [key for key, kind in kinds.items() if kind not in (kind.VAR_KEYWORD, kind.VAR_POSITIONAL)]
+    if "completions" not in single and not (rest and not single):
+        raise Unusable(f"'{name}{signature}' doesn't say which parameter gets the completions; {wanted}")
+    ordered = tuple(key for key in single if kinds[key] is inspect.Parameter.POSITIONAL_ONLY)
+    others = [signature.parameters[key] for key in single if key not in _OWN]
+    needs = tuple(p.name for p in others if p.default is p.empty)
+    return Call(ordered, tuple(key for key in single if key not in ordered), needs, rest)
 
 
-def score(function: Callable[..., Any], request: dict[str, Any], file: str) -> dict[str, Any]:
+def values_of(call: Call, request: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments for one batch; a field of the records is a list with None where a record lacks it."""
+    records = request["records"]
+    fields = dict.fromkeys(key for record in records for key in record)
+    values: dict[str, Any] = {key: [record.get(key) for record in records] for key in fields}
+    values |= {key: list(request[key]) for key in _OWN}
+    lacking = next((key for key in call.needs if any(key not in record for record in records)), None)
+    if lacking is not None:
+        raise Unusable(f"has a parameter '{lacking}', which the records of these prompts lack")
+    ordered = [values[key] for key in call.ordered if key in values]
+    named = values if call.rest else {key: values[key] for key in call.named if key in values}
+    return ordered, {key: value for key, value in named.items() if key not in call.ordered}
+
+
+def score(function: Callable[..., Any], call: Call, request: dict[str, Any], file: str) -> dict[str, Any]:
     """Call the user's function on one batch; the answer holds either `scores` or `error`."""
     prompts, completions = request["prompts"], request["completions"]
-    keywords: dict[str, Any] = {"records": request["records"]} if "records" in request else {}
     try:
+        ordered, named = values_of(call, request)
         try:
-            result = function(list(prompts), list(completions), **keywords)
+            result = function(*ordered, **named)
         except BaseException as error:
             raise _raised(error, file, prompts, completions) from None
         return {"scores": checked_scores(result, len(completions))}

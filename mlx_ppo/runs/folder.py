@@ -17,6 +17,7 @@ from mlx_ppo.config.sections import Job
 from mlx_ppo.config.supervised import JOBS
 from mlx_ppo.errors import ConfigError, RunError
 from mlx_ppo.runs.provenance import describe, hashes
+from mlx_ppo.runtime.system import flush
 
 CONFIG, RECORD, METRICS, SAMPLES, LOCK = "config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "lock"
 MEMORY = "memory.jsonl"
@@ -289,7 +290,7 @@ def replace_file(path: Path, text: str) -> None:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
@@ -315,10 +316,10 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file's content, or a folder's entries, to the disk."""
+    """Bring a file's content, or a folder's entries, to the drive."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush(descriptor)
     finally:
         os.close(descriptor)
 
@@ -332,7 +333,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise RunError(f"{path}: cannot be read ({error})") from None
     if not isinstance(content, dict):
         raise RunError(f"{path}: cannot be read (not a JSON object)")
-    for key in ("inputs", "files", "versions"):
+    for key in ("inputs", "files", "versions", "reward_files"):
         if not isinstance(content.get(key, {}), dict):
             raise RunError(f"{path}: cannot be read ({key!r} is not a JSON object)")
     return content

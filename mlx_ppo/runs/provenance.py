@@ -1,7 +1,6 @@
 """What a run was made from: software, device, and the SHA-256 of its configuration and of every input file."""
 
 import hashlib
-import platform
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +10,7 @@ import tomli
 
 from mlx_ppo.config.sections import Job
 from mlx_ppo.errors import RunError
+from mlx_ppo.runtime.system import facts
 
 Record = Mapping[str, Any]
 
@@ -45,9 +45,7 @@ def software() -> dict[str, Any]:
     """Software and system of this process."""
     return {
         "versions": {name: version(name) for name in ("mlx-ppo", "mlx", "mlx-lm", "numpy")},
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "system": platform.platform(),
+        **facts(),
     }
 
 
@@ -58,11 +56,19 @@ def device() -> str:
     return f"{kind()}: {name()}"
 
 
+def engine() -> str:
+    """Which engine computes here, and why."""
+    from mlx_ppo.compute.choose import chosen_engine
+
+    chosen = chosen_engine()
+    return f"{chosen.name}: {chosen.why}"
+
+
 def differences(record: Record) -> list[str]:
     """What computes now that isn't what the run was started with, such as "mlx 0.32.4 -> 0.32.5"."""
-    now = {**software(), "device": device()}
+    now = {**software(), "device": device(), "engine": engine()}
     pairs = [(name, record.get("versions", {}).get(name), found) for name, found in now["versions"].items()]
-    pairs += [(name, record.get(name), now[name]) for name in ("python", "machine", "device")]
+    pairs += [(name, record.get(name), now[name]) for name in ("python", "machine", "device", "engine")]
     return [f"{name} {before} -> {found}" for name, before, found in pairs if before is not None and before != found]
 
 
@@ -118,6 +124,18 @@ def input_changes(record: Record, found: Mapping[Path, Mapping[str, str]]) -> li
     for path, files in found.items():
         if before.keys() & files.keys() and path.is_dir():  # otherwise a changed configuration names it first
             changes += [Change(name, "added") for name in files if name not in before]
+    return changes
+
+
+def reward_file_changes(record: Record) -> list[Change]:
+    """Files that reward functions read, beside their own, and that are no longer what they were then."""
+    changes = []
+    for name, digest in record.get("reward_files", {}).items():
+        try:
+            if sha256(Path(name)) != digest:
+                changes.append(Change(name, "changed"))
+        except OSError:
+            changes.append(Change(name, "missing"))
     return changes
 
 

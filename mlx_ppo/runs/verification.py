@@ -10,7 +10,6 @@ from typing import Any
 
 from mlx_ppo.config.sections import Job, TrainConfig
 from mlx_ppo.errors import ConfigError, RunError
-from mlx_ppo.memory.choices import read_record as read_plan
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.folder import (
     CONFIG,
@@ -26,6 +25,7 @@ from mlx_ppo.runs.folder import (
     read_record,
     undisturbed,
 )
+from mlx_ppo.runs.plan_file import read_plan
 from mlx_ppo.runs.provenance import (
     Change,
     Record,
@@ -34,6 +34,7 @@ from mlx_ppo.runs.provenance import (
     hashes,
     input_changes,
     input_paths,
+    reward_file_changes,
     sha256,
 )
 
@@ -77,12 +78,19 @@ def require_as_recorded(config: Job, run: Run, *, allow_config_change: bool) -> 
             mend = _ALLOW if _is_code(change) else _NOTHING_ALLOWS.get(change.what, "restore it, or start a new run")
             raise RunError(f"{since}; {mend}")
         code.append(since)
+    files = {change.file: change for change in reward_file_changes(record)}
+    for change in files.values():
+        since = f"{change.file} (read by a reward function): {change.what} since the run was started"
+        if not allow_config_change:
+            raise RunError(f"{since}; {_ALLOW}")
+        code.append(since)
     if code or not same:
         event = {"after_step": max(checkpoint.steps(run.folder), default=0), "configuration": lines, "code": code}
         run.note(
             config=digest,
             configuration=text,
             inputs={name: digest for files in found.values() for name, digest in files.items()},
+            reward_files={n: d for n, d in record.get("reward_files", {}).items() if n not in files},
             changes=[*record.get("changes", []), *([event] if code or lines else [])],
         )
     said = [f"warning: {path} has changed since the run was started", *lines] if lines else []
@@ -151,6 +159,9 @@ class _Inquiry:
                 yield f"{change.file}: {change.what} since the run was started"
         except RunError as error:
             yield str(error)
+        self.files += len(self.record.get("reward_files", {}))
+        for change in reward_file_changes(self.record):
+            yield f"{change.file}: {change.what} since a reward function read it"
 
     def checkpoints(self) -> Iterator[str]:
         """Every checkpoint, and what lies beside them."""
@@ -199,7 +210,7 @@ class _Inquiry:
         if rest:
             self.notes.append(f"{path}: ends in half a row; the next resume cuts it")
         newest = max(checkpoint.steps(self.folder), default=0)
-        most = newest + self.config.run.save_every if self.config is not None else None  # type: ignore[attr-defined]
+        most = newest + self.config.run.save_every if self.config is not None else None
         before = 0.0
         for number, line in enumerate(lines, start=1):
             row = log_row(line)

@@ -13,8 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _START = Path(__file__).with_name("child_start.py")
 _POLL_SECONDS = 0.25
+_WATCH_SECONDS = 0.02  # a gigabyte is written in some tenths of a second
 _CLOSE_SECONDS = 0.8
 
 
@@ -33,6 +36,10 @@ class DiedError(Exception):
 
 class GarbledError(Exception):
     """The child sent more than an answer may have."""
+
+
+class OversizeError(Exception):
+    """The child has more resident memory than it may."""
 
 
 class Child:
@@ -55,6 +62,7 @@ class Child:
                 bufsize=0,
                 pass_fds=(descriptor,),
                 start_new_session=True,
+                env={**os.environ, "PYTHONHASHSEED": "0"},  # the order of a set is the same in every process
             )
         except BaseException:
             os.close(self._answers)
@@ -70,18 +78,21 @@ class Child:
         """Its process id."""
         return self._process.pid
 
-    def exchange(self, request: bytes, limit: float, *, largest: int | None = None) -> dict[str, Any]:
+    def exchange(
+        self, request: bytes, limit: float, *, largest: int | None = None, memory: int | None = None
+    ) -> dict[str, Any]:
         """Send a request and wait for one line; neither a full pipe nor a silent child lasts beyond the limit.
 
         Args:
             request: a line, or nothing where the child speaks first.
             limit: seconds.
             largest: bytes that the answer may have.
+            memory: bytes that may be resident, for systems that refuse a process a limit of its own (macOS).
 
         Returns:
             The answer; what isn't a JSON object comes out as an empty one, which the callers refuse.
         Raises:
-            HungError, DiedError, GarbledError: there is none; the child has to be ended.
+            HungError, DiedError, GarbledError, OversizeError: there is none; the child has to be ended.
         """
         deadline = time.monotonic() + limit
         unsent = memoryview(request)
@@ -93,7 +104,8 @@ class Child:
             while not whole:
                 remaining = deadline - time.monotonic()
                 exited = self._process.poll() is not None  # asked before reading: what it wrote last still counts
-                ready = {key.fd for key, _ in selector.select(max(0.0, min(remaining, _POLL_SECONDS)))}
+                poll = _POLL_SECONDS if memory is None else _WATCH_SECONDS
+                ready = {key.fd for key, _ in selector.select(max(0.0, min(remaining, poll)))}
                 if self._requests.fileno() in ready:
                     unsent = unsent[_write(self._requests.fileno(), unsent) :]
                     if not unsent:
@@ -107,6 +119,8 @@ class Child:
                     raise HungError
                 if largest is not None and len(received) > largest:
                     raise GarbledError
+                if memory is not None and not ready and self._resident() > memory:
+                    raise OversizeError
         return _parsed(bytes(received))
 
     def end(self, grace: float = 0.0) -> None:
@@ -120,6 +134,13 @@ class Child:
             with suppress(ProcessLookupError, PermissionError):  # the whole group is gone, or is a zombie (macOS)
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+
+    def _resident(self) -> int:
+        """Bytes; 0 where the process has ended."""
+        try:
+            return int(psutil.Process(self._process.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
 
     def _death(self) -> DiedError:
         try:

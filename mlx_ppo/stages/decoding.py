@@ -1,4 +1,7 @@
-"""Decoding of many requests, some at a time: the place of one that has ended goes to one that waits."""
+"""Continuous batching: many requests, some at a time; the slot of one that has ended goes to one that waits.
+
+Source: Yu et al. 2022, OSDI (Orca), section 3.1 (scheduling by iteration).
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -6,13 +9,12 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_ppo.compute.engine import Reader
+from mlx_ppo.compute.engine import Numbers, Reader
 from mlx_ppo.compute.kv_cache import FULL, join, keep_rows, new_caches, size_caches
 from mlx_ppo.data.batches import pad_right
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.trunk import Trunk
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
 Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
 _LITTLE = 128  # prompt tokens that are read together however much is padding: fewer would take nearly as long
 _PADDED = 1.1  # positions read for each token of longer prompts, at most
@@ -23,7 +25,7 @@ class Request(NamedTuple):
     """One response to be sampled."""
 
     prompt: tuple[int, ...]
-    draws: Floats  # [T] uniform numbers, one for each token: the response is a function of them, whatever the batch
+    draws: Numbers  # [T] uniform numbers, one for each token: the response is a function of them, whatever the batch
 
 
 class Response(NamedTuple):

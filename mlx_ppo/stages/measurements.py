@@ -46,7 +46,7 @@ def iteration_metrics(
         metrics["explained_variance"] = number(explained_variance(batch.old_values, batch.full_returns, mask))
         metrics["value_loss"] = _mean(stats.value_loss)
         metrics["critic_norm"] = _mean(stats.critic_norm)
-    metrics.update({f"score_{name}": number(values.mean()) for name, values in scored.by_source.items()})
+    metrics.update({f"score/{name}": number(values.mean()) for name, values in scored.by_source.items()})
     return metrics
 
 

@@ -26,6 +26,8 @@ class Rollout(NamedTuple):
     finished: mx.array  # [B] bool, end-of-sequence was sampled before max_tokens ran out
     group: mx.array  # [B] int32, responses of one prompt share a number
     records: tuple[dict[str, Any], ...]  # B, each prompt's JSONL record
+    temperature: float  # of the sampling distribution
+    max_tokens: int  # bound on a response
     kept: mx.array | None = None  # [B, P + T, D], the states that enter the trunk's `split` block; 0 where no token is
 
     @property

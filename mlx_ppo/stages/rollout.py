@@ -1,95 +1,95 @@
 """Prompts into responses of the current policy, with the probability of every token as it was sampled."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_ppo.compute.kv_cache import FULL
 from mlx_ppo.config.sections import RolloutSection
 from mlx_ppo.data.random import philox
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.runtime.phases import phase
 from mlx_ppo.stages.decoding import Decoder, Request
 from mlx_ppo.stages.records import Rollout
 
 
+class Asked(NamedTuple):
+    """Prompts to answer."""
+
+    prompts: Sequence[tuple[int, ...]]  # rows of tokens
+    positions: Sequence[int]  # each prompt's number in the stream of prompts: its random draws derive from it
+    records: Sequence[dict[str, Any]]  # each prompt's JSONL record, carried along
+
+
+class Sampling(NamedTuple):
+    """How responses are sampled."""
+
+    seed_parts: tuple[int | str, ...]  # what the random draws derive from, beside the prompt and the sample's number
+    max_tokens: int  # bound T on a response
+    temperature: float = 1.0  # of the sampling distribution; 0 takes the most probable token
+    samples_per_prompt: int = 1  # they share its prefill
+    # Decoded together, 0: all; where some end, others take their places. Only speed and memory change by it.
+    batch_size: int = 0
+    # Of keys and values, see `compute.kv_cache`. With "8-bit" the sampling distribution is a slightly different one, in
+    # which a batch's last digits may turn a rounding; and no states are kept for later passes, which shall be exact.
+    cache_form: str = FULL
+
+
+def sampling(section: RolloutSection, choices: Choices, *seed_parts: int | str) -> Sampling:
+    """How a run samples, by its `[rollout]` section and what its plan has chosen."""
+    return Sampling(
+        seed_parts,
+        section.max_tokens,
+        section.temperature,
+        section.samples_per_prompt,
+        batch_size=choices.rollout_batch,
+        cache_form=choices.kv_cache,
+    )
+
+
 def generate(
-    trunk: Trunk,
-    weights: Weights,
-    prompts: Sequence[tuple[int, ...]],
-    *,
-    samples_per_prompt: int,
-    max_tokens: int,
-    temperature: float,
-    batch_size: int,
-    seed_parts: tuple[int | str, ...],
-    positions: Sequence[int],
-    records: Sequence[dict[str, Any]],
-    cache_form: str = "full",
-    on_tokens: Callable[[int], None] = lambda _: None,
+    trunk: Trunk, weights: Weights, asked: Asked, how: Sampling, on_tokens: Callable[[int], None] = lambda _: None
 ) -> Rollout:
     """Sample responses.
 
     Args:
         trunk: the language model.
         weights: the policy's weights on it.
-        prompts: rows of prompt tokens.
-        samples_per_prompt: responses of each; they share its prefill.
-        max_tokens: bound T on a response.
-        temperature: of the sampling distribution; 0 takes the most probable token.
-        batch_size: sequences decoded together, 0: all; where some end, others take their places. Changes speed and
-            memory only; 1 where the model needs it.
-        seed_parts: what the random draws derive from, with the prompt's position and the sample's number.
-        positions: each prompt's number in the stream of prompts.
-        records: each prompt's JSONL record, carried along.
-        cache_form: of keys and values, see `compute.kv_cache`. With "8-bit" the sampling distribution is a slightly
-            different one, in which a batch's last digits may turn a rounding; and no states are kept for later passes,
-            whose numbers shall be exact.
+        asked: the prompts.
+        how: lengths, temperature, random draws, and what is in memory together.
         on_tokens: called with the number of tokens sampled at each step.
     Returns:
-        B = len(prompts) * samples_per_prompt responses, those of one prompt together.
+        B = len(asked.prompts) * how.samples_per_prompt responses, those of one prompt together.
     """
     requests: list[Request] = []
-    for prompt, position in zip(prompts, positions, strict=True):
-        for sample in range(samples_per_prompt):
-            draws = philox(*seed_parts, position, sample).random(max_tokens, dtype=np.float32)
+    for prompt, position in zip(asked.prompts, asked.positions, strict=True):
+        for sample in range(how.samples_per_prompt):
+            draws = philox(*how.seed_parts, position, sample).random(how.max_tokens, dtype=np.float32)
             requests.append(Request(prompt, draws))
-    places = batch_size or len(requests)
+    places = how.batch_size or len(requests)
     if places > 1 and not trunk.capabilities.batches:
         places = 1
     decoder = Decoder(
-        trunk, requests, places=places, max_tokens=max_tokens, temperature=temperature, cache_form=cache_form
+        trunk,
+        requests,
+        places=places,
+        max_tokens=how.max_tokens,
+        temperature=how.temperature,
+        cache_form=how.cache_form,
     )
     with trunk.using(weights):
         while decoder.unfinished:
             with phase("rollout"):
                 decoder.refill()
                 decoder.decode(on_tokens)
-    return _joined(decoder, samples_per_prompt, records)
+    return _joined(decoder, how, asked.records)
 
 
-class Sampling(TypedDict):
-    """What every rollout of a run has in common, as arguments of `generate`."""
-
-    max_tokens: int
-    temperature: float
-    batch_size: int
-    cache_form: str
-
-
-def sampling(section: RolloutSection) -> Sampling:
-    """The `[rollout]` section as arguments of `generate`."""
-    return {
-        "max_tokens": section.max_tokens,
-        "temperature": section.temperature,
-        "batch_size": section.batch_size,
-        "cache_form": "8-bit" if section.kv_cache == "8-bit" else "full",
-    }
-
-
-def _joined(decoder: Decoder, samples_per_prompt: int, records: Sequence[dict[str, Any]]) -> Rollout:
+def _joined(decoder: Decoder, how: Sampling, records: Sequence[dict[str, Any]]) -> Rollout:
     requests = decoder.requests
     responses = [decoder.response(row) for row in range(len(requests))]
     lengths = np.array([len(response.tokens) for response in responses])
@@ -103,7 +103,9 @@ def _joined(decoder: Decoder, samples_per_prompt: int, records: Sequence[dict[st
         logprobs=mx.array(logprobs),
         mask=mx.array(np.arange(width)[None, :] < lengths[:, None]),
         finished=mx.array([response.finished for response in responses]),
-        group=mx.array(np.repeat(np.arange(len(records), dtype=np.int32), samples_per_prompt)),
-        records=tuple(record for record in records for _ in range(samples_per_prompt)),
+        group=mx.array(np.repeat(np.arange(len(records), dtype=np.int32), how.samples_per_prompt)),
+        records=tuple(record for record in records for _ in range(how.samples_per_prompt)),
+        temperature=how.temperature,
+        max_tokens=how.max_tokens,
         kept=decoder.kept.array(len(requests)),
     )

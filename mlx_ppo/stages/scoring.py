@@ -14,6 +14,7 @@ from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Critic, Roles, Source, token_statistics
+from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.runtime.phases import phase
 from mlx_ppo.stages.records import Rollout, Scored, number
 from mlx_ppo.tokenizers.load import completion_text
@@ -117,17 +118,16 @@ def score(
     policy: Weights,
     critic: Weights | None,
     rollout: Rollout,
-    *,
     section: ScoreSection,
-    temperature: float,
-    max_tokens: int,
-) -> tuple[Scored, RawScores]:
+    choices: Choices,
+) -> Scored:
     """Everything the update needs to know of a rollout, by the training forward over response positions only.
 
     Raises:
         RunError: a score, log-probability or value is not finite.
     """
-    size = section.batch_size
+    size, temperature = choices.score_batch, rollout.temperature
+    roles.trunk.positions = choices.positions
     head = critic if roles.critic is not None and roles.critic.kind == "head" else None
 
     with phase("score policy"):
@@ -139,7 +139,7 @@ def score(
             of_critic = critic_values(roles.critic, critic)
             values = _by_rows(rollout, size, of_critic, sharing=roles.critic.trunk.capabilities.shares)[0]
     raw = raw_scores(roles, rollout, batch_size=size)
-    scores = combined_scores(raw, roles, rollout, section, max_tokens)
+    scores = combined_scores(raw, roles, rollout, section, rollout.max_tokens)
     with phase("score reference"):
         reference = reference_logprobs(roles, rollout, temperature=temperature, batch_size=size)
     roles.evict()
@@ -147,7 +147,7 @@ def score(
     _require_finite(reference, "a log-probability of the reference", rollout, roles)
     if values is not None:
         _require_finite(values, "a value of the critic", rollout, roles)
-    return Scored(scores, raw.normalised, old, reference, entropy, values), raw
+    return Scored(scores, raw.normalised, old, reference, entropy, values)
 
 
 def policy_columns(

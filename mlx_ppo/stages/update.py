@@ -1,16 +1,16 @@
 """A scored rollout into new weights: epochs, minibatches, micro-batches, two optimizers."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.algo.diagnostics import approx_kl, clip_fractions, effective_sample_size
 from mlx_ppo.algo.losses import aggregate, clipped_policy_loss, clipped_value_loss
+from mlx_ppo.algo.masked import masked_mean
 from mlx_ppo.compute.engine import Engine
 from mlx_ppo.compute.sequences import Sequences
 from mlx_ppo.config.sections import PPOSection
@@ -19,12 +19,15 @@ from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.roles import Critic, Roles, token_statistics
 from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.runtime.phases import phase
 from mlx_ppo.stages.optimizer import Optimizer, finite_norm
 from mlx_ppo.stages.records import PPOBatch, Rollout, number
 
-RATIO_TOLERANCE = 1e-4
-_RATIO_TOLERANCE_HALF = 5e-2
+RATIO_TOLERANCE = 1e-4  # of |ratio - 1|, where everything is computed in float32
+# Nats a token, of the mean |log ratio| elsewhere: there single tokens are off by a hundredth or two where rows are
+# batched otherwise than they were for scoring, and rounded otherwise.
+_LOG_RATIO_TOLERANCE = 0.02
 
 Gradients = dict[str, mx.array]
 
@@ -53,47 +56,43 @@ class UpdateStats:
     stopped_early: bool = False  # stop_at_kl ended the passes
 
 
-def update(
-    roles: Roles,
-    policy: Learner,
-    critic: Learner | None,
-    rollout: Rollout,
-    batch: PPOBatch,
-    *,
-    section: PPOSection,
-    temperature: float,
-    max_tokens: int,
-    seed_parts: tuple[int | str, ...],
-    train_policy: bool = True,
-    pass_size: Callable[[], int] | None = None,
-) -> UpdateStats:
-    """Several passes over the rollout; `policy` and `critic` are changed in place.
+class Learners(Protocol):
+    """Who learns: a training state, for one."""
+
+    policy: Learner
+    critic: Learner | None  # None with a critic-free estimator
+
+
+class Schedule(NamedTuple):
+    """How an update goes over its rollout."""
+
+    section: PPOSection
+    seed_parts: tuple[int | str, ...]  # what the order of the minibatches derives from
+    choices: Callable[[], Choices]  # asked before every optimizer step; they change memory, not the gradient
+    train_policy: bool = True  # False while only the critic is warmed up
+
+
+def update(roles: Roles, learners: Learners, rollout: Rollout, batch: PPOBatch, schedule: Schedule) -> UpdateStats:
+    """Several passes over the rollout; the learners are changed in place.
 
     Args:
         roles: the shared trunks.
-        policy: weights and optimizer of the policy.
-        critic: the same of the critic; None with a critic-free estimator.
+        learners: weights and optimizers of policy and critic.
         rollout: the responses.
         batch: old log-probabilities, advantages, old values, returns.
-        section: the `[ppo]` section.
-        temperature: of the sampling distribution.
-        max_tokens: T of the "constant" denominator.
-        seed_parts: what the order of the minibatches derives from.
-        train_policy: False while only the critic is warmed up.
-        pass_size: asked before every optimizer step how many responses a forward and backward pass may have, which
-            changes memory, not the gradient; without it, `section.micro_batch`.
+        schedule: epochs, minibatches, and what each of their steps may have in memory.
     Raises:
         RunError: a loss or gradient is not finite, or the first minibatch's ratio is not 1. Nothing is applied then.
     """
     stats = UpdateStats()
-    generator = philox(*seed_parts)
-    size = pass_size or (lambda: section.micro_batch)
-    step = _Step(roles, policy, critic, rollout, batch, section, temperature, max_tokens, size)
+    section, train_policy = schedule.section, schedule.train_policy
+    generator = philox(*schedule.seed_parts)
+    step = _Step(roles, learners, rollout, batch, schedule)
     for epoch in range(section.epochs):
         order = generator.permutation(len(rollout.prompts))
         for index, rows in enumerate(np.array_split(order, section.minibatches)):
             first = epoch == 0 and index == 0
-            step.run(rows.tolist(), stats, first=first, train_policy=train_policy)
+            step.run(rows.tolist(), stats, schedule.choices(), first=first)
         if (
             section.stop_at_kl
             and train_policy
@@ -109,17 +108,16 @@ class _Step:
     """One optimizer step of policy and critic over one minibatch."""
 
     roles: Roles
-    policy: Learner
-    critic: Learner | None
+    learners: Learners
     rollout: Rollout
     batch: PPOBatch
-    section: PPOSection
-    temperature: float
-    max_tokens: int
-    pass_size: Callable[[], int]
+    schedule: Schedule
 
-    def run(self, rows: Sequence[int], stats: UpdateStats, *, first: bool, train_policy: bool) -> None:
-        size, sharing = self.pass_size() or len(rows), self._sharing
+    def run(self, rows: Sequence[int], stats: UpdateStats, choices: Choices, *, first: bool) -> None:
+        policy, critic, train_policy = self.learners.policy, self.learners.critic, self.schedule.train_policy
+        how = Pass(self.schedule.section, self.rollout.temperature, choices.checkpointing, learning=train_policy)
+        self.roles.trunk.positions = choices.positions
+        size, sharing = choices.micro_batch or len(rows), self._sharing(saving=how.saving)
         if sharing:  # rows of one prompt side by side
             rows = sorted(rows, key=self.rollout.prompts.__getitem__)
         micro = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
@@ -130,8 +128,8 @@ class _Step:
         denominator = {
             "token-mean": tokens,
             "sequence-mean": number(mask.any(axis=1).sum()),
-            "constant": float(len(rows) * self.max_tokens),
-        }[self.section.aggregate]
+            "constant": float(len(rows) * self.rollout.max_tokens),
+        }[self.schedule.section.aggregate]
         policy_gradients: Gradients = {}
         critic_gradients: Gradients = {}
         policy_loss = value_loss = 0.0
@@ -140,15 +138,15 @@ class _Step:
         for part in micro:
             sequences = self.rollout.sequences(part, sharing=sharing)
             with phase("update policy"):
-                loss, (now, ratio, states), gradients = self._policy(sequences, part, denominator, train_policy)
+                loss, (now, ratio, states), gradients = self._policy(sequences, part, denominator, how)
             policy_loss += loss
             logprobs.append(now)
             ratios.append(ratio)
             _accumulate(policy_gradients, gradients)
             del gradients  # they would stay in memory beside the sum
-            if self.critic is not None:
+            if critic is not None:
                 with phase("update critic"):
-                    loss, gradients = self._critic(self.critic, sequences, part, tokens, states)
+                    loss, gradients = self._critic(critic, sequences, part, tokens, states, how)
                 value_loss += loss
                 _accumulate(critic_gradients, gradients)
                 del gradients
@@ -161,38 +159,36 @@ class _Step:
         stats.policy_loss.append(policy_loss)
         if train_policy:
             with phase("update step"):
-                applied = self.policy.optimizer.step(self._engine, self.policy.weights, policy_gradients, what="policy")
-            self.policy.weights, norm = applied
+                applied = policy.optimizer.step(self._engine, policy.weights, policy_gradients, what="policy")
+            policy.weights, norm = applied
             stats.policy_norm.append(norm)
-        if self.critic is not None:
+        if critic is not None:
             stats.value_loss.append(value_loss)
             with phase("update step"):
-                applied = self.critic.optimizer.step(self._engine, self.critic.weights, critic_gradients, what="critic")
-            self.critic.weights, norm = applied
+                applied = critic.optimizer.step(self._engine, critic.weights, critic_gradients, what="critic")
+            critic.weights, norm = applied
             stats.critic_norm.append(norm)
 
     @property
     def _engine(self) -> Engine:
         return self.roles.trunk.engine
 
-    @functools.cached_property
-    def _sharing(self) -> bool:
+    def _sharing(self, *, saving: bool) -> bool:
         """Several responses have one prompt, and can be read on top of it."""
         several = len(set(self.rollout.prompts)) < len(self.rollout.prompts)
         critic = self.roles.critic
         trunks = [self.roles.trunk, *([critic.trunk] if critic is not None else [])]
-        saving = self.section.gradient_checkpointing == "on"
         return several and all(trunk.shares_learning(saving=saving) for trunk in trunks)
 
     def _policy(
-        self, sequences: Sequences, rows: list[int], denominator: float, train: bool
+        self, sequences: Sequences, rows: list[int], denominator: float, how: "Pass"
     ) -> tuple[float, tuple[mx.array, mx.array, mx.array], Gradients]:
-        """Loss, (log-probabilities, ratios, states) and gradients of one micro-batch; no gradients without `train`."""
+        """Loss, (log-probabilities, ratios, states) and gradients of a micro-batch; none without `how.learning`."""
         index = mx.array(rows)
         targets = PolicyTargets(self.batch.old_logprobs[index], self.batch.advantages[index], denominator)
-        weights, section = self.policy.weights, self.section
-        loss_of = policy_loss(self.roles.trunk, weights, sequences, targets, section, self.temperature, learning=train)
-        if train:
+        weights = self.learners.policy.weights
+        loss_of = policy_loss(self.roles.trunk, weights, sequences, targets, how)
+        if how.learning:
             (loss, now, ratio, states), gradients = mx.value_and_grad(loss_of)(dict(weights.arrays))
         else:
             (loss, now, ratio, states), gradients = loss_of(weights.arrays), {}
@@ -200,7 +196,13 @@ class _Step:
         return number(loss), (now, ratio, states), gradients
 
     def _critic(
-        self, learner: Learner, sequences: Sequences, rows: list[int], tokens: float, policy_states: mx.array
+        self,
+        learner: Learner,
+        sequences: Sequences,
+        rows: list[int],
+        tokens: float,
+        policy_states: mx.array,
+        how: "Pass",
     ) -> tuple[float, Gradients]:
         index = mx.array(rows)
         critic = self.roles.critic
@@ -208,10 +210,23 @@ class _Step:
         old, returns = self.batch.old_values[index], self.batch.returns[index]
         targets = CriticTargets(old, returns, tokens)
         states = policy_states if critic.kind == "head" else None
-        loss_of = critic_loss(critic, learner.weights, sequences, targets, self.section, states)
+        loss_of = critic_loss(critic, learner.weights, sequences, targets, how, states)
         loss, gradients = mx.value_and_grad(loss_of)(dict(learner.weights.arrays))
         mx.eval(loss, gradients)
         return number(loss), gradients
+
+    def _check_itself(self, most: float, mean: float) -> None:
+        """Before anything is learned, the probabilities must be those that scored.
+
+        By the largest |ratio - 1| in float32; by the mean |log ratio| where single tokens are rounded coarsely.
+        """
+        exact = self.roles.trunk.engine.exact(self.roles.trunk)
+        if most <= RATIO_TOLERANCE if exact else mean <= _LOG_RATIO_TOLERANCE:
+            return
+        raise RunError(
+            f"self-check failed: the first minibatch's ratio to the old policy is off 1 by up to {most:.2g}, its "
+            f"logarithm by {mean:.2g} on average; the weights that scored are not those that are trained"
+        )
 
     def _watch(
         self,
@@ -227,20 +242,15 @@ class _Step:
         index = mx.array([row for part in micro for row in part])
         mask = self.rollout.mask[index]
         if first:
-            error = number(mx.where(mask, mx.abs(ratio - 1), 0.0).max())
-            stats.first_ratio_error = error
-            exact = self.roles.trunk.engine.exact(self.roles.trunk)
-            if not error <= (RATIO_TOLERANCE if exact else _RATIO_TOLERANCE_HALF):
-                raise RunError(
-                    f"self-check failed: the first minibatch's ratio to the old policy is off 1 by {error:.2g}; "
-                    "the weights that scored are not those that are trained"
-                )
+            stats.first_ratio_error = number(mx.where(mask, mx.abs(ratio - 1), 0.0).max())
+            off = number(masked_mean(mx.abs(logprobs - self.batch.old_logprobs[index]), mask))
+            self._check_itself(stats.first_ratio_error, off)
         low, high = clip_fractions(
             ratio,
             self.batch.advantages[index],
             mask,
-            clip_low=self.section.clip_low,
-            clip_high=self.section.clip_high,
+            clip_low=self.schedule.section.clip_low,
+            clip_high=self.schedule.section.clip_high,
         )
         stats.clip_low.append(number(low))
         stats.clip_high.append(number(high))
@@ -264,24 +274,24 @@ class CriticTargets(NamedTuple):
     tokens: float  # of the whole minibatch
 
 
-def policy_loss(
-    trunk: Trunk,
-    weights: Weights,
-    sequences: Sequences,
-    targets: PolicyTargets,
-    section: PPOSection,
-    temperature: float,
-    *,
-    learning: bool = True,
-) -> Callable[[Mapping[str, mx.array]], tuple[mx.array, mx.array, mx.array, mx.array]]:
-    """The loss as a function of the policy's arrays: loss [], log-probabilities and ratios [B, T], states [N, D].
+class Pass(NamedTuple):
+    """How a micro-batch is read."""
 
-    `learning`: its gradient will be taken; it can be without, but that is slower.
-    """
+    section: PPOSection
+    temperature: float  # of the sampling distribution
+    saving: bool  # blocks are computed again for the gradient
+    learning: bool = True  # the policy's gradient will be taken; it can be without, but that is slower
+
+
+def policy_loss(
+    trunk: Trunk, weights: Weights, sequences: Sequences, targets: PolicyTargets, how: Pass
+) -> Callable[[Mapping[str, mx.array]], tuple[mx.array, mx.array, mx.array, mx.array]]:
+    """The loss as a function of the policy's arrays: loss [], log-probabilities and ratios [B, T], states [N, D]."""
+    section, temperature, learning = how.section, how.temperature, how.learning
     by_logprobs = learning and not section.entropy_coef
 
     def loss_of(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        with trunk.using(weights.holding(arrays)), _saving_memory(trunk, section):
+        with trunk.using(weights.holding(arrays)), _saving_memory(trunk, how):
             states = trunk.response_states(sequences, learning=learning)
             now, entropy = token_statistics(trunk, states, sequences, temperature=temperature, learning=by_logprobs)
         losses, ratio = clipped_policy_loss(
@@ -305,24 +315,24 @@ def critic_loss(
     weights: Weights,
     sequences: Sequences,
     targets: CriticTargets,
-    section: PPOSection,
+    how: Pass,
     policy_states: mx.array | None,
 ) -> Callable[[Mapping[str, mx.array]], mx.array]:
     """The loss [] as a function of the critic's arrays; it reads the policy's states [N, D] where they are given."""
 
     def loss_of(arrays: Mapping[str, mx.array]) -> mx.array:
         own = weights.holding(arrays)
-        with _saving_memory(critic.trunk, section):
+        with _saving_memory(critic.trunk, how):
             states = policy_states if policy_states is not None else critic.states(own, sequences, learning=True)
         values = sequences.spread(critic.values(own, states))
-        losses, _ = clipped_value_loss(values, targets.old_values, targets.returns, clip=section.value_clip or None)
+        losses, _ = clipped_value_loss(values, targets.old_values, targets.returns, clip=how.section.value_clip or None)
         return aggregate(losses, sequences.mask, mode="token-mean", denominator=targets.tokens)
 
     return loss_of
 
 
-def _saving_memory(trunk: Trunk, section: PPOSection) -> AbstractContextManager[None]:
-    return trunk.checkpointing() if section.gradient_checkpointing == "on" else nullcontext()
+def _saving_memory(trunk: Trunk, how: Pass) -> AbstractContextManager[None]:
+    return trunk.checkpointing() if how.saving else nullcontext()
 
 
 def _accumulate(total: Gradients, part: Gradients) -> None:

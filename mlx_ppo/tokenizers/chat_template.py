@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_ppo.data.model_files import json_object, quoted, wrong
 from mlx_ppo.errors import ModelError
-from mlx_ppo.runtime.child import Child, DiedError, GarbledError, HungError
+from mlx_ppo.runtime.child import Child, DiedError, GarbledError, HungError, OversizeError
 
 SECONDS = 10.0  # of computing for the template, and for each conversation
 MEMORY = 1 << 30  # bytes of the child
@@ -108,7 +108,7 @@ class ChatTemplate:
         seconds = _START_SECONDS if request is None else _PATIENCE * SECONDS
         try:
             largest = _LONGEST_ESCAPE * (CHARACTERS + len(content)) + 1000
-            answer = self._child.exchange(content, seconds, largest=largest)
+            answer = self._child.exchange(content, seconds, largest=largest, memory=MEMORY)
             reached = _LIMITS.get(str(answer.get("limit")))
         except HungError:
             reached = "gave no answer within {seconds:g} s"
@@ -119,6 +119,8 @@ class ChatTemplate:
             reached, seconds = "took longer than {seconds:g} s", SECONDS
         except GarbledError:
             reached = _LIMITS["length"]
+        except OversizeError:
+            reached = _LIMITS["memory"]
         except BaseException:
             self.close()  # the answer to this request would be taken for the next one's
             raise

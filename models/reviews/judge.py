@@ -74,7 +74,7 @@ def main() -> None:
             written = [(row["prompt"] if not arguments.completions else "") + row["completion"] for row in shown]
             ends.append(
                 {
-                    "reward model, rating points": summary["points_reward"],
+                    "reward model, rating points": summary["points/reward"],
                     "linear judge, rating points": float(linear.predict(written).mean()),
                     "VADER compound": float(np.mean([lexicon.polarity_scores(text)["compound"] for text in written])),
                     "KL, nats a sequence": summary["kl"],

@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_ppo.compute.cpu import compact
-from mlx_ppo.compute.cpu.compact import CompactEmbedding, CompactLinear, keep_compact, written_out
+from mlx_ppo.compute.cpu.compact import CompactEmbedding, CompactLinear, dequantised, keep_compact
 from mlx_ppo.compute.cpu.vocabulary import vocabulary_statistics
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.load import load_trunk
@@ -22,7 +22,7 @@ Quantised = Callable[..., Path]
 
 
 def both(folder: Path) -> tuple[Trunk, Trunk]:
-    """The same folder, written out when it is loaded, and kept as it is."""
+    """The same folder, dequantised when it is loaded, and kept as it is."""
     return load_trunk(folder), load_trunk(folder, compact=True)
 
 
@@ -44,8 +44,8 @@ def test_a_layer(bits: int, group: int, mode: str, piece: int, monkeypatch: pyte
         holder = nn.Sequential(layer)
         keep_compact(holder)
         assert type(layer) is CompactLinear
-        assert mx.array_equal(written_out(compact._packed(layer), slice(0, 50)), plain.weight).item()
-        assert mx.array_equal(written_out(compact._packed(layer), slice(20, 41)), plain.weight[20:41]).item()
+        assert mx.array_equal(dequantised(compact._packed(layer), slice(0, 50)), plain.weight).item()
+        assert mx.array_equal(dequantised(compact._packed(layer), slice(20, 41)), plain.weight[20:41]).item()
         x = mx.random.normal((2, 5, 192), key=keys[2])
         np.testing.assert_allclose(np.array(layer(x)), np.array(plain(x)), atol=1e-5)
         found, wanted = (mx.grad(lambda x, f=f: mx.sin(f(x)).sum())(x) for f in (layer, plain))
@@ -91,7 +91,7 @@ def test_it_takes_the_memory_of_the_folder(make_model: Callable[..., Path], quan
     sizes = [sum(array.nbytes for array in trunk.base.values()) for trunk in (whole, kept)]
     assert sizes[1] < 0.2 * sizes[0]  # 4 bits, and two float32 numbers for each 32 elements: 6 of 32 bits
     assert {array.dtype for array in kept.base.values()} == {mx.uint32, mx.float32}
-    assert "one matrix at a time" in kept.remark and "one matrix" not in whole.remark
+    assert "one matrix at a time" in kept.remarks[0] and "one matrix" not in whole.remarks[0]
     assert any(isinstance(module, CompactEmbedding) for module in kept.model.modules())
 
 
@@ -117,7 +117,7 @@ def test_a_gradient_keeps_no_matrix(make_model: Callable[..., Path], quantised: 
 def test_checkpointing_gives_the_same_gradient(
     make_model: Callable[..., Path], quantised: Quantised, make_adapters: Callable[..., Weights]
 ) -> None:
-    """Also where a block above has no adapters, whose parameters then enter the checkpoint."""
+    """Also where a block above has no adapters."""
     trunk = load_trunk(quantised(make_model(num_hidden_layers=3)), compact=True)
     whole = make_adapters(trunk)
     weights = whole.holding({name: array for name, array in whole.arrays.items() if ".layers.1." in name})

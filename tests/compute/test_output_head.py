@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from mlx_ppo.compute import output_head
+from mlx_ppo.compute.choose import using
+from mlx_ppo.compute.cpu.engine import CpuEngine
 from mlx_ppo.compute.cpu.vocabulary import vocabulary_statistics
-from mlx_ppo.compute.device import assuming
-from mlx_ppo.compute.output_head import head_statistics
+from mlx_ppo.compute.engine import Engine
+from mlx_ppo.compute.output_head import OutputHead
+from mlx_ppo.compute.portable import PortableEngine
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
@@ -21,7 +24,7 @@ BY_ROW = np.linspace(-1.0, 2.0, N)
 
 
 @pytest.fixture(params=["llama", "qwen2", "gemma2", "gpt2"])
-def any_trunk(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> Trunk:
+def any_trunk(request: pytest.FixtureRequest, engine: Engine, make_model: Callable[..., Path]) -> Trunk:
     """An untied head, a tied one, one whose logits are capped, and an embedding of another name."""
     return load_trunk(make_model(request.param))
 
@@ -31,11 +34,18 @@ def tokens() -> mx.array:
     return mx.array(np.random.default_rng(2).integers(0, 304, N).astype(np.int32))
 
 
-@pytest.fixture(params=[True, False])
-def cpu(request: pytest.FixtureRequest) -> Iterator[bool]:
+@pytest.fixture(params=[CpuEngine, PortableEngine])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """What a CPU computes, and what a GPU would."""
-    with assuming(cpu=request.param):
-        yield request.param
+    chosen: Engine = request.param()
+    with using(chosen):
+        yield chosen
+
+
+def head_statistics(
+    trunk: Trunk, states: mx.array, tokens: mx.array, *, temperature: float, learning: bool = False
+) -> tuple[mx.array, mx.array]:
+    return trunk.engine.statistics(trunk, states, tokens, temperature=temperature, learning=learning)
 
 
 def states_for(trunk: Trunk) -> mx.array:
@@ -66,7 +76,7 @@ def exact(trunk: Trunk, states: mx.array, tokens: mx.array, weights: tuple[float
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("learning", "weights"), [(True, (0.7, 0.0)), (False, (1.0, 0.0)), (False, (0.6, -1.3))])
 def test_values_and_gradients(
-    any_trunk: Trunk, tokens: mx.array, cpu: bool, size: int, learning: bool, weights: tuple[float, float]
+    any_trunk: Trunk, tokens: mx.array, size: int, learning: bool, weights: tuple[float, float]
 ) -> None:
     """Whether the gradient was announced, and so is of the log-probabilities alone, or not."""
     states, scale = states_for(any_trunk), mx.array(BY_ROW.astype(np.float32))
@@ -91,9 +101,7 @@ def test_values_and_gradients(
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("entropy", [0.0, 0.5])
-def test_a_head_that_learns_has_its_own_gradient(
-    any_trunk: Trunk, tokens: mx.array, cpu: bool, size: int, entropy: float
-) -> None:
+def test_a_head_that_learns_has_its_own_gradient(any_trunk: Trunk, tokens: mx.array, size: int, entropy: float) -> None:
     """All of the model's weights are trained: those that the head reads, and others that it doesn't."""
     given = states_for(any_trunk)
     norm = "model.norm.weight" if "model.norm.weight" in any_trunk.base else "model.ln_f.weight"
@@ -125,7 +133,7 @@ def test_a_head_that_learns_has_its_own_gradient(
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("learning", [True, False])
 def test_half_precision_keeps_its_type(
-    make_model: Callable[..., Path], tokens: mx.array, cpu: bool, dtype: mx.Dtype, learning: bool
+    make_model: Callable[..., Path], tokens: mx.array, engine: Engine, dtype: mx.Dtype, learning: bool
 ) -> None:
     trunk = load_trunk(make_model(), dtype=str(dtype).removeprefix("mlx.core."))
     states = states_for(trunk).astype(dtype)
@@ -150,13 +158,13 @@ def test_chunks_are_about_equal(
     trunk: Trunk, tokens: mx.array, monkeypatch: pytest.MonkeyPatch, positions: int, expected: list[int]
 ) -> None:
     seen: list[int] = []
-    real = output_head.vocabulary_statistics
+    real = type(trunk.engine.head).vocabulary  # type: ignore[attr-defined]
 
-    def noted(logits: mx.array, *given: mx.array, **named: float) -> tuple[mx.array, mx.array]:
+    def noted(self: OutputHead, logits: mx.array, *given: mx.array, **named: float) -> tuple[mx.array, mx.array]:
         seen.append(len(logits))
-        return real(logits, *given, **named)
+        return real(self, logits, *given, **named)
 
-    monkeypatch.setattr(output_head, "vocabulary_statistics", noted)
+    monkeypatch.setattr(type(trunk.engine.head), "vocabulary", noted)  # type: ignore[attr-defined]
     monkeypatch.setattr(trunk, "positions", positions)
     head_statistics(trunk, states_for(trunk), tokens, temperature=1.0)
     assert seen == expected
@@ -167,10 +175,10 @@ def test_by_default_as_many_as_make_64_megabytes(
 ) -> None:
     assert output_head._TOGETHER == 64_000_000
     monkeypatch.setattr(output_head, "_TOGETHER", 4 * 304 * 3)
-    assert output_head._together(trunk, states_for(trunk)) == 3
+    assert OutputHead()._together(trunk, states_for(trunk)) == 3
 
 
-def test_a_nan_stays_in_its_row(trunk: Trunk, tokens: mx.array, cpu: bool) -> None:
+def test_a_nan_stays_in_its_row(trunk: Trunk, tokens: mx.array, engine: Engine) -> None:
     states = mx.where(mx.arange(N)[:, None] == 5, mx.nan, states_for(trunk))
     found = mx.grad(lambda x: head_statistics(trunk, x, tokens, temperature=1.0, learning=True)[0].sum())(states)
     assert np.isnan(np.array(found)).any(axis=1).tolist() == [row == 5 for row in range(N)]

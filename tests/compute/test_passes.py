@@ -1,7 +1,7 @@
 """Whole rows read, both ways, by numpy and BLAS: the states and gradients of the model itself."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,7 @@ import pytest
 from tiny_models import COMMON_KINDS
 
 from mlx_ppo.compute.cpu import activations, block_passes, pass_attention
-from mlx_ppo.compute.cpu.common_blocks import understood
-from mlx_ppo.compute.cpu.passes import avoiding_passes
+from mlx_ppo.compute.cpu.common_blocks import unsupported
 from mlx_ppo.compute.cpu.products import can_prepare
 from mlx_ppo.compute.sequences import Sequences, make_sequences
 from mlx_ppo.models.adapters import Weights
@@ -26,6 +25,17 @@ Models = Callable[..., Path]
 Gradients = dict[str, mx.array]
 
 
+@contextmanager
+def by_the_model(trunk: Trunk) -> Iterator[None]:
+    """Without the kernels."""
+    found = trunk.capabilities
+    trunk.capabilities = found._replace(rows=False)
+    try:
+        yield
+    finally:
+        trunk.capabilities = found
+
+
 def found_by(
     trunk: Trunk, weights: Weights, sequences: Sequences, *, own: bool, saving: bool = False
 ) -> tuple[np.ndarray, Gradients]:
@@ -37,7 +47,7 @@ def found_by(
             states = trunk.response_states(sequences, learning=True)
         return (states * direction).sum() + mx.square(states).sum(), states
 
-    with nullcontext() if own else avoiding_passes():
+    with nullcontext() if own else by_the_model(trunk):
         (_, states), gradients = mx.value_and_grad(loss)(dict(weights.arrays))
         mx.eval(states, gradients)
     return np.array(states), gradients
@@ -69,7 +79,7 @@ def test_states_and_gradients_are_those_of_the_model(
     saving: bool,
 ) -> None:
     trunk = load_trunk(make_model(kind, **changes))
-    assert trunk.reads_passes
+    assert trunk.capabilities.rows
     weights = (
         everything(trunk) if form == "all weights" else make_adapters(trunk, layers=0 if form == "adapters" else 1)
     )
@@ -149,7 +159,6 @@ def test_a_gradient_that_was_not_announced_is_refused(
 def test_a_gradient_keeps_little_and_a_pass_without_one_nothing(make_model: Models) -> None:
     trunk = load_trunk(make_model(num_hidden_layers=8, hidden_size=64, intermediate_size=256))
     weights = Weights({name: mx.array(array) for name, array in trunk.base.items()})
-    trunk.reads_passes  # noqa: B018
     sequences = make_sequences([[1, 2, 3]] * 16, [[4] * 61] * 16)
     states = 16 * 64 * 64 * 4
 
@@ -175,31 +184,31 @@ def test_a_gradient_keeps_little_and_a_pass_without_one_nothing(make_model: Mode
 def test_dropout_other_types_and_architectures_are_left_to_the_model(
     make_model: Models, quantised: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not load_trunk(make_model("gemma2")).reads_passes
-    assert not load_trunk(make_model(), dtype="bfloat16").reads_passes
-    assert not load_trunk(quantised(make_model()), compact=True).reads_passes
+    assert not load_trunk(make_model("gemma2")).capabilities.rows
+    assert not load_trunk(make_model(), dtype="bfloat16").capabilities.rows
+    assert not load_trunk(quantised(make_model()), compact=True).capabilities.rows
     trunk = load_trunk(make_model())
-    assert trunk.reads_passes
-    monkeypatch.setattr("mlx_ppo.models.trunk.states_of", lambda *_, **__: pytest.fail("numpy was asked"))
+    assert trunk.capabilities.rows
+    monkeypatch.setattr("mlx_ppo.compute.cpu.engine.states_of", lambda *_, **__: pytest.fail("numpy was asked"))
     sequences = make_sequences(PROMPTS, RESPONSES)
     with trunk.using(Weights({})), trunk.noise(0.5, mx.random.key(0)):
         noisy = np.array(trunk.response_states(sequences))
-    with avoiding_passes():
+    with by_the_model(trunk):
         assert np.abs(noisy - np.array(trunk.response_states(sequences))).max() > 0.1
 
 
-@pytest.mark.parametrize("part", ["turned", "normed", "swiglu_into"])
+@pytest.mark.parametrize("part", ["rotated", "normed", "swiglu_into"])
 def test_what_computes_something_else_is_found_out(
     make_model: Models, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     other: dict[str, Any] = {
-        "turned": lambda vectors, _: vectors,
+        "rotated": lambda vectors, _: vectors,
         "normed": lambda states, *_: states,
         "swiglu_into": lambda gate, up, out: np.multiply(gate, up, out=out),
     }
     monkeypatch.setattr(block_passes, part, other[part])
     trunk = load_trunk(make_model())
-    assert understood(trunk) and not trunk.reads_passes
+    assert not unsupported(trunk) and not trunk.capabilities.rows
 
 
 def test_what_is_not_finite_stays_so(make_model: Models) -> None:

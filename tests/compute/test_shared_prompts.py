@@ -1,7 +1,6 @@
 """Prompts of several responses read once: the same states, the same gradients."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_ppo.compute.cpu.passes import avoiding_passes
 from mlx_ppo.compute.sequences import make_sequences
 from mlx_ppo.compute.shared_prompts import LayerCache, Reading
 from mlx_ppo.models.adapters import Weights
@@ -40,11 +38,13 @@ def rollout_of(trunk: Trunk, prompts: list[list[int]]) -> Rollout:
         finished=mx.array([True] * len(prompts)),
         group=mx.zeros((len(prompts),), mx.int32),
         records=({},) * len(prompts),
+        temperature=1.0,
+        max_tokens=8,
         kept=trunk.entering(whole.tokens) if trunk.split else None,
     )
 
 
-@pytest.mark.parametrize("computing", [nullcontext, avoiding_passes])
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("layers", [0, 2])
 @pytest.mark.parametrize("prompts", [LEVEL, UNEVEN, [LEVEL[0]] * 6], ids=["level", "uneven", "one"])
 def test_states_and_gradients_are_those_of_whole_rows(
@@ -52,10 +52,11 @@ def test_states_and_gradients_are_those_of_whole_rows(
     make_adapters: Callable[..., Weights],
     prompts: list[list[int]],
     layers: int,
-    computing: Callable[[], AbstractContextManager[None]],
+    kernels: bool,
 ) -> None:
     """From the prompts and from kept states, by the model or by numpy; the last tokens' too, for a reward model."""
-    assert own.shares_prompts
+    assert own.capabilities.shares
+    own.capabilities = own.capabilities._replace(rows=kernels)
     weights = make_adapters(own, layers=layers)
     own.share_below([weights])
     assert bool(own.split) == bool(layers)
@@ -66,10 +67,10 @@ def test_states_and_gradients_are_those_of_whole_rows(
     direction = mx.random.normal((whole.targets.size, 32), key=mx.random.key(1))
 
     def loss(arrays: dict[str, mx.array], sequences: Any) -> mx.array:
-        with own.using(weights.holding(arrays)), computing():
+        with own.using(weights.holding(arrays)):
             return (own.response_states(sequences, learning=True) * direction).sum()
 
-    with own.using(weights), computing():
+    with own.using(weights):
         for place in ("predicting", "last"):
             found, wanted = (own.states(s)[getattr(s, place)] for s in (shared, whole))
             np.testing.assert_allclose(np.array(found), np.array(wanted), rtol=1e-4, atol=1e-4)
@@ -83,7 +84,7 @@ def test_states_and_gradients_are_those_of_whole_rows(
 def test_architectures_with_windows_or_masks_of_their_own_read_whole_rows(
     make_model: Callable[..., Path], kind: str
 ) -> None:
-    assert not load_trunk(make_model(kind)).shares_prompts
+    assert not load_trunk(make_model(kind)).capabilities.shares
 
 
 def test_forms_of_a_mask_that_nobody_knows_are_refused() -> None:

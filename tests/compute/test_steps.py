@@ -8,14 +8,14 @@ import pytest
 from tiny_models import COMMON_KINDS
 
 from mlx_ppo.compute.cpu import common_blocks, steps
-from mlx_ppo.compute.cpu.common_blocks import understood
+from mlx_ppo.compute.cpu.common_blocks import unsupported
 from mlx_ppo.compute.cpu.products import can_prepare
 from mlx_ppo.compute.cpu.steps import Steps
 from mlx_ppo.compute.kv_cache import keep_rows, new_caches, size_caches
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
-from mlx_ppo.stages.rollout import generate
+from mlx_ppo.stages.rollout import Asked, Sampling, generate
 
 pytestmark = pytest.mark.skipif(not can_prepare(), reason="no BLAS with products of many small matrices")
 LENGTHS = [5, 2, 4]
@@ -45,7 +45,7 @@ def test_states_logits_and_caches_are_those_of_the_model(
     make_model: Models, make_adapters: Callable[..., Weights], kind: str, changes: dict[str, Any], form: str
 ) -> None:
     trunk = load_trunk(make_model(kind, **changes))
-    assert trunk.reads_steps
+    assert trunk.capabilities.steps
     weights = Weights({})
     if form == "adapters":
         weights = make_adapters(trunk, size=0.3)
@@ -80,34 +80,34 @@ def test_states_logits_and_caches_are_those_of_the_model(
 
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
 def test_other_architectures_are_left_to_the_model(make_model: Models, kind: str) -> None:
-    assert not load_trunk(make_model(kind)).reads_steps
+    assert not load_trunk(make_model(kind)).capabilities.steps
 
 
-def test_other_types_windows_and_devices_are_left_to_the_model(
+def test_other_types_and_windows_are_left_to_the_model(
     make_model: Models, quantised: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not load_trunk(make_model(), dtype="bfloat16").reads_steps
-    assert not load_trunk(quantised(make_model()), compact=True).reads_steps
+    assert not load_trunk(make_model(), dtype="bfloat16").capabilities.steps
+    assert not load_trunk(quantised(make_model()), compact=True).capabilities.steps
     windows = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}
-    assert not understood(load_trunk(make_model(**windows)))
+    assert "window" in unsupported(load_trunk(make_model(**windows)))
     trunk = load_trunk(make_model())
-    assert understood(trunk)
-    monkeypatch.setattr(common_blocks, "on_cpu", lambda: False)
-    assert not understood(trunk)
+    assert not unsupported(trunk)
+    monkeypatch.setattr(common_blocks, "can_prepare", lambda: False)
+    assert "OpenBLAS" in unsupported(trunk)
 
 
-@pytest.mark.parametrize("part", ["turned", "_norm", "swiglu_into"])
+@pytest.mark.parametrize("part", ["rotated", "_norm", "swiglu_into"])
 def test_what_computes_something_else_is_found_out(
     make_model: Models, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     other: dict[str, Any] = {
-        "turned": lambda vectors, _: vectors,
+        "rotated": lambda vectors, _: vectors,
         "_norm": lambda layer: lambda states: states,
         "swiglu_into": lambda gate, up, out: np.multiply(gate, up, out=out),
     }
     monkeypatch.setattr(steps, part, other[part])
     trunk = load_trunk(make_model())
-    assert understood(trunk) and not trunk.reads_steps
+    assert not unsupported(trunk) and not trunk.capabilities.steps
 
 
 @pytest.mark.parametrize("places", [2, 5, 64, 65])
@@ -121,16 +121,15 @@ def test_a_rollout_is_the_models_own(
     trunk = load_trunk(make_model(num_hidden_layers=4, eos_token_id=[2, *range(100, 140)]))
     weights = make_adapters(trunk, layers=2)
     trunk.share_below([weights])
-    options: dict[str, Any] = {"samples_per_prompt": 14, "max_tokens": 9, "temperature": 1.0, "batch_size": places}
-    options |= {"seed_parts": (0,), "positions": range(5), "records": [{}] * 5}
+    asked, how = Asked(prompts, range(5), [{}] * 5), Sampling((0,), 9, samples_per_prompt=14, batch_size=places)
     made: list[int] = []
-    assert trunk.reads_steps
+    assert trunk.capabilities.steps
     prepare = Steps.__init__
     monkeypatch.setattr(Steps, "__init__", lambda self, trunk, rows: (made.append(rows), prepare(self, trunk, rows))[1])
-    here = generate(trunk, weights, prompts, **options)
+    here = generate(trunk, weights, asked, how)
     assert made[-1:] == [places] * (places <= 64)
-    monkeypatch.setattr(trunk, "reads_steps", False)
-    there = generate(trunk, weights, prompts, **options)
+    trunk.capabilities = trunk.capabilities._replace(steps=False)
+    there = generate(trunk, weights, asked, how)
     assert here.responses == there.responses and len(set(map(len, here.responses))) > 3
     np.testing.assert_allclose(np.array(here.logprobs), np.array(there.logprobs), atol=1e-4)
     assert here.kept is not None and there.kept is not None
@@ -141,7 +140,7 @@ def test_a_role_that_brings_all_weights_reads_steps_while_the_trunk_is_away(make
     trunk = load_trunk(make_model())
     weights = Weights({name: mx.array(array) for name, array in trunk.base.items()})
     trunk.evict()
-    assert "reads_steps" in vars(trunk) and trunk.reads_steps
+    assert trunk.capabilities.steps
     tokens = mx.array(drawn(3, 5))
     with trunk.using(weights):
         caches, others = caches_of(trunk, tokens), caches_of(trunk, tokens)

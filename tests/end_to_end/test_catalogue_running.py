@@ -16,11 +16,19 @@ from mlx_ppo.runs.provenance import sha256
 ESCAPES = "\x1b[2J\x1b]0;x\x07\u202e[red]\r"
 
 
-def test_equal_scores_are_warned_of(project):
+@pytest.mark.parametrize("advantage", ["gae", "grpo", "dr_grpo", "rloo"])
+def test_without_a_signal_the_policy_stays_as_it_is(project, advantage):
     (project.folder / "rule.py").write_text("def letters(prompts, completions):\n    return [1] * len(prompts)\n")
-    shown = project.done("train", project.config(run={"iterations": 2}))
-    for iteration in (1, 2):
-        assert f"warning: all scores of iteration {iteration} are equal" in shown
+    several = {"samples_per_prompt": 2, "prompts": 4, "max_tokens": 6}
+    shown = project.done("train", project.config(run={"iterations": 3}, ppo={"advantage": advantage}, rollout=several))
+    said = "all scores" if advantage == "gae" else "the scores of each prompt's responses"
+    for iteration in (1, 2, 3):
+        assert f"warning: {said} of iteration {iteration} are equal: no signal" in shown
+    for row in project.metrics():
+        assert row["kl"] == pytest.approx(0, abs=1e-5) and row["policy_norm"] == 0
+        assert advantage != "gae" or row["critic_norm"] > 0
+    policies = [checkpoint.load(project.run(), step).arrays["adapters"] for step in project.steps()]
+    assert all(mx.array_equal(policies[0][name], policies[1][name]) for name in policies[0])
 
 
 def test_empty_completions_are_scored_and_learned_from(project, model_folder):
@@ -113,7 +121,7 @@ def test_nothing_of_a_model_or_a_file_acts_on_the_terminal(project, monkeypatch)
 
 
 def test_displays_show_markup_as_it_is(capsys):
-    found = Answers({"points_[/x]\x1b": 1.0}, [(f"[red]{ESCAPES}", f"[/bold] {ESCAPES}", 1.0)])
+    found = Answers({"points/[/x]\x1b": 1.0}, [(f"[red]{ESCAPES}", f"[/bold] {ESCAPES}", 1.0)])
     display = Display()
     display.message(f"[/red] {ESCAPES}")
     display.before_and_after(found, found)

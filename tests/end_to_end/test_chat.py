@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from mlx_ppo.data.prompts import load_prompts
 from mlx_ppo.runs.targets import load_target
-from mlx_ppo.stages.rollout import generate
+from mlx_ppo.stages.rollout import Asked, Sampling, generate
 from mlx_ppo.tokenizers import chat_template
 
 START, END = 300, 301  # tokens that the tiny model's tokenizer leaves free
@@ -131,10 +131,8 @@ def test_sampled_answers_follow_the_whole_chat_and_end_with_either_stop_token(ta
     ]  # fmt: skip
     target = load_target(project.run())
     prompts = load_prompts(file, target.trunk.tokenizer, max_tokens=200, overlong="error").prompts
-    rollout = generate(
-        target.trunk, target.weights, [prompt.tokens for prompt in prompts], samples_per_prompt=1, max_tokens=20,
-        temperature=0.0, batch_size=4, seed_parts=(0,), positions=range(3), records=[{}] * 3,
-    )  # fmt: skip
+    questions = Asked([prompt.tokens for prompt in prompts], range(3), [{}] * 3)
+    rollout = generate(target.trunk, target.weights, questions, Sampling((0,), 20, temperature=0.0))
     assert np.array(rollout.finished).all()
     assert [response[-1] for response in rollout.responses] == [END, END, 2]
     assert target.trunk.tokenizer.eos_ids == {2, END, 200}

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 SMALL = ("--set", "rollout.prompts=4", "--set", "rollout.max_tokens=6", "--iterations", "2", "--prompt-tokens", "5")
@@ -18,7 +19,7 @@ def _quick_ceilings(monkeypatch):
     """The machine's own speed takes seconds to measure, and isn't what these tests look at."""
     from mlx_ppo.cli import bench
 
-    monkeypatch.setattr(bench, "gigaflops", lambda side: 100.0)
+    monkeypatch.setattr(bench, "gigaflops", lambda side, dtype: 50.0 if dtype == mx.bfloat16 else 100.0)
     monkeypatch.setattr(bench, "gigabytes", lambda: 10.0)
 
 
@@ -30,7 +31,14 @@ def kept(project):
     return shown
 
 
-def test_every_phase_has_its_seconds_tokens_operations_and_bytes(kept):
+def test_the_peak_is_that_of_the_type_in_which_a_model_computes(project):
+    shown = json.loads(project.done("bench", "model", *SMALL, "--set", "model.dtype=bfloat16", "--json"))
+    assert shown["ceilings"] == {"gigaflops": 50.0, "gigabytes": 10.0, "dtype": "bfloat16"}
+    row = shown["phases"]["update policy"]
+    assert row["share_of_peak"] == row["gflops_per_second"] / 50.0
+
+
+def test_every_phase_has_its_seconds_tokens_operations_and_bytes(project, kept):
     phases = kept["phases"]
     assert set(phases) == {*PRODUCTS, "update step", "between"}
     assert {name for name, row in phases.items() if "gflop" in row} == PRODUCTS
@@ -46,7 +54,8 @@ def test_every_phase_has_its_seconds_tokens_operations_and_bytes(kept):
     assert decode["share_of_bandwidth"] == decode["gb_per_second"] / 10 > 0
     parts = sum(row["seconds"] for name, row in phases.items() if name != "iteration")
     assert math.isclose(parts, phases["iteration"]["seconds"], rel_tol=0.3)
-    assert kept["shapes"]["model"] == "llama0" and kept["shapes"]["lora.layers"] == 8 and kept["versions"]["mlx"]
+    assert kept["shapes"]["lora.layers"] == 8 and kept["versions"]["mlx"]
+    assert kept["shapes"]["model"] == (project.folder / "model").resolve().name
 
 
 def test_a_configuration_gives_its_own_shapes(project):

@@ -105,6 +105,18 @@ def test_what_is_slow_or_open_is_flagged(shown, monkeypatch, tmp_path):
     assert err == "error: changed since mlx_ppo was imported: HF_HUB_OFFLINE\n"
 
 
+def test_a_macs_display_is_told_of_and_no_others(shown, monkeypatch):
+    for kind in ("CPU", "CUDA"):
+        monkeypatch.setattr(doctor.device, "kind", lambda kind=kind: kind)
+        assert "display" not in shown()[0]
+    monkeypatch.setattr(doctor.device, "kind", lambda: "Metal")
+    found = shown()[0]["display"]
+    assert found["value"].endswith("AGX_RELAX_CDM_CTXSTORE_TIMEOUT is not 1")
+    assert "let the display sleep" in found["problem"] and not found["fatal"]
+    monkeypatch.setenv("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")
+    assert shown()[0]["display"]["problem"] == ""
+
+
 def test_the_reference_blas_is_found_out():
     """As it is where mlx was imported first."""
     code = "import mlx.core; import mlx_ppo; from mlx_ppo.cli.main import main; main(['doctor', '--json'])"

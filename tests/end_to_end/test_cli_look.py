@@ -119,6 +119,39 @@ def test_samples_of_runs_folders_and_files(project):
     assert one.startswith("bad")
 
 
+def test_what_reads_a_run_takes_its_settings_and_says_so(project, reward_folders):
+    judge = str(reward_folders["folder"])
+    changes = {"rollout": {"temperature": 0.25, "max_tokens": 3}, "run": {"iterations": 1}}
+    shown = project.done("train", project.config(reward=[{"kind": "model", "path": judge}], **changes))
+    assert re.search(r"mlx_lm.generate .* --temp 0.25 --prompt", shown)
+    own = "temperature 0.25, up to 3 tokens\n"
+    for command in (("sample", "runs/a"), ("sample", "runs/a/checkpoints/000001")):
+        result = project.cli(*command)
+        assert result.stderr == f"{command[1]}: {own}"
+        assert result.stdout == project.done(*command, "--temperature", 0.25, "--max-tokens", 3)
+        assert result.stdout != project.done(*command, "--temperature", 1)
+    compared = project.cli("compare", "model", "runs/a")
+    assert compared.stderr == f"model: {own}runs/a: {own}"
+    assert compared.stdout == project.done("compare", "model", "runs/a", "--temperature", 0.25, "--max-tokens", 3)
+    assert project.cli("sample", "model", "--prompt", "it").stderr == "model: temperature 1, up to 64 tokens\n"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "NaN", "1e999"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("plan", "train.toml", "--memory-gb"),
+        ("sample", "model", "--prompt", "it", "--temperature"),
+        ("compare", "model", "model", "--temperature"),
+    ],
+)
+def test_numbers_on_the_command_line_are_finite(project, command, value):
+    project.config()
+    result = project.cli(*command, value)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert f"{value!r} is not a finite number" in result.stderr or "is not in the range" in result.stderr
+
+
 def test_samples_that_cannot_be_had(project, reward_folders):
     project.refused(2, "give --prompt or --prompts", "sample", "model")
     project.refused(2, "--prompt: is empty", "sample", "model", "--prompt", " ")

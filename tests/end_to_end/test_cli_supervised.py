@@ -13,10 +13,11 @@ import psutil
 import pytest
 
 import mlx_ppo
+from mlx_ppo.cli import supervise
 from mlx_ppo.compute.cpu.blas import Blas
 from mlx_ppo.errors import RunError
-from mlx_ppo.memory.choices import read_record
 from mlx_ppo.runs.folder import Run
+from mlx_ppo.runs.plan_file import read_plan
 
 WAIT = 240  # seconds; a busy machine
 RULE = """import time
@@ -172,13 +173,13 @@ def test_where_configured_a_killed_run_goes_on_with_a_smaller_plan(slow):
     project = slow
     process = project.start("train", project.config(run=RUN, memory={"retries": 1}, rollout={"batch_size": 0}))
     until(in_phase(project, "score", 2), process)
-    plan = read_record(project.run()).latest
+    plan = read_plan(project.run()).latest
     first, below = family(process)
     first.kill()
     until(lambda: working(below) == [], process)
     until(in_phase(project, "score", 4), process)
     second, below = family(process)
-    record = read_record(project.run())
+    record = read_plan(project.run())
     assert record.choices == plan != record.latest and 1 <= record.changes[0].iteration <= 2
     second.kill()
     out, err = ends(process, 4)
@@ -349,3 +350,67 @@ def test_a_lock_names_the_process_that_a_user_knows(project, tmp_path):
             Run(tmp_path)
         other.communicate()
     assert (tmp_path / "lock").read_text() == ""
+
+
+REFUSED = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPU...ErrorOutOfMemory)"
+# the trainer's second iteration fails as on a GPU, as many times as there are files to take away
+REFUSING = f"""
+import sys
+if sys.argv[0] == "-m" or "mlx_ppo.cli.work" in " ".join(sys.orig_argv):
+    import pathlib
+    from mlx_ppo.stages import iteration
+    score = iteration.score
+    def refusing(roles, policy, critic, rollout, *others):
+        left = sorted(pathlib.Path(__file__).parent.glob("refuse-*"))
+        if left and (pathlib.Path(__file__).parent / "runs/a/metrics.jsonl").exists():
+            left[0].unlink()
+            raise RuntimeError("{REFUSED}")
+        return score(roles, policy, critic, rollout, *others)
+    iteration.score = refusing
+"""
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_gpu_that_refuses_ends_a_run_at_its_last_checkpoint_or_makes_its_plan_smaller(project, retries):
+    (project.folder / "sitecustomize.py").write_text(REFUSING)
+    (project.folder / "refuse-1").touch()
+    run = {"iterations": 3, "save_every": 1}
+    config = project.config(run=run, memory={"retries": retries})
+    code = "from mlx_ppo.cli.main import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "train", str(config)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=project.folder,
+        env={**os.environ, "PYTHONPATH": str(project.folder)},
+    )  # fmt: skip
+    _, err = ends(process, 0 if retries else 4)
+    assert "Traceback" not in err and "the GPU was out of memory" in err and "Insufficient Memory" in err
+    if retries:
+        assert "going on with a smaller plan (1 of 1)" in err and [row["step"] for row in project.metrics()] == [
+            1,
+            2,
+            3,
+        ]
+        changes = json.loads((project.run() / "plan.json").read_text())["changes"]
+        assert len(changes) == 1
+    else:
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert "memory.budget_gb" in line and "mlx-ppo resume runs/a" in line
+        assert project.steps() == [1]
+        project.done("resume", project.run())
+        assert [row["step"] for row in project.metrics()] == [1, 2, 3]
+
+
+def test_what_a_killed_process_held_counts_a_gpus_arrays(tmp_path, monkeypatch):
+    """They aren't resident memory of a process on a Mac; what another process had logged before doesn't count."""
+    monkeypatch.setattr(supervise, "most_held_by_children", lambda: 1 << 30)
+    rows = [{"step": 1, "rollout": 9 << 30}, {"step": 2, "rollout": 3 << 30}, {"step": 3, "load": 1, "step.x": 5 << 30}]
+    (tmp_path / "memory.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "roll')
+    journal = supervise.Journal(tmp_path)
+
+    def said():
+        return supervise._death(-signal.SIGKILL, journal, tmp_path, starved=True)
+
+    assert "it had held up to 1.00 GiB" in said(), "this process has finished no iteration"
+    journal.follow("iteration", [{"step": 2.0}])
+    journal.follow("iteration", [{"step": 3.0}])
+    assert "it had held up to 5.00 GiB" in said()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import stat
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_a_run_leaves_everything_that_is_promised(project):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     for row in rows:
         assert row.keys() >= EXTRA and all(math.isfinite(value) for value in row.values())
-        assert {key for key in row if not key.startswith("score_")} <= BY_KEY.keys() | {"step"}
+        assert {key for key in row if not key.startswith("score/")} <= BY_KEY.keys() | {"step"}
         assert 0 < row["seconds"] < 100 and row["tokens_per_second"] > 0
         assert row["ratio_error"] < 1e-4 and row["logprob_error"] < 1e-4
         assert row["reward"] == pytest.approx(row["score"] - row["kl_coef"] * row["kl"])
@@ -110,10 +111,30 @@ def test_a_trained_reward_model_scores(project, reward_folders, placement, train
     assert "rating points (reward)" in shown
     rows = project.metrics()
     for row in rows:
-        assert row["score"] == pytest.approx(row["score_reward"] + 0.5 * row["score_letters"], abs=1e-5)
-    assert len({row["score_reward"] for row in rows}) == 3
+        assert row["score"] == pytest.approx(row["score/reward"] + 0.5 * row["score/letters"], abs=1e-5)
+    assert len({row["score/reward"] for row in rows}) == 3
     evaluation = next(row for row in project.samples() if row["kind"] == "evaluation")
-    assert {"score", "reward"} <= evaluation.keys()
+    assert {"score", "points/reward"} <= evaluation.keys()
+
+
+@pytest.mark.parametrize("name", ["prompt", "score", "kind", "step"])
+def test_no_name_of_a_reward_folder_hides_what_is_logged(project, reward_folders, name):
+    shutil.copytree(reward_folders["folder"], project.folder / name)
+    source = {"kind": "model", "path": name}
+    project.done("train", project.config(run={"iterations": 1}, reward=[source], ppo={"advantage": "gae"}))
+    rows = [row for row in project.samples() if row["kind"] == "evaluation"]
+    assert [row["prompt"] for row in rows] == ["the film", "a very good story", "it was"] * 2
+    assert {row["step"] for row in rows} == {0, 1} and all(f"points/{name}" in row for row in rows)
+
+
+@pytest.mark.parametrize("name", ["deviation", "score", "norm"])
+def test_no_name_of_a_reward_function_hides_what_is_logged(project, name):
+    (project.folder / "rule.py").write_text(f"def {name}(prompts, completions):\n    return [1.0] * len(prompts)\n")
+    source = {"kind": "function", "function": f"rule.py:{name}"}
+    shown = project.done("train", project.config(run={"iterations": 1}, reward=[source]))
+    row = project.metrics()[0]
+    assert row["score_deviation"] == 0 and row[f"score/{name}"] == 1
+    assert "all scores of iteration 1 are equal" in shown
 
 
 @pytest.mark.parametrize("placement", ["adapters", "folder"])

@@ -217,3 +217,23 @@ def test_changed_bytes_of_the_last_checkpoint_are_named_by_both_commands(trained
             trained.refused(4, f"runs/a/checkpoints/000003/{file.name}: ", "resume", "runs/a")
         file.write_bytes(whole)
     sound(trained)
+
+
+@pytest.mark.parametrize("change", ["good", None], ids=["changed", "missing"])
+def test_what_a_reward_function_read_is_part_of_the_record(project, change):
+    (project.folder / "words.txt").write_text("film")
+    (project.folder / "rule.py").write_text(
+        "WORD = open(__file__.replace('rule.py', 'words.txt')).read()\n"
+        "def letters(prompts, completions):\n    return [text.count(WORD) + len(text) / 10 for text in completions]\n"
+    )
+    project.done("train", project.config(run={"iterations": 2}))
+    project.done("verify", "runs/a")
+    (project.folder / "words.txt").write_text(change) if change else (project.folder / "words.txt").unlink()
+    what = "changed" if change else "missing"
+    shown = project.cli("verify", "runs/a")
+    assert shown.exit_code == 4 and f"words.txt: {what} since a reward function read it" in shown.stderr
+    project.refused(4, f"words.txt (read by a reward function): {what} since", "resume", "runs/a")
+    if change:
+        shown = project.cli("resume", "runs/a", "--allow-config-change")
+        assert shown.exit_code == 0 and "words.txt (read by a reward function): changed since" in shown.stderr
+        assert "everything is as recorded" in project.done("verify", "runs/a")

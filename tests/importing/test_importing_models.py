@@ -116,8 +116,8 @@ def test_folder_in(tmp_path):
     for name, array in arrays_of(tmp_path / "floats").items():
         assert mx.allclose(array, direct[name], atol=1e-6), name
     assert "quantization" not in tiny.json_of(tmp_path / "floats" / "config.json")
-    assert "first: quantised; computed in float32 here" in load_trunk(tmp_path / "first").remark
-    assert load_trunk(tmp_path / "floats").remark == ""
+    assert "first: quantised; computed in float32 here" in load_trunk(tmp_path / "first").remarks[0]
+    assert load_trunk(tmp_path / "floats").remarks == []
 
 
 def test_refusals(tmp_path):

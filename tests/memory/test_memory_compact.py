@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_ppo.compute.cpu import compact
 from mlx_ppo.compute.cpu.vocabulary import vocabulary_statistics
 from mlx_ppo.compute.kv_cache import new_caches
+from mlx_ppo.config.sections import LoraSection
 from mlx_ppo.data.model_files import json_object
 from mlx_ppo.memory.model import weightless_trunk
 from mlx_ppo.memory.simulator.replay import predict
@@ -66,7 +67,7 @@ def trunk(folder: Path) -> Trunk:
 
 @pytest.fixture
 def lora(trunk: Trunk) -> Weights:
-    weights = new_adapters(trunk.adapted, layers=2, rank=8, scale=2.0, targets=(), key="memory", seed=0)
+    weights = new_adapters(trunk.adapted, LoraSection(layers=2), key="memory", seed=0)
     mx.eval(dict(weights.arrays))
     return weights
 

@@ -15,21 +15,12 @@ import pytest
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.errors import ModelError, RunError
 from mlx_ppo.memory import budget, watchdog
-from mlx_ppo.memory.choices import (
-    PLAN,
-    Change,
-    Choices,
-    Possible,
-    Shapes,
-    as_document,
-    concede,
-    one_smaller,
-    read_record,
-)
+from mlx_ppo.memory.choices import Possible, Shapes, concede, one_smaller
 from mlx_ppo.memory.keeping import Keeper, limits_of
 from mlx_ppo.memory.starting import plan_run
 from mlx_ppo.memory.watchdog import danger, watching
 from mlx_ppo.models.load import load_trunk
+from mlx_ppo.runs.plan_file import PLAN, Choices, PlanChange, as_document, read_plan, write_plan
 from mlx_ppo.runtime.phases import Limit, metering, phase
 from mlx_ppo.runtime.signals import Interrupts, Stopped
 
@@ -100,13 +91,24 @@ def test_a_killed_run_goes_on_smaller_where_it_needed_most(config: TrainConfig, 
 def test_the_record_survives_its_file(config: TrainConfig, tmp_path: Path) -> None:
     planned = plan_run(config, [24], tmp_path)
     smaller = replace(planned.record.choices, micro_batch=2)
-    record = replace(planned.record, changes=(Change(3, 1, smaller, "because"),), factors={"rollout": 1.1}, overhead=7)
-    (tmp_path / PLAN).write_text(json.dumps(as_document(record)))
-    assert read_record(tmp_path) == record
+    record = replace(
+        planned.record, changes=(PlanChange(3, 1, smaller, "because"),), factors={"rollout": 1.1}, overhead=7
+    )
+    write_plan(record, tmp_path)
+    assert read_plan(tmp_path) == record
     assert [record.at(*place).micro_batch for place in ((2, 9), (3, 0), (3, 1), (4, 0))] == [8, 8, 2, 2]
+    for fixed in ({"evict": True}, {"compact": True}):
+        change = PlanChange(2, 0, replace(smaller, **fixed), "because")  # type: ignore[arg-type]
+        with pytest.raises(RunError, match=f"the change at iteration 2 has another '{next(iter(fixed))}' than"):
+            replace(planned.record, changes=(change,))
+        document = as_document(record)
+        document["changes"][0]["choices"] |= fixed
+        (tmp_path / PLAN).write_text(json.dumps(document))
+        with pytest.raises(RunError, match=r"plan\.json: the change at iteration 3 .* remove the file"):
+            read_plan(tmp_path)
     (tmp_path / PLAN).write_text("{}")
     with pytest.raises(RunError, match="remove it to have another one made"):
-        read_record(tmp_path)
+        read_plan(tmp_path)
 
 
 def keeper(config: TrainConfig, folder: Path, budget_bytes: int) -> Any:
@@ -122,23 +124,25 @@ def test_passes_get_smaller_near_the_budget_and_a_resumed_run_does_the_same(
     own = keeper(config, tmp_path, 400 << 20)
     own.plan = replace(own.plan, overhead=100 << 20)
     own.begin(4, 0)
-    assert own.pass_size() == 8
+    assert own.next_step().micro_batch == 8
     own.meter.peaks = {"update policy": (399 << 20) - own.plan.overhead}
-    assert own.pass_size() == 4
+    assert own.next_step().micro_batch == 4
     own.meter.peaks = {"update policy": 40 << 20}
-    assert own.pass_size() == 4
+    assert own.next_step().micro_batch == 4
     assert len(own.messages()) == 1 and own.messages() == []
     again = keeper(config, tmp_path, 400 << 20)
-    assert [again.begin(3, 0).ppo.micro_batch, again.begin(4, 0).ppo.micro_batch] == [8, 8]
-    assert [again.pass_size() for _ in range(3)] == [8, 4, 4]
-    assert again.begin(5, 0).ppo.micro_batch == 4
+    assert again.now().micro_batch == 4, "an evaluation before the first iteration fits, too"
+    for iteration, wanted in ((3, 8), (4, 8), (5, 4), (4, 8)):
+        again.begin(iteration, 0)
+        assert again.now().micro_batch == wanted
+    assert [again.next_step().micro_batch for _ in range(3)] == [8, 4, 4] and again.now().micro_batch == 4
 
 
 def test_a_pinned_pass_stays(config: TrainConfig, tmp_path: Path) -> None:
     own = keeper(with_keys(config, ppo={"micro_batch": 8}), tmp_path, 200 << 20)
     own.begin(1, 0)
     own.meter.peaks = {"update policy": 500 << 20}
-    assert own.pass_size() == 8 and own.messages() == []
+    assert own.next_step().micro_batch == 8 and own.messages() == []
 
 
 def test_the_first_iteration_corrects_the_plan(config: TrainConfig, tmp_path: Path) -> None:
@@ -152,7 +156,7 @@ def test_the_first_iteration_corrects_the_plan(config: TrainConfig, tmp_path: Pa
     assert own.record.factors == pytest.approx(
         {"update policy": 1.2, "update critic": 1.0, "update step": 1.0}, rel=0.01
     )
-    kept = read_record(tmp_path)
+    kept = read_plan(tmp_path)
     assert kept is not None and kept.factors == own.record.factors and kept.overhead == own.record.overhead
     own.meter.peaks["update critic"] *= 2
     own.finish([(24, 24)] * 16, states)

@@ -15,20 +15,21 @@ from click.testing import CliRunner
 
 from mlx_ppo.bench.dry_run import Measured, dry_run
 from mlx_ppo.cli.main import main
+from mlx_ppo.compute.cpu import engine
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.random import philox
 from mlx_ppo.errors import ConfigError
 from mlx_ppo.memory.budget import keeping_to
-from mlx_ppo.memory.choices import Shapes, applied
+from mlx_ppo.memory.choices import Shapes
 from mlx_ppo.memory.keeping import limits_of
 from mlx_ppo.memory.model import weightless_roles
 from mlx_ppo.memory.phases import Accountant
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, fastest, longest_response, make_plan, needed, plan_of, require_fit
 from mlx_ppo.memory.starting import accountant_of
 from mlx_ppo.models.roles import load_roles
+from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.runtime.phases import metering, phase
-from mlx_ppo.stages import decoding
-from mlx_ppo.stages.rollout import generate, sampling
+from mlx_ppo.stages.rollout import Asked, generate, sampling
 
 SIZES = {
     "hidden_size": 128,
@@ -152,27 +153,26 @@ def test_the_predicted_peak_of_a_rollout_whose_rows_are_replaced(
     )
     own = accountant(config, Shapes(prompt=prompt, response=response, responses=32, distinct=32, minibatch=8))
     plan = make_plan(own, config, None)
-    draw, shares = decoding.sample, [3 / response, 0.0]
+    draw, shares = engine.sample, [3 / response, 0.0]
 
     def ending(logits: Any, draws: Any, temperature: float) -> Any:
         """End responses at tokens of chance."""
         tokens, logprobs = draw(logits, draws, temperature)
         return np.where(draws < shares[-1], 2047, np.where(tokens == 2047, 5, tokens)), logprobs
 
-    monkeypatch.setattr(decoding, "sample", ending)
+    monkeypatch.setattr(engine, "sample", ending)
     roles, policy, critic = load_roles(config)
     roles.close()
     mx.eval(dict(policy.arrays), dict(critic.arrays) if critic is not None else {})
-    options: dict[str, Any] = {**sampling(config.rollout), "samples_per_prompt": 1, "seed_parts": (0,)}
-    options |= {"positions": range(32), "records": [{}] * 32}
     prompts = [tuple(row) for row in philox("prompts").integers(0, 2047, (32, prompt)).tolist()]
+    asked, how = Asked(prompts, range(32), [{}] * 32), sampling(config.rollout, plan.choices, 0)
     gc.collect()
     there = mx.get_active_memory()
     peaks = []
     while shares:
         rows: list[int] = []
         with metering(limits_of(plan.phases)) as meter:
-            generate(roles.trunk, policy, prompts, on_tokens=rows.append, **options)
+            generate(roles.trunk, policy, asked, how, rows.append)
         peaks.append(meter.peaks["rollout"] - there)
         shares.pop()
     assert len(set(rows)) > 4, "rows have ended, and others have joined"
@@ -233,7 +233,7 @@ def test_pinned_keys_stay(make_config: Make) -> None:
     )
     plan = make_plan(accountant(config), config, 1 << 20)
     assert not plan.fits and plan.concessions == ()
-    assert applied(config, plan.choices) == config
+    assert plan.choices == Choices.pinned(config)
 
 
 def test_the_longest_response_fits_and_a_longer_one_does_not(make_config: Make) -> None:

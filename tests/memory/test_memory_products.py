@@ -7,10 +7,10 @@ import pytest
 
 from mlx_ppo.bench.operations import DECODE, PREFILL, decoding, flops, flops_of
 from mlx_ppo.config.sections import TrainConfig
-from mlx_ppo.memory.choices import Choices
 from mlx_ppo.memory.phases import Accountant
 from mlx_ppo.memory.simulator.trace import trace
 from mlx_ppo.memory.starting import accountant_of
+from mlx_ppo.runs.plan_file import Choices
 
 PROMPT, RESPONSE, ROWS = 5, 8, 6
 D, F, V, DK, LAYERS = 32, 48, 304, 16, 2

@@ -11,8 +11,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_ppo.algo.logprobs import token_logprobs
 from mlx_ppo.compute.cpu.vocabulary import vocabulary_statistics
-from mlx_ppo.compute.device import assuming
-from mlx_ppo.compute.output_head import head_statistics
+from mlx_ppo.compute.portable import PortableEngine
+from mlx_ppo.config.sections import LoraSection
 from mlx_ppo.memory.simulator.replay import predict
 from mlx_ppo.models.adapters import Weights, new_adapters
 from mlx_ppo.models.load import load_trunk
@@ -144,7 +144,7 @@ def wide(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> Tru
 
 @pytest.fixture
 def lora(wide: Trunk) -> Weights:
-    weights = new_adapters(wide.adapted, layers=0, rank=8, scale=2.0, targets=(), key="memory", seed=0)
+    weights = new_adapters(wide.adapted, LoraSection(), key="memory", seed=0)
     mx.eval(dict(weights.arrays))
     return weights
 
@@ -225,10 +225,10 @@ def test_head_alone(by_chunks: Trunk, positions: int, learning: bool) -> None:
     by_chunks.positions = positions
 
     def values(states: mx.array) -> Any:
-        return head_statistics(by_chunks, states, targets, temperature=0.9)
+        return by_chunks.engine.statistics(by_chunks, states, targets, temperature=0.9, learning=False)
 
     def loss(states: mx.array) -> mx.array:
-        return head_statistics(by_chunks, states, targets, temperature=0.9, learning=learning)[0].sum()
+        return by_chunks.engine.statistics(by_chunks, states, targets, temperature=0.9, learning=learning)[0].sum()
 
     for function in (values, mx.value_and_grad(loss)):
         peak = predict(function, states)
@@ -248,7 +248,9 @@ def test_update_with_the_head_by_chunks(
     def loss(arrays: dict[str, mx.array]) -> mx.array:
         with by_chunks.using(lora.holding(arrays)):
             states = by_chunks.hidden(tokens).reshape(ROWS * LENGTH, -1)
-            found = head_statistics(by_chunks, states, tokens.reshape(-1), temperature=0.9, learning=learning)
+            found = by_chunks.engine.statistics(
+                by_chunks, states, tokens.reshape(-1), temperature=0.9, learning=learning
+            )
         return (found[0] * mx.sin(found[0])).mean()
 
     function = mx.value_and_grad(loss)
@@ -264,7 +266,7 @@ def test_full_training_with_the_head_by_chunks(by_chunks: Trunk, tokens: mx.arra
     def loss(arrays: dict[str, mx.array]) -> mx.array:
         with by_chunks.using(Weights(arrays)):
             states = by_chunks.hidden(tokens).reshape(ROWS * LENGTH, -1)
-            found = head_statistics(by_chunks, states, tokens.reshape(-1), temperature=0.9, learning=True)
+            found = by_chunks.engine.statistics(by_chunks, states, tokens.reshape(-1), temperature=0.9, learning=True)
         return (found[0] * mx.sin(found[0])).mean()
 
     function = mx.value_and_grad(loss)
@@ -274,23 +276,23 @@ def test_full_training_with_the_head_by_chunks(by_chunks: Trunk, tokens: mx.arra
 
 
 @pytest.mark.parametrize("positions", [16, 0])
-def test_head_by_chunks_on_a_gpu(by_chunks: Trunk, positions: int) -> None:
+def test_head_by_chunks_on_a_gpu(by_chunks: Trunk, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU would compute, here on the CPU."""
     states, targets = noise(96, 128), mx.arange(96) % VOCABULARY
     mx.eval(targets)
     by_chunks.positions = positions
 
     def values(states: mx.array) -> Any:
-        return head_statistics(by_chunks, states, targets, temperature=0.9)
+        return by_chunks.engine.statistics(by_chunks, states, targets, temperature=0.9, learning=False)
 
     def loss(states: mx.array) -> mx.array:
-        return head_statistics(by_chunks, states, targets, temperature=0.9, learning=True)[0].sum()
+        return by_chunks.engine.statistics(by_chunks, states, targets, temperature=0.9, learning=True)[0].sum()
 
-    with assuming(cpu=False):
-        for function in (values, mx.value_and_grad(loss)):
-            found = measured(function, there(states))[0]
-            assert abs(predict(function, states).transient - found) <= 1.05 * (positions or 96) * VOCABULARY * 4
-            assert found < 7 * (positions or 96) * VOCABULARY * 4
+    monkeypatch.setattr(by_chunks, "engine", PortableEngine())
+    for function in (values, mx.value_and_grad(loss)):
+        found = measured(function, there(states))[0]
+        assert abs(predict(function, states).transient - found) <= 1.05 * (positions or 96) * VOCABULARY * 4
+        assert found < 7 * (positions or 96) * VOCABULARY * 4
 
 
 def test_generation_step(wide: Trunk, tokens: mx.array) -> None:

@@ -11,7 +11,7 @@ from mlx_lm.tuner.utils import load_adapters as stock_load_adapters
 from mlx_lm.utils import load_model as stock_load_model
 
 from mlx_ppo.algo.kl import FixedKL
-from mlx_ppo.config.sections import OptimizerSection
+from mlx_ppo.config.sections import LoraSection, OptimizerSection
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.adapters import Weights, load_adapters, new_adapters
 from mlx_ppo.models.load import load_trunk
@@ -24,7 +24,10 @@ from mlx_ppo.stages.update import Learner
 
 TOKENS = mx.array([[1, 286, 288, 40, 7, 212]])
 Adapters = Callable[..., Weights]
-OPTIONS: dict[str, Any] = {"layers": 0, "rank": 4, "scale": 2.0, "targets": (), "key": "policy", "seed": 0}
+
+
+def fresh(trunk: Trunk, *, key: str = "policy", seed: int = 0, **lora: Any) -> Weights:
+    return new_adapters(trunk.adapted, LoraSection(rank=4, **lora), key=key, seed=seed)
 
 
 def logits(trunk: Trunk, weights: Weights) -> np.ndarray:
@@ -40,17 +43,17 @@ def full(trunk: Trunk) -> Weights:
 
 
 def test_fresh_adapters_change_nothing_and_depend_on_seed_and_role(trunk: Trunk) -> None:
-    made = new_adapters(trunk.adapted, **OPTIONS)
+    made = fresh(trunk)
     np.testing.assert_array_equal(logits(trunk, made), logits(trunk, Weights({})))
     assert len(made.arrays) == 2 * 7 * 2, "two arrays, seven linear layers, two blocks"
     name = "model.layers.1.mlp.down_proj.lora_a"
     assert made.arrays[name].shape == (48, 4)
     bound = 1 / np.sqrt(48)
     assert 0.8 * bound < np.abs(np.array(made.arrays[name])).max() <= bound
-    again = new_adapters(trunk.adapted, **OPTIONS)
+    again = fresh(trunk)
     np.testing.assert_array_equal(np.array(again.arrays[name]), np.array(made.arrays[name]))
     for change in ({"seed": 1}, {"key": "critic"}):
-        other = new_adapters(trunk.adapted, **{**OPTIONS, **change})
+        other = fresh(trunk, **change)
         assert np.abs(np.array(other.arrays[name] - made.arrays[name])).max() > 0.01
 
 
@@ -65,11 +68,11 @@ def test_layers_and_targets_choose_where_adapters_go(
     make_model: Callable[..., Path], change: dict[str, Any], expected: set[str]
 ) -> None:
     trunk = load_trunk(make_model(num_hidden_layers=3))
-    places = {name.rpartition(".")[0] for name in new_adapters(trunk.adapted, **{**OPTIONS, **change}).arrays}
+    places = {name.rpartition(".")[0] for name in fresh(trunk, **change).arrays}
     assert expected <= places
     assert len(places) == {"layers": 7, "targets": 3}[next(iter(change))]
     with pytest.raises(ModelError, match=r"up_prog.*mlp\.up_proj"):
-        new_adapters(trunk.adapted, **{**OPTIONS, "targets": ("mlp.up_prog",)})
+        fresh(trunk, targets=("mlp.up_prog",))
 
 
 def test_an_adapter_is_a_low_rank_change_of_the_weights(trunk: Trunk, make_adapters: Adapters) -> None:
@@ -178,7 +181,7 @@ def test_adapters_on_quantised_layers(make_model: Callable[..., Path], make_adap
     base = load_trunk(path)
     stock, _ = stock_load_model(path)
     nn.quantize(stock, group_size=32, bits=8)
-    trunk = Trunk(stock, base.tokenizer, "quantised")
+    trunk = Trunk(stock, base.tokenizer, "quantised", base.engine)
     assert {n: a.shape for n, a in make_adapters(trunk).arrays.items()} == {
         n: a.shape for n, a in make_adapters(base).arrays.items()
     }

@@ -111,6 +111,92 @@ def test_records_are_passed_where_they_are_accepted(build, parameters: str) -> N
     assert scored(function, ["a", "b"]) == [0.5, 1.5]
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "completions, prompts",
+        "completions, prompts, **others",
+        "completions, /, prompts",
+        "prompts, completions, /",
+        "completions, *, answer, **others",
+        "completions, answer=None",
+        "records, completions, answer",
+        "completions",
+    ],
+)
+def test_parameters_get_what_their_names_say(build, parameters: str) -> None:
+    given = [name for name in ("prompts", "records", "answer") if name in parameters]
+    body = "".join(f"    assert {name} == {{'prompts': ['p', 'q'], 'records': ROWS, 'answer': [1, 2]}}[{name!r}]\n"
+                   for name in given)  # fmt: skip
+    function = build(
+        f"ROWS = [{{'answer': 1}}, {{'answer': 2}}]\ndef score({parameters}):\n{body}    return map_(completions)\n"
+        "def map_(texts):\n    return [float(len(text)) for text in texts]\n"
+    )
+    assert function.score(["p", "q"], ["a", "bc"], [{"answer": 1}, {"answer": 2}]) == [1.0, 2.0]
+
+
+def test_a_wrapper_without_names_calls_by_name(build) -> None:
+    source = """
+        def logged(function):
+            return lambda *args, **keywords: function(*args, **keywords)
+        @logged
+        def score(completions, prompts, **others):
+            return [float(text) for text in completions]
+    """
+    assert scored(build(source), ["4"], ["5"]) == [4.0]
+
+
+@pytest.mark.parametrize("parameters", ["responses, prompts", "p, c", "texts, **others", "*args", "prompt, completion"])
+def test_parameters_that_cannot_be_told_are_refused(build, parameters: str) -> None:
+    message = load_failure(build(f"def score({parameters}):\n    return [1.0]\n"))
+    assert f"'score({parameters.replace(' =', '=')})' doesn't say which parameter gets the completions" in message
+
+
+def test_a_field_that_some_prompts_lack_is_refused_before_training(build) -> None:
+    function = build("def score(completions, answer):\n    return [1.0 for _ in completions]\n")
+    function.start()
+    function.require_fields([{"prompt": "a", "answer": "b"}])
+    with pytest.raises(ConfigError, match="a parameter 'answer', and prompts without a field of that name"):
+        function.require_fields([{"prompt": "a", "answer": "b"}, {"prompt": "c"}])
+    with pytest.raises(RunError, match="a parameter 'answer', which the records of these prompts lack"):
+        function.score(["a"], ["b"], [{"prompt": "a"}])
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["random.random()", "hash('text') % 1000", "list({'a', 'b', 'c', 'd'}).index('a')", "numpy.random.rand()"],
+)
+def test_the_same_batch_gets_the_same_scores_in_every_process(build, expression: str) -> None:
+    source = "import random\n" + ("import numpy\n" if "numpy" in expression else "") + returning(f"[{expression}]")
+    runs = []
+    for _ in range(3):
+        with build(source) as function:
+            runs.append([scored(function, ["a"]), scored(function, ["b"]), scored(function, ["a"])])
+    assert runs[0] == runs[1] == runs[2] and runs[0][0] == runs[0][2]
+    assert "random" not in expression or runs[0][0] != runs[0][1]
+
+
+def test_what_the_function_reads_is_told(build, tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("words = open('/dev/null').read()\n")
+    (tmp_path / "late.py").write_text("import json\n")
+    (tmp_path / "words.txt").write_text("good\n")
+    source = """
+        import os, pathlib, textwrap
+        import helper
+        here = pathlib.Path(__file__).parent
+        words = (here / "words.txt").read_text()
+        def score(prompts, completions):
+            import late
+            (here / "log.txt").write_text("x")
+            return [float(len((here / "log.txt").read_text()))]
+    """
+    with build(source) as function:
+        assert {Path(name).name for name in function.files} == {"helper.py", "words.txt"}
+        scored(function, ["a"])
+        assert {Path(name).name for name in function.files} == {"helper.py", "words.txt", "late.py"}
+        assert function.files[str(tmp_path / "words.txt")] == hashlib.sha256(b"good\n").hexdigest()
+
+
 def test_prints_and_standard_input_leave_the_protocol_alone(build, capfd: pytest.CaptureFixture[str]) -> None:
     source = """
         import os, subprocess, sys
@@ -443,7 +529,7 @@ def test_an_unreadable_file_is_told(build) -> None:
         ("def scores(p, c): return []\n", "no function 'score' in this file. Did you mean 'scores'?"),
         ("x = 1\n", "no function 'score' in this file."),
         ("score = 1.5\n", "'score' is of type float, not a function"),
-        ("def score(text): return 1.0\n", "'score(text)' doesn't accept (prompts, completions)"),
+        ("def score(text): return 1.0\n", "'score(text)' doesn't say which parameter gets the completions"),
         ("x = 1\nimport no_such_package\n", ":2: the reward function can't be loaded: raised ModuleNotFoundError"),
         ("x = 1\ndef score(:\n", ":2: the reward function can't be loaded: raised SyntaxError"),
         ("raise SystemExit\n", ":1: the reward function can't be loaded: raised SystemExit"),

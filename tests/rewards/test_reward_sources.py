@@ -19,7 +19,7 @@ from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.roles import Roles, Source
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.stages.records import Rollout
-from mlx_ppo.stages.rollout import generate
+from mlx_ppo.stages.rollout import Asked, Sampling, generate
 from mlx_ppo.stages.scoring import RawScores, combined_scores, raw_scores
 from mlx_ppo.tokenizers.load import completion_text
 
@@ -29,18 +29,9 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% end
 
 @pytest.fixture
 def rollout(stopping_trunk: Trunk, texts: list[str]) -> Rollout:
-    return generate(
-        stopping_trunk,
-        Weights({}),
-        [tuple(stopping_trunk.tokenizer.encode(text, bos=True)) for text in texts],
-        samples_per_prompt=1,
-        max_tokens=6,
-        temperature=1.0,
-        batch_size=8,
-        seed_parts=(0,),
-        positions=range(len(texts)),
-        records=[{"prompt": text} for text in texts],
-    )
+    prompts = [tuple(stopping_trunk.tokenizer.encode(text, bos=True)) for text in texts]
+    asked = Asked(prompts, range(len(texts)), [{"prompt": text} for text in texts])
+    return generate(stopping_trunk, Weights({}), asked, Sampling((0,), 6))
 
 
 def classifier(make_model: MakeModel, target: Path, labels: int = 1) -> Path:

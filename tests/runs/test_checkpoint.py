@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_ppo.compute.cpu.engine import CpuEngine
 from mlx_ppo.config.sections import OptimizerSection
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights
@@ -63,13 +64,13 @@ def test_an_optimizer_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_p
         if step == 2:
             arrays = {"adapters": weights.arrays, "optimizer": optimizer.state()}
             save(tmp_path, Checkpoint(step, arrays, {"steps": optimizer.steps}, {}), keep_last=1, best=None)
-        weights, _ = optimizer.step(weights, gradient(step), what="policy")
+        weights, _ = optimizer.step(CpuEngine(), weights, gradient(step), what="policy")
     saved = load(tmp_path, 2)
     again = Optimizer(section, learning_rate=0.1, total_steps=4)
     again.load(dict(saved.arrays["optimizer"]), saved.state["steps"])
     resumed = Weights({"w": mx.ones((4, 4))}).holding(dict(saved.arrays["adapters"]))
     for step in (2, 3):
-        resumed, _ = again.step(resumed, gradient(step), what="policy")
+        resumed, _ = again.step(CpuEngine(), resumed, gradient(step), what="policy")
     assert raw(resumed.arrays["w"]) == raw(weights.arrays["w"]) and again.steps == optimizer.steps
     assert {k: raw(a) for k, a in again.state().items()} == {k: raw(a) for k, a in optimizer.state().items()}
 

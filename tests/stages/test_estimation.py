@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_ppo.config.sections import TrainConfig
-from mlx_ppo.stages.advantages import advantages
+from mlx_ppo.stages.advantages import advantages, is_signal
 from mlx_ppo.stages.records import PPOBatch, Rollout, Scored
 
 LENGTHS = [4, 1, 3, 2, 4, 2]
@@ -16,7 +16,7 @@ SCORES, POLICY, REFERENCE, VALUES = (GENERATOR.normal(size=shape) for shape in (
 MASK = np.arange(T)[None, :] < np.array(LENGTHS)[:, None]
 
 
-def found(kl_coef: float, *, critic: bool = True, **ppo: Any) -> PPOBatch:
+def estimated(kl_coef: float, given: list[float] | None, *, critic: bool = True, **ppo: Any) -> tuple[PPOBatch, bool]:
     config = TrainConfig.model_validate(
         {
             "model": {"path": "m"},
@@ -37,10 +37,16 @@ def found(kl_coef: float, *, critic: bool = True, **ppo: Any) -> PPOBatch:
         finished=mx.array([True] * B),
         group=mx.array(GROUP),
         records=({},) * B,
+        temperature=1.0,
+        max_tokens=8,
     )
-    scores = mx.array(SCORES, mx.float32)
+    scores = mx.array(SCORES if given is None else given, mx.float32)
     scored = Scored(scores, {"s": scores}, policy, reference, policy, values if critic else None)
-    return advantages(config, rollout, scored, kl_coef=kl_coef)
+    return advantages(config, rollout, scored, kl_coef=kl_coef), is_signal(config, rollout, scored)
+
+
+def found(kl_coef: float, *, critic: bool = True, **ppo: Any) -> PPOBatch:
+    return estimated(kl_coef, None, critic=critic, **ppo)[0]
 
 
 def gae_by_hand(kl_coef: float, discount: float, lambdas: list[float]) -> np.ndarray:
@@ -58,9 +64,11 @@ def gae_by_hand(kl_coef: float, discount: float, lambdas: list[float]) -> np.nda
     return result
 
 
-def whitened(array: np.ndarray) -> np.ndarray:
+def whitened(array: np.ndarray, scores: np.ndarray = SCORES) -> np.ndarray:
+    """Advantages that vary more than the scores by as much smaller."""
     counted = array[MASK]
-    return np.where(MASK, (array - counted.mean()) / np.sqrt(counted.var(ddof=1) + 1e-8), 0.0)
+    deviation = np.sqrt(counted.var(ddof=1) + 1e-8)
+    return np.where(MASK, (array - counted.mean()) / deviation * min(1.0, scores.std(ddof=1) / deviation), 0.0)
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
@@ -81,6 +89,30 @@ def test_gae_with_a_lambda_each_for_policy_and_critic(
         k1 = np.where(MASK, POLICY - REFERENCE, 0.0)
         to_come = SCORES[:, None] - kl_coef * np.cumsum(k1[:, ::-1], axis=1)[:, ::-1]
         np.testing.assert_allclose(np.array(batch.returns)[MASK], to_come[MASK], atol=2e-5)
+
+
+@pytest.mark.parametrize(("spread", "largest"), [(0.0, 0.0), (1e-3, 0.01), (0.1, 0.5), (100.0, 3.0)])
+def test_whitening_makes_nothing_of_the_critics_error_alone(spread: float, largest: float) -> None:
+    """The critic's values vary by about 1; scores by `spread`."""
+    scores = 1 + spread * np.array([1, -1, 1, -1, 1, -1])
+    batch, _ = estimated(0.0, scores.tolist())
+    assert np.abs(np.array(batch.advantages)).max() <= largest
+    assert spread < 100 or np.array(batch.advantages)[MASK].std(ddof=1) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "gae", "rloo"),
+    [
+        ([2.0] * 6, False, False),
+        ([0.0] * 6, False, False),
+        ([0.7 + 1e-8, 0.7, 0.7, 0.7 - 1e-8, 0.7, 0.7], False, False),
+        ([1.0, 1.0, 1.0, 2.0, 2.0, 2.0], True, False),
+        ([1.0, 1.0, 1.0, 1.0, 1.0, 1.001], True, True),
+    ],
+)
+def test_a_signal_is_a_difference_between_scores_that_are_compared(scores: list[float], gae: bool, rloo: bool) -> None:
+    assert estimated(0.1, scores)[1] is gae
+    assert estimated(0.1, scores, critic=False, advantage="rloo")[1] is rloo
 
 
 def test_lambda_by_length_is_the_policys_alone() -> None:

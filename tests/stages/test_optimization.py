@@ -4,10 +4,20 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_ppo.compute.cpu.engine import CpuEngine
+from mlx_ppo.compute.engine import Engine
+from mlx_ppo.compute.portable import PortableEngine
 from mlx_ppo.config.sections import OptimizerSection
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.stages.optimizer import Optimizer
+
+ENGINE: list[Engine] = []
+
+
+@pytest.fixture(autouse=True, params=[CpuEngine, PortableEngine])
+def _engine(request: pytest.FixtureRequest) -> None:
+    ENGINE[:] = [request.param()]
 
 
 def make(rate: float = 1e-2, total: int = 10, **section: object) -> Optimizer:
@@ -33,7 +43,7 @@ def copies(grads: dict[str, mx.array]) -> dict[str, mx.array]:
 def test_the_first_step_is_as_long_as_the_rate(size: float) -> None:
     """mlx's default, without bias correction, would make it 3.16 times as long."""
     grads = {name: mx.sign(gradient) * size for name, gradient in gradients(0).items()}
-    stepped, _ = make(rate=1e-2, eps=1e-12, gradient_clip=1e9).step(start(), copies(grads), what="x")
+    stepped, _ = make(rate=1e-2, eps=1e-12, gradient_clip=1e9).step(ENGINE[0], start(), copies(grads), what="x")
     for name, array in start().arrays.items():
         moved = np.array(array - stepped.arrays[name])
         np.testing.assert_allclose(moved, 1e-2 * np.array(mx.sign(grads[name])), rtol=2e-4)
@@ -50,7 +60,7 @@ def test_five_steps_are_those_of_float64_adamw(section: dict[str, float], schedu
     v = {name: np.zeros_like(array) for name, array in exact.items()}
     for step in range(5):
         grads = gradients(step)
-        weights, norm = optimizer.step(weights, copies(grads), what="x")
+        weights, norm = optimizer.step(ENGINE[0], weights, copies(grads), what="x")
         wide = {name: np.array(gradient, np.float64) for name, gradient in grads.items()}
         expected_norm = math.sqrt(sum((gradient**2).sum() for gradient in wide.values()))
         assert norm == pytest.approx(expected_norm, rel=1e-5)
@@ -91,13 +101,13 @@ def test_clipping_is_by_the_global_norm() -> None:
     grads = {"a.lora_a": mx.full((3, 4), 3.0), "b": mx.array([4.0, 0.0])}
     norm = math.sqrt(12 * 9 + 16)
     optimizer = make(gradient_clip=0.5)
-    _, seen = optimizer.step(start(), copies(grads), what="x")
+    _, seen = optimizer.step(ENGINE[0], start(), copies(grads), what="x")
     assert seen == pytest.approx(norm)
     for name, gradient in grads.items():
         moment = np.array(optimizer.state()[f"m/{name}"])
         np.testing.assert_allclose(moment, 0.1 * np.array(gradient) * 0.5 / norm, rtol=1e-5)
     small = make(gradient_clip=100.0)
-    small.step(start(), copies(grads), what="x")
+    small.step(ENGINE[0], start(), copies(grads), what="x")
     np.testing.assert_allclose(np.array(small.state()["m/b"]), [0.4, 0.0], rtol=1e-6, err_msg="below the bound")
 
 
@@ -109,13 +119,13 @@ def test_resuming_is_bit_exact(after: int) -> None:
         if step == after:
             saved = {name: np.array(array) for name, array in whole.state().items()}
             held = {name: np.array(array) for name, array in weights.arrays.items()}
-        weights, _ = whole.step(weights, gradients(step), what="x")
+        weights, _ = whole.step(ENGINE[0], weights, gradients(step), what="x")
     resumed = make(**section)
     resumed.load({name: mx.array(array) for name, array in saved.items()}, after)
     again = start().holding({name: mx.array(array) for name, array in held.items()})
     assert bool(saved) == (after > 0)
     for step in range(after, 6):
-        again, _ = resumed.step(again, gradients(step), what="x")
+        again, _ = resumed.step(ENGINE[0], again, gradients(step), what="x")
     assert resumed.steps == whole.steps == 6
     for name, array in weights.arrays.items():
         np.testing.assert_array_equal(np.array(again.arrays[name]), np.array(array))
@@ -129,13 +139,13 @@ def test_resuming_is_bit_exact(after: int) -> None:
 def test_a_gradient_that_is_not_finite_changes_nothing(value: float, earlier: int) -> None:
     optimizer, weights = make(), start()
     for step in range(earlier):
-        weights, _ = optimizer.step(weights, gradients(step), what="x")
+        weights, _ = optimizer.step(ENGINE[0], weights, gradients(step), what="x")
     arrays = {name: np.array(array) for name, array in weights.arrays.items()}
     state = {name: np.array(array) for name, array in optimizer.state().items()}
     bad = gradients(9)
     bad["a.lora_a"] = mx.where(mx.arange(4) == 2, value, bad["a.lora_a"])
     with pytest.raises(RunError, match="the critic's gradient is not finite"):
-        optimizer.step(weights, bad, what="critic")
+        optimizer.step(ENGINE[0], weights, bad, what="critic")
     assert optimizer.steps == earlier
     assert optimizer.state().keys() == state.keys()
     for before, now in ((arrays, weights.arrays), (state, optimizer.state())):
@@ -146,7 +156,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(value: float, earlier: in
 @pytest.mark.parametrize("piece", [1, 7, 1 << 16])
 def test_gradients_that_lie_transposed_are_stepped_as_others_are(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As mlx makes them for a linear layer's matrix; one of three axes too."""
-    monkeypatch.setattr("mlx_ppo.stages.optimizer._PIECE", piece)
+    monkeypatch.setattr("mlx_ppo.compute.cpu.optimizer._PIECE", piece)
     generator = np.random.default_rng(3)
     draw = {name: generator.normal(size=shape).astype(np.float32) for name, shape in (("a", (6, 5)), ("c", (2, 3, 4)))}
     found = []
@@ -155,7 +165,7 @@ def test_gradients_that_lie_transposed_are_stepped_as_others_are(piece: int, mon
         for _ in range(2):
             grads = {name: mx.array(array.T).T if transposed else mx.array(array) for name, array in draw.items()}
             mx.eval(grads)
-            weights, norm = optimizer.step(weights, dict(grads), what="x")
+            weights, norm = optimizer.step(ENGINE[0], weights, dict(grads), what="x")
         found.append((weights.arrays, norm))
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
     for name in draw:
@@ -168,7 +178,7 @@ def test_one_array_as_two_weights_gradient() -> None:
     same, other = mx.array([3.0, -4.0]), mx.array([0.0, 1.0])
     weights = Weights({name: mx.zeros((2,)) for name in ("a", "b", "c")})
     optimizer = make(rate=0.5, gradient_clip=1e9)
-    stepped, _ = optimizer.step(weights, {"a": same, "b": same, "c": other}, what="x")
+    stepped, _ = optimizer.step(ENGINE[0], weights, {"a": same, "b": same, "c": other}, what="x")
     np.testing.assert_allclose(np.array(optimizer.state()["m/b"]), [0.3, -0.4], rtol=1e-6)
     for name, expected in (("a", [-0.5, 0.5]), ("b", [-0.5, 0.5]), ("c", [0.0, -0.5])):
         np.testing.assert_allclose(np.array(stepped.arrays[name]), expected, rtol=1e-4)

@@ -105,6 +105,8 @@ def test_a_rollouts_rows_keep_all_its_slots() -> None:
         finished=mx.array([True, False]),
         group=mx.array([0, 1]),
         records=({}, {}),
+        temperature=1.0,
+        max_tokens=8,
     )
     brute_force(rollout.sequences(), [[1, 2], [3]], [[4], [5, 6, 7]], 3)
     brute_force(rollout.sequences([0]), [[1, 2]], [[4]], 3)

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import BatchRotatingKVCache
 
+from mlx_ppo.compute.cpu.sampling import sample
+from mlx_ppo.compute.engine import Reader
+from mlx_ppo.compute.portable import sampled
 from mlx_ppo.data.random import philox
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.roles import Roles
 from mlx_ppo.models.trunk import Trunk
-from mlx_ppo.stages.decoding import Decoder, Request, sample
+from mlx_ppo.stages.decoding import Decoder, Request
 from mlx_ppo.stages.records import Rollout
-from mlx_ppo.stages.rollout import generate
+from mlx_ppo.stages.rollout import Asked, Sampling, generate
 from mlx_ppo.stages.scoring import policy_logprobs
 
 Prompts = list[tuple[int, ...]]
@@ -35,7 +38,9 @@ def run(trunk: Trunk, prompts: Prompts, **changes: Any) -> Rollout:
         "records": [{"id": row} for row in range(len(prompts))],
         **changes,
     }
-    return generate(trunk, options.pop("weights"), prompts, **options)
+    weights, asked = options.pop("weights"), Asked(prompts, options.pop("positions"), options.pop("records"))
+    on_tokens = options.pop("on_tokens", lambda _: None)
+    return generate(trunk, weights, asked, Sampling(**options), on_tokens)
 
 
 def row_logits(trunk: Trunk, tokens: tuple[int, ...]) -> np.ndarray:
@@ -52,7 +57,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def test_batch_size_changes_nothing(make_model: Callable[..., Path], prompts: Prompts, kind: str) -> None:
     """One row at a time shares no prefill, drops no finished neighbours, joins none and pads nothing."""
     trunk = load_trunk(make_model(kind, eos_token_id=[2, *range(100, 140)]))
-    assert trunk.joins_batches
+    assert trunk.capabilities.joins
     alone, *others = (run(trunk, prompts, samples_per_prompt=3, batch_size=size) for size in (1, 2, 3, 7, 64))
     lengths = {len(response) for response in alone.responses}
     assert len(lengths) > 3
@@ -69,9 +74,9 @@ def decoded(trunk: Trunk, prompts: Prompts, **changes: Any) -> tuple[Rollout, li
     rows: list[int] = []
     advance = Decoder._advance
 
-    def counting(decoder: Decoder, tokens: Any) -> None:
+    def counting(decoder: Decoder, reader: Reader, tokens: Any, slots: Any) -> None:
         rows.append(len(tokens))
-        advance(decoder, tokens)
+        advance(decoder, reader, tokens, slots)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "_advance", counting)
@@ -83,11 +88,11 @@ def test_the_place_of_a_row_that_has_ended_goes_to_one_that_waits(
 ) -> None:
     trunk = load_trunk(make_model(eos_token_id=[2, *range(100, 120)]))
     options: dict[str, Any] = {"samples_per_prompt": 8, "max_tokens": 30, "batch_size": 8}
-    assert trunk.joins_batches
+    assert trunk.capabilities.joins
     filled, rows = decoded(trunk, prompts, **options)
     again, _ = decoded(trunk, prompts, **options)
     np.testing.assert_array_equal(np.array(again.logprobs), np.array(filled.logprobs), err_msg="bit for bit")
-    monkeypatch.setattr(trunk, "joins_batches", False)
+    trunk.capabilities = trunk.capabilities._replace(joins=False)
     apart, others = decoded(trunk, prompts, **options)
     assert filled.responses == apart.responses == again.responses
     assert sum(rows) == sum(others) == sum(len(response) - 1 for response in filled.responses)
@@ -105,7 +110,7 @@ def test_where_caches_dont_join_all_places_have_to_be_free(
     for raises in (False, True):
         monkeypatch.setattr(BatchRotatingKVCache, "extend", None if raises else lambda *_: None)
         trunk = load_trunk(folder)
-        assert trunk.decodes_batches and not trunk.joins_batches
+        assert trunk.capabilities.batches and not trunk.capabilities.joins
         apart, others = decoded(trunk, prompts, **options)
         assert apart.responses == filled.responses
         assert len(others) > len(rows)
@@ -228,7 +233,13 @@ def test_logits_that_are_not_finite_stop_the_run(trunk: Trunk, prompts: Prompts,
         run(trunk, prompts, weights=Weights({"lm_head.weight": head}))
 
 
-def test_sample_inverts_the_cumulative_distribution() -> None:
+def on_device(logits: np.ndarray, draws: np.ndarray, temperature: float) -> tuple[np.ndarray, ...]:
+    tokens, logprobs = sampled(mx.array(logits), mx.array(draws), temperature)
+    return np.array(tokens), np.array(logprobs)
+
+
+@pytest.mark.parametrize("sample", [sample, on_device])
+def test_sample_inverts_the_cumulative_distribution(sample: Callable[..., Any]) -> None:
     probabilities = np.array([0.0, 0.1, 0.2, 0.0, 0.7, 0.0])
     with np.errstate(divide="ignore"):
         logits = np.log(probabilities).astype(np.float32) + 5

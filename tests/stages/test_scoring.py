@@ -14,8 +14,9 @@ from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.heads import RewardFacts, RewardModel
 from mlx_ppo.models.roles import Critic, Roles, Source
 from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.stages.records import Rollout, Scored
-from mlx_ppo.stages.rollout import generate
+from mlx_ppo.stages.rollout import Asked, Sampling, generate
 from mlx_ppo.stages.scoring import RawScores, combined_scores, raw_scores, score
 
 Adapters = Callable[..., Weights]
@@ -34,9 +35,8 @@ def policy(stopping_trunk: Trunk, make_adapters: Adapters) -> Weights:
 
 @pytest.fixture
 def rollout(stopping_trunk: Trunk, policy: Weights, prompts: list[tuple[int, ...]]) -> Rollout:
-    options: dict[str, Any] = {"samples_per_prompt": 3, "max_tokens": 5, "temperature": TEMPERATURE, "batch_size": 64}
-    records = [{"id": row} for row in range(5)]
-    return generate(stopping_trunk, policy, prompts, **options, seed_parts=(1,), positions=range(5), records=records)
+    asked = Asked(prompts, range(5), [{"id": row} for row in range(5)])
+    return generate(stopping_trunk, policy, asked, Sampling((1,), 5, TEMPERATURE, samples_per_prompt=3, batch_size=64))
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def roles(stopping_trunk: Trunk, make_adapters: Adapters) -> Roles:
 
 
 def scored(roles: Roles, policy: Weights, critic: Weights | None, rollout: Rollout, **section: Any) -> Scored:
-    options = {"section": ScoreSection(**section), "temperature": TEMPERATURE, "max_tokens": 5}
-    return score(roles, policy, critic, rollout, **options)[0]
+    own = ScoreSection(**section)
+    return score(roles, policy, critic, rollout, own, Choices(0, own.batch_size, 0, False))
 
 
 def critic_of(roles: Roles, make_adapters: Adapters, kind: str) -> Weights:

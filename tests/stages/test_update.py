@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_ppo.compute.engine import Engine
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.roles import token_statistics
@@ -20,7 +21,9 @@ class Recorder:
 
     seen: list[dict[str, np.ndarray]] = field(default_factory=list)
 
-    def step(self, weights: Weights, gradients: Mapping[str, mx.array], *, what: str) -> tuple[Weights, float]:
+    def step(
+        self, engine: Engine, weights: Weights, gradients: Mapping[str, mx.array], *, what: str
+    ) -> tuple[Weights, float]:
         self.seen.append({name: np.array(gradient) for name, gradient in gradients.items()})
         return weights, 0.0
 
@@ -71,12 +74,16 @@ def test_gradients_are_those_of_the_formula_whatever_the_micro_batch(
             sequences = world.rollout.sequences([row])
             with world.roles.trunk.using(world.policy.weights.holding(arrays)):
                 states = world.roles.trunk.response_states(sequences, learning=True)
-                now, entropy = token_statistics(world.roles.trunk, states, sequences, temperature=world.temperature)
+                now, entropy = token_statistics(
+                    world.roles.trunk, states, sequences, temperature=world.rollout.temperature
+                )
             each = -world.batch.advantages[row, :length] * now[0, :length] - 0.3 * entropy[0, :length]
             total = total + each.sum() / (length if aggregate == "sequence-mean" else 1)
         return (
             total
-            / {"token-mean": sum(lengths), "sequence-mean": count, "constant": count * world.max_tokens}[aggregate]
+            / {"token-mean": sum(lengths), "sequence-mean": count, "constant": count * world.rollout.max_tokens}[
+                aggregate
+            ]
         )
 
     gradients = mx.grad(loss)(dict(world.policy.weights.arrays))

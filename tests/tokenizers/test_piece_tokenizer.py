@@ -9,7 +9,7 @@ import pytest
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.load import load_trunk
-from mlx_ppo.stages.rollout import generate
+from mlx_ppo.stages.rollout import Asked, Sampling, generate
 from mlx_ppo.tokenizers.load import completion_text
 
 REVIEWS = Path(__file__).resolve().parents[2] / "models/reviews"
@@ -38,18 +38,7 @@ def test_it_writes_the_same_text(folder: Path) -> None:
     written = []
     for trunk in (load_trunk(folder), load_trunk(REVIEWS)):
         prompt = tuple(trunk.tokenizer.encode(TEXTS[0], bos=True))
-        rollout = generate(
-            trunk,
-            Weights({}),
-            [prompt],
-            samples_per_prompt=1,
-            max_tokens=8,
-            temperature=0.0,
-            batch_size=1,
-            seed_parts=(0,),
-            positions=[0],
-            records=[{}],
-        )
+        rollout = generate(trunk, Weights({}), Asked([prompt], [0], [{}]), Sampling((0,), 8, temperature=0.0))
         written.append(completion_text(trunk.tokenizer, prompt, rollout.responses[0]))
         assert mx.isfinite(rollout.logprobs).all().item()
     assert written[0] == written[1] and written[0].startswith(" ")

@@ -7,15 +7,14 @@ Source: Shazeer 2020, arXiv:2002.05202, eq. 6 (SwiGLU).
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_ppo.compute.cpu.products import Floats
 from mlx_ppo.compute.needs import Work, outside, planned
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
 _PIECE = 1 << 15  # elements at once: a handful of such arrays fits a core's cache
 # mlx-lm's feed-forward parts that are down(silu(gate(x)) * up(x)) and nothing else; a test holds the list to mlx-lm.
 _GATED = frozenset(

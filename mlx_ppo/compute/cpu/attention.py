@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_ppo.compute.cpu.products import Floats
 from mlx_ppo.compute.needs import Work, outside, planned
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
 silent = np.errstate(over="ignore", invalid="ignore")  # what isn't finite is found, and said, further on
 _LOWEST = np.finfo(np.float32).min  # of a score that doesn't count, as in mlx: a row without any is uniform
 
@@ -91,14 +91,14 @@ def _weights_numpy_vjp(
     _, mask, scale = primals
     given, made, factor = np.asarray(cotangent), np.asarray(weights), np.float32(np.asarray(scale))
     allowed = np.broadcast_to(np.asarray(mask), made.shape)
-    slopes = np.empty(made.shape, np.float32)
-    for by, weight, counts, out in zip(given, made, allowed, slopes, strict=True):
+    gradient = np.empty(made.shape, np.float32)
+    for by, weight, counts, out in zip(given, made, allowed, gradient, strict=True):
         np.multiply(by, weight, out=out)
         out -= weight * out.sum(axis=-1, keepdims=True)
         out *= factor
         if counts.dtype == np.bool_:
             np.putmask(out, ~counts, 0)
-    return mx.array(slopes), mx.zeros_like(mask), mx.zeros_like(scale)
+    return mx.array(gradient), mx.zeros_like(mask), mx.zeros_like(scale)
 
 
 def _planned(scores: mx.array, mask: mx.array, scale: mx.array) -> mx.array:

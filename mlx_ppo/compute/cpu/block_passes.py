@@ -1,4 +1,4 @@
-"""One block's forward over N positions, and its gradient, on a CPU by numpy and BLAS; see `networks.passes`."""
+"""One block's forward over N positions, and its gradient, on a CPU by numpy and BLAS; see `compute.cpu.passes`."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from mlx_ppo.compute.cpu.pass_attention import Heads, Part, Vectors, attend, att
 from mlx_ppo.compute.cpu.products import Floats, multiply
 
 _CHUNK = 1024  # positions of a feed-forward part at once
-Room = dict[str, Floats]
+Workspace = dict[str, Floats]
 Shapes = dict[str, tuple[int, int]]
 Places = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -26,14 +26,14 @@ class Positions(NamedTuple):
     read: Places | None = None  # [M], rising: those whose states are read when they leave the block; None: all
 
 
-def room_for(shapes: Shapes) -> tuple[mx.array, Room]:
+def workspace_for(shapes: Shapes) -> tuple[mx.array, Workspace]:
     """Memory of mlx, and arrays of some shapes in it."""
     memory = mx.zeros((floats_of(shapes),))
     mx.eval(memory)
-    return memory, room_in(memory, shapes)
+    return memory, workspace_in(memory, shapes)
 
 
-def room_in(memory: mx.array, shapes: Shapes) -> Room:
+def workspace_in(memory: mx.array, shapes: Shapes) -> Workspace:
     """Arrays of some shapes in memory that was made for them."""
     flat, found, at = np.asarray(memory), {}, 0
     for name, shape in shapes.items():
@@ -117,57 +117,59 @@ class BlockPass:
             "mixed": (count, self.o.inputs),
         }
 
-    def forward(self, room: Room, positions: Positions, out: Floats | None) -> None:
-        """From room["entering"] [N, D] to `out` [N, D], which may be the same; fills in what else there is room for.
+    def forward(self, workspace: Workspace, positions: Positions, out: Floats | None) -> None:
+        """From workspace["entering"] [N, D] to `out` [N, D], which may be the same; fills in the rest of the workspace.
 
         With None the last product, which no gradient reads, is left out. Where only M positions are read, "mixed",
         "between", "gate" and "up" hold theirs, one after the other, and the others' states are 0.
         """
-        states, normed = room["entering"], room["normed"]
-        between = room["between"] if "between" in room or out is None else out
+        states, normed = workspace["entering"], workspace["normed"]
+        between = workspace["between"] if "between" in workspace or out is None else out
         self.before.forward(states, normed)
         for layer, norm, name in ((self.q, self.q_norm, "q"), (self.k, self.k_norm, "k")):
-            raw = layer.forward(normed, room.get(f"raw {name}", room[name]))
+            raw = layer.forward(normed, workspace.get(f"raw {name}", workspace[name]))
             if norm is not None:
-                raw = norm.forward(self._split(raw), self._split(room[name]))
-            _turn(rotated, self._split(raw), positions.rotation, self._split(room[name]))
-        self.v.forward(normed, room["v"])
-        attend(positions.parts, Vectors(room["q"], room["k"], room["v"]), self.heads, room["mixed"])
-        mixed = room["mixed"]
+                raw = norm.forward(self._split(raw), self._split(workspace[name]))
+            _turn(rotated, self._split(raw), positions.rotation, self._split(workspace[name]))
+        self.v.forward(normed, workspace["v"])
+        attend(positions.parts, Vectors(workspace["q"], workspace["k"], workspace["v"]), self.heads, workspace["mixed"])
+        mixed = workspace["mixed"]
         if positions.read is not None:
             mixed, states = _gathered(mixed, positions.read, mixed), _gathered(states, positions.read, between)
         count = len(states)
         normed, between = normed[:count], between[:count]
-        np.add(states, self.o.forward(mixed, room["out"][:count]), out=between)
+        np.add(states, self.o.forward(mixed, workspace["out"][:count]), out=between)
         self.between.forward(between, normed)
-        for rows, gate, up, active in _chunks(count, *(room[name] for name in ("gate", "up", "active"))):
+        for rows, gate, up, active in _chunks(count, *(workspace[name] for name in ("gate", "up", "active"))):
             self.gate.forward(normed[rows], gate)
             self.up.forward(normed[rows], up)
             if out is None:
                 continue
             swiglu_into(gate, up, active)
-            np.add(between[rows], self.down.forward(active, room["out"][rows]), out=out[rows])
+            np.add(between[rows], self.down.forward(active, workspace["out"][rows]), out=out[rows])
         if out is not None and positions.read is not None:
             _spread(out, positions.read)
 
-    def back(self, room: Room, positions: Positions, slopes: Floats, learned: Room, *, further: bool) -> None:
-        """Turn gradients `slopes` [N, D] by what leaves the block into those by what enters; add those by weights.
+    def back(
+        self, workspace: Workspace, positions: Positions, gradient: Floats, learned: Workspace, *, further: bool
+    ) -> None:
+        """Turn gradients `gradient` [N, D] by what leaves the block into those by what enters; add those by weights.
 
         Args:
-            room: what was kept, and what else is needed.
+            workspace: what was kept, and what else is needed.
             positions: of the forward.
-            slopes: changed where they are.
+            gradient: changed where they are.
             learned: gradients by name, to be added to.
             further: those by what enters are needed.
         """
-        after = slopes if positions.read is None else _gathered(slopes, positions.read, slopes)
+        after = gradient if positions.read is None else _gathered(gradient, positions.read, gradient)
         count = len(after)
         between, normed, out, mixed, by_mixed = (
-            room[name][:count] for name in ("between", "normed", "out", "mixed", "by mixed")
+            workspace[name][:count] for name in ("between", "normed", "out", "mixed", "by mixed")
         )
         self.between.forward(between, normed)
         wide = ("gate", "up", "active", "by active", "by gate", "by up")
-        for rows, gate, up, active, by_active, by_gate, by_up in _chunks(count, *(room[name] for name in wide)):
+        for rows, gate, up, active, by_active, by_gate, by_up in _chunks(count, *(workspace[name] for name in wide)):
             small = self.down.back(after[rows], by_active)
             swiglu_back(gate, up, by_active, by_gate, by_up)
             swiglu_into(gate, up, active)
@@ -177,27 +179,33 @@ class BlockPass:
         self.between.back(between, out, after, learned)
         self.o.learn(mixed, after, self.o.back(after, by_mixed), learned)
         if positions.read is not None:
-            _spread(slopes, positions.read)
-            _spread(room["by mixed"], positions.read)
+            _spread(gradient, positions.read)
+            _spread(workspace["by mixed"], positions.read)
 
-        by_vectors = Vectors(room["by q"], room["by k"], room["by v"])
+        by_vectors = Vectors(workspace["by q"], workspace["by k"], workspace["by v"])
         for array in by_vectors:
             array.fill(0)
-        attend_back(positions.parts, Vectors(room["q"], room["k"], room["v"]), self.heads, room["by mixed"], by_vectors)
-        normed, out = room["normed"], room["out"]
-        self.before.forward(room["entering"], normed)
+        attend_back(
+            positions.parts,
+            Vectors(workspace["q"], workspace["k"], workspace["v"]),
+            self.heads,
+            workspace["by mixed"],
+            by_vectors,
+        )
+        normed, out = workspace["normed"], workspace["out"]
+        self.before.forward(workspace["entering"], normed)
         for name, norm in (("q", self.q_norm), ("k", self.k_norm)):
-            split = self._split(room[f"by {name}"])
+            split = self._split(workspace[f"by {name}"])
             _turn(rotated_back, split, positions.rotation, split)
             if norm is not None:
                 given, split[:] = split.copy(), 0
-                norm.back(self._split(room[f"raw {name}"]), given, split, learned)
+                norm.back(self._split(workspace[f"raw {name}"]), given, split, learned)
         add = False
         for layer, by in ((self.q, by_vectors.q), (self.k, by_vectors.k), (self.v, by_vectors.v)):
             layer.learn(normed, by, layer.back(by, out, add=add) if further else None, learned)
             add = True
         if further:
-            self.before.back(room["entering"], out, slopes, learned)
+            self.before.back(workspace["entering"], out, gradient, learned)
 
     def _split(self, vectors: Floats) -> Floats:
         """By heads: [N, H, D]."""
@@ -242,8 +250,8 @@ class Linear:
         multiply(small, self._a.T, by_x, add=True)
         return small
 
-    def learn(self, x: Floats, given: Floats, small: Floats | None, learned: Room) -> None:
-        """Add the gradients by weights; `small` is what `back` rerotated, or None."""
+    def learn(self, x: Floats, given: Floats, small: Floats | None, learned: Workspace) -> None:
+        """Add the gradients by weights; `small` is what `back` returned, or None."""
         if self._a is not None and self._b is not None:
             small = self._back_small(given) if small is None else small
             multiply(x.T, small, learned[f"{self._name}.lora_a"], add=True)
@@ -283,7 +291,7 @@ class Norm:
         by_rows(some, states, out)
         return out
 
-    def back(self, states: Floats, given: Floats, by_states: Floats, learned: Room) -> None:
+    def back(self, states: Floats, given: Floats, by_states: Floats, learned: Workspace) -> None:
         """Add the gradients by states, for gradients by what `forward` gave, and the one by the weight."""
         by_weight = learned.get(self._name)
 
@@ -292,11 +300,11 @@ class Norm:
             sizes = states * inverse
             if by_weight is not None:
                 by_weight[:] += (given * sizes).reshape(-1, len(by_weight)).sum(axis=0)
-            slopes = given * self._weight
-            sizes *= np.einsum("...d,...d->...", slopes, sizes)[..., None] / np.float32(states.shape[-1])
-            slopes -= sizes
-            slopes *= inverse
-            by_states += slopes
+            gradient = given * self._weight
+            sizes *= np.einsum("...d,...d->...", gradient, sizes)[..., None] / np.float32(states.shape[-1])
+            gradient -= sizes
+            gradient *= inverse
+            by_states += gradient
 
         by_rows(some, states, given, by_states)
 

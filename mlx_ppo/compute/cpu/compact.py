@@ -1,7 +1,7 @@
-"""Quantised matrices that stay quantised on a CPU: a piece is written out in float32 when it is used, then forgotten.
+"""Quantised matrices that stay quantised on a CPU: a piece is dequantised in float32 when it is used, then forgotten.
 
-mlx's own quantised products run at 2 to 3 GFLOP/s on a CPU; the product with what is written out goes through BLAS. The
-numbers are those of a model that was written out when it was loaded. The gradient writes each matrix out again, so
+mlx's own quantised products run at 2 to 3 GFLOP/s on a CPU; the product with what is dequantised goes through BLAS. The
+numbers are those of a model that was dequantised when it was loaded. The gradient dequantises each matrix again, so
 nothing of that size is kept for it. No gradient reaches the matrices themselves.
 """
 
@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_ppo.compute.cpu.products import Floats
 from mlx_ppo.compute.needs import Work, outside, planned
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
-PIECE = 1 << 22  # elements of a matrix that are written out at once
+PIECE = 1 << 22  # elements of a matrix that are dequantised at once
 _IN_CACHE = 1 << 17  # elements that numpy works on at once
 _KINDS = {8: np.float32, 4: np.float64, 2: np.complex128}  # by bits: a type as large as what a byte holds in float32
 
@@ -43,7 +43,7 @@ class Packed(NamedTuple):
         return self.weight.shape[1] * 32 // self.bits
 
     def pieces(self) -> Iterator[slice]:
-        """Rows to be written out at once."""
+        """Rows to be dequantised at once."""
         count = max(1, PIECE // self.inputs)
         return (slice(start, min(start + count, self.outputs)) for start in range(0, self.outputs, count))
 
@@ -112,7 +112,7 @@ def _product_numpy(x: mx.array, packed: Packed) -> mx.array:
         found = mx.zeros(x.shape)
         values = _values(found)
         for rows in packed.pieces():
-            values += _values(mx.array(given[..., rows]) @ written_out(packed, rows))
+            values += _values(mx.array(given[..., rows]) @ dequantised(packed, rows))
         return found
 
     found: mx.array = product(x)  # type: ignore[assignment]
@@ -121,11 +121,11 @@ def _product_numpy(x: mx.array, packed: Packed) -> mx.array:
 
 def _times(x: mx.array, packed: Packed, rows: slice) -> mx.array:
     """As `nn.Linear` computes it."""
-    matrix = written_out(packed, rows)
+    matrix = dequantised(packed, rows)
     return x @ matrix.T if packed.bias is None else mx.addmm(packed.bias[rows], x, matrix.T)
 
 
-def written_out(packed: Packed, rows: slice) -> mx.array:
+def dequantised(packed: Packed, rows: slice) -> mx.array:
     """Some rows of the matrix, [rows, in] float32: to the bit what `mx.dequantize` makes, in half of its memory."""
     if packed.mode != "affine" or packed.bits not in _KINDS:
         offsets = None if packed.biases is None else packed.biases[rows]

@@ -168,9 +168,10 @@ def _twice(inside: Function) -> Function:
         return copied(inside(*map(copied, primals)))
 
     @function.vjp
-    def _(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-        found = mx.vjp(inside, [copied(primal) for primal in primals], [copied(cotangent)])[1]
-        return tuple(copied(gradient) for gradient in found)
+    def _(primals: Sequence[mx.array] | mx.array, cotangent: mx.array, _: mx.array) -> Any:
+        given = [primals] if isinstance(primals, mx.array) else primals  # as mlx calls it for a function of one array
+        found = [copied(array) for array in mx.vjp(inside, [*map(copied, given)], [copied(cotangent)])[1]]
+        return found[0] if isinstance(primals, mx.array) else tuple(found)
 
     return cast(Function, function)
 

@@ -63,7 +63,7 @@ def attend(parts: Sequence[Part], given: Vectors, heads: Heads, out: Floats) -> 
                 some.sums(side, weights, given.v, out, 1.0, add=number > 0)
 
 
-def attend_back(parts: Sequence[Part], given: Vectors, heads: Heads, slopes: Floats, by: Vectors) -> None:
+def attend_back(parts: Sequence[Part], given: Vectors, heads: Heads, gradient: Floats, by: Vectors) -> None:
     """Add to `by` the gradients by queries, keys and values, for gradients [N, H * D] by the sums."""
     for part in parts:
         for rows in _few(part, heads.number):
@@ -71,14 +71,14 @@ def attend_back(parts: Sequence[Part], given: Vectors, heads: Heads, slopes: Flo
             weights = some.weights(given)
             by_scores = np.empty_like(weights)
             for side in some.sides:
-                some.scores(side, slopes, given.v, by_scores, 1.0)
+                some.scores(side, gradient, given.v, by_scores, 1.0)
             for row, weight in zip(by_scores, weights, strict=True):
                 row -= np.einsum("...s,...s->...", row, weight)[..., None]
                 row *= weight
             for side in some.sides:
                 some.sums(side, by_scores, given.k, by.q, heads.scale, add=True)
                 some.sums_back(side, by_scores, given.q, by.k, heads.scale)
-                some.sums_back(side, weights, slopes, by.v, 1.0)
+                some.sums_back(side, weights, gradient, by.v, 1.0)
 
 
 def _few(part: Part, heads: int) -> Iterator[range]:

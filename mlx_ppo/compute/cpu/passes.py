@@ -17,7 +17,16 @@ import numpy as np
 
 from mlx_ppo.compute.adapted import layer_of
 from mlx_ppo.compute.cpu.attention import silent
-from mlx_ppo.compute.cpu.block_passes import BlockPass, Norm, Places, Positions, Shapes, floats_of, room_for, room_in
+from mlx_ppo.compute.cpu.block_passes import (
+    BlockPass,
+    Norm,
+    Places,
+    Positions,
+    Shapes,
+    floats_of,
+    workspace_for,
+    workspace_in,
+)
 from mlx_ppo.compute.cpu.common_blocks import LOWEST, Rotation, angles_of, rotation_at, view
 from mlx_ppo.compute.cpu.pass_attention import Part, scores_at_once
 from mlx_ppo.compute.cpu.products import Floats
@@ -149,33 +158,33 @@ class Pass:
         blocks, norm, positions = self._prepared(arrays)
         result, states = _copied(entering)
         kept: list[mx.array] = []
-        _, reused = room_for(self._working(blocks[0], keeping=keeping))
+        _, reused = workspace_for(self._working(blocks[0], keeping=keeping))
         for number, block in enumerate(blocks, self._start):
-            room = {**reused, "entering": states}
+            workspace = {**reused, "entering": states}
             if keeping and number >= self._lowest and not self._saving:
-                own, of_own = room_for(block.kept(len(states)))
+                own, of_own = workspace_for(block.kept(len(states)))
                 kept.append(own)
-                room = {**reused, **of_own}
-                room["entering"][:] = states
+                workspace = {**reused, **of_own}
+                workspace["entering"][:] = states
             elif keeping and number >= self._lowest:
                 kept.append(mx.array(states))
-            block.forward(room, positions[number - self._start], states)
+            block.forward(workspace, positions[number - self._start], states)
         if keeping:
             kept.append(mx.array(states))
         norm.forward(states, states)
         return result, *kept
 
     @silent
-    def back(self, arrays: Sequence[mx.array], slopes: mx.array, kept: Sequence[mx.array]) -> tuple[mx.array, ...]:
+    def back(self, arrays: Sequence[mx.array], gradient: mx.array, kept: Sequence[mx.array]) -> tuple[mx.array, ...]:
         """Gradients by what enters (0 where nobody needs them) and by the arrays, for those [N, D] by the states."""
         blocks, norm, positions = self._prepared(arrays)
         learned = [mx.zeros(array.shape) for array in arrays]
-        result = mx.zeros(slopes.shape)
+        result = mx.zeros(gradient.shape)
         mx.eval(learned, result)
         by_name = dict(zip(self.learned, map(np.asarray, learned), strict=True))
         by_states = np.asarray(result)
-        norm.back(np.asarray(kept[-1]), np.asarray(slopes), by_states, by_name)
-        _, passing = room_for(self._working_back(blocks[0]))
+        norm.back(np.asarray(kept[-1]), np.asarray(gradient), by_states, by_name)
+        _, passing = workspace_for(self._working_back(blocks[0]))
         for number in reversed(range(self._lowest, self._body.blocks)):
             block, own, there = (
                 blocks[number - self._start],
@@ -186,9 +195,9 @@ class Pass:
                 passing["entering"][:] = np.asarray(own)
                 block.forward(passing, there, None)
             else:
-                passing.update(room_in(own, block.kept(len(by_states))))
+                passing.update(workspace_in(own, block.kept(len(by_states))))
             block.back(passing, there, by_states, by_name, further=number > self._lowest or self._through)
-        return result if self._through else mx.zeros(slopes.shape), *learned
+        return result if self._through else mx.zeros(gradient.shape), *learned
 
     def needs(self, *, learning: bool) -> Needs:
         """In bytes, without looking at any weight's values."""

@@ -5,14 +5,13 @@ same formulas as in `mlx_ppo.algo.logprobs` are computed by numpy, with their ow
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_ppo.compute.cpu.products import Floats
 from mlx_ppo.compute.needs import Work, outside, planned
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
 _PIECE = 1 << 18  # elements
 _LOWEST = -1e30  # in place of the minus infinity of a token that cannot be, whose mass 0 it is multiplied by
 
@@ -37,9 +36,9 @@ def _statistics(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[
 
 @mx.custom_function
 def _summed_statistics(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    slopes = mx.zeros(logits.shape)
-    logprobs, entropies = _by_pieces(logits, tokens, inverse, np.asarray(slopes))  # a view: it is filled in place
-    return logprobs, entropies, slopes
+    gradient = mx.zeros(logits.shape)
+    logprobs, entropies = _by_pieces(logits, tokens, inverse, np.asarray(gradient))  # a view: it is filled in place
+    return logprobs, entropies, gradient
 
 
 @_summed_statistics.vjp
@@ -50,22 +49,22 @@ def _summed_statistics_vjp(
 
 
 def _by_pieces(
-    logits: mx.array, tokens: mx.array, inverse: mx.array, slopes: Floats | None
+    logits: mx.array, tokens: mx.array, inverse: mx.array, gradient: Floats | None
 ) -> tuple[mx.array, mx.array]:
-    """Log-probabilities and entropies; or, instead of the latter, the former's gradient, into `slopes` [N, V]."""
+    """Log-probabilities and entropies; or, instead of the latter, the former's gradient, into `gradient` [N, V]."""
     values, chosen, factor = np.asarray(logits), np.asarray(tokens), np.float32(np.asarray(inverse))
     logprobs, entropies = np.empty(len(values), np.float32), np.full(len(values), np.nan, np.float32)
     for rows in _pieces(values):
         shifted, masses, total = _softmax(values[rows], factor)
         log_total = np.log(total)
         logprobs[rows] = np.take_along_axis(shifted, chosen[rows, None], axis=-1)[:, 0] - log_total
-        if slopes is not None:
-            np.multiply(masses, (-factor / total)[:, None], out=slopes[rows])
+        if gradient is not None:
+            np.multiply(masses, (-factor / total)[:, None], out=gradient[rows])
         else:
             np.multiply(masses, np.maximum(shifted, _LOWEST, out=shifted), out=shifted)
             entropies[rows] = log_total - shifted.sum(axis=-1) / total
-    if slopes is not None:
-        slopes[np.arange(len(slopes)), chosen] += factor
+    if gradient is not None:
+        gradient[np.arange(len(gradient)), chosen] += factor
     return mx.array(logprobs), mx.array(entropies)
 
 

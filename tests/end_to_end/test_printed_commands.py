@@ -1,0 +1,69 @@
+"""What the documents and the commands' help tell people to type, typed."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mlx_ppo.bundle import copy_example
+from mlx_ppo.cli.main import main
+from mlx_ppo.runs import checkpoint
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from printed_commands import REFUSED, ROOT, parsed, printed, split
+
+# What takes minutes, or isn't about the example; each has tests of its own.
+_ELSEWHERE = {"bench", "doctor"}
+_JOBS = {"train", "sft", "reward"}
+
+
+def example() -> str:
+    """The Python of the document."""
+    found = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "python-api.md").read_text("utf-8"), re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A copy of the example in which the documented program has run, and what that program printed."""
+    folder = tmp_path_factory.mktemp("documents") / "my"
+    copy_example(folder)
+    here = ["-c", f"import os; os.chdir({str(folder)!r})\n{example()}"]
+    done = subprocess.run([sys.executable, *here], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+@pytest.mark.slow
+def test_the_documented_program_trains_and_writes(tried: tuple[Path, str]) -> None:
+    folder, shown = tried
+    assert checkpoint.steps(folder / "runs" / "reviews") == [3]
+    assert re.fullmatch(r"([+-]\d+\.\d\d The film is.*\n)([+-]\d+\.\d\d A story of.*\n)", shown), shown
+
+
+def there(line: str, folder: Path) -> bool:
+    """Whether a command's inputs are in the project."""
+    context = parsed(line)
+    inputs = [p.name for p in context.command.params if isinstance(p, click.Argument) and p.name != "directory"]
+    return all((folder / context.params[name]).exists() for name in inputs if name and context.params[name] is not None)
+
+
+@pytest.mark.slow
+def test_printed_commands_that_can_run_do(tried: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = tried
+    monkeypatch.chdir(folder)
+    ran = []
+    for line in sorted({line for _, line in printed() if split(line)[0] not in _ELSEWHERE}):
+        if not there(line, folder) or "smollm2" in line or REFUSED in line:
+            continue
+        name, arguments = split(line)
+        dry = ["--dry-run"] if name in _JOBS and "--dry-run" not in arguments else []
+        result = CliRunner().invoke(main, [name, *arguments, *dry])
+        assert result.exit_code == 0, (line, result.output)
+        ran.append(name)
+    assert set(ran) == {"init", "train", "sft", "reward", "resume", "verify", "sample", "compare", "plan", "export"}
