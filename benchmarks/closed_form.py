@@ -5,14 +5,11 @@ kernels, what these say they allocate; for what a model of mlx-lm computes, form
 attention in rows of scores (N = positions, D hidden, F feed-forward, r rank, e bytes an element, S bytes of scores).
 """
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-import mlx.core as mx
 
 from mlx_ppo.compute.cpu.passes import Layout, Pass
 from mlx_ppo.compute.sequences import Sequences
@@ -20,7 +17,6 @@ from mlx_ppo.memory import starting
 from mlx_ppo.memory.choices import Choices, Shapes
 from mlx_ppo.memory.phases import Accountant, Cost
 from mlx_ppo.models.adapters import Weights
-from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.trunk import Trunk
 
 _TOGETHER = 64_000_000  # as `compute.output_head` has it
@@ -51,9 +47,7 @@ def sizes_of(trunk: Trunk) -> Sizes:
     last = [shape for name, shape in attention.items() if re.search(r"(o_proj|c_proj|out_proj|wo|dense)$", name)]
     queries = last[0][1] if last else trunk.width
     keys = (sum(out for out, _ in attention.values()) - sum(out for out, _ in last) - queries) // 2
-    mixtures = [
-        array.shape for name, array in trunk.base.items() if name.startswith(f"{prefix}0.") and array.ndim == 3
-    ]
+    mixtures = [array.shape for name, array in trunk.base.items() if name.startswith(f"{prefix}0.") and array.ndim == 3]
     top = int(getattr(args, "num_experts_per_tok", 1) or 1)
     wide = max([max(shape) for shape in others if max(shape) != trunk.width], default=trunk.width)
     wide = max([wide, *(top * shape[1] for shape in mixtures)])
@@ -97,7 +91,7 @@ class ClosedForm(Accountant):
     def _reading(self, shape: tuple[int, ...], prefill: bool) -> Cost:
         """Prompts, or a token of each row; the caches come on top where they are made."""
         trunk, (rows, length) = self.roles.trunk, shape
-        element, count = self._dtype.size, rows * length
+        element, count = self.dtype.size, rows * length
         sizes = sizes_of(trunk)
         logits = rows * self._vocabulary * element
         layer = self._forward_layer(trunk, self.policy, count, self._scores_of([(rows, length, length)], sizes))
@@ -105,8 +99,12 @@ class ClosedForm(Accountant):
         cache = 2 * sizes.blocks * count * sizes.keys * element
         steps = not prefill and trunk.capabilities.rows
         passing = {"activations": (0 if steps else layer) + kept, "logits": 0 if steps else logits}
-        return Cost({"activations": max(passing["activations"], 0), "logits": passing["logits"]} if not prefill else {
-            "activations": max(layer, logits) + kept, "keys and values": cache}, 0)
+        return Cost(
+            {"activations": max(passing["activations"], 0), "logits": passing["logits"]}
+            if not prefill
+            else {"activations": max(layer, logits) + kept, "keys and values": cache},
+            0,
+        )
 
     def _scoring(self, name: str, at: int, sequences: Sequences, positions: int) -> Cost:
         roles = self.roles
@@ -124,7 +122,7 @@ class ClosedForm(Accountant):
         heads = name in ("score policy", "score reference")
         positions_read = sequences.mask.size if name != "score reward" else len(sequences.mask)
         count, squares = _counted(sequences)
-        element = self._dtype.size
+        element = self.dtype.size
         states, read = count * trunk.width * element, positions_read * trunk.width * element
         if trunk.capabilities.rows:
             needs, entering = self._pass(trunk, weights, sequences, learning=False, saving=False)
@@ -143,8 +141,10 @@ class ClosedForm(Accountant):
             else:
                 head = 2 * logits
         after = states + read + head + (chunk * trunk.width * element if heads else 0)
-        return Cost({"activations": max(body, after) - (head if after > body else 0),
-                     "logits": head if after > body else 0}, max(outside, head_outside))
+        return Cost(
+            {"activations": max(body, after) - (head if after > body else 0), "logits": head if after > body else 0},
+            max(outside, head_outside),
+        )
 
     def _learning(self, role: str, rows: int, saving: bool, positions: int, kv_cache: str) -> Cost:
         choices_rows = self.shapes
@@ -152,7 +152,7 @@ class ClosedForm(Accountant):
         weights = self.policy if role == "policy" else self.critic
         trunk = self.roles.trunk if role == "policy" else critic.trunk  # type: ignore[union-attr]
         assert weights is not None
-        element = self._dtype.size
+        element = self.dtype.size
         gradients = sum(array.nbytes for array in weights.arrays.values())
         read_count = rows * choices_rows.response
         read = read_count * trunk.width * element
@@ -168,7 +168,7 @@ class ClosedForm(Accountant):
         tied = self._embedding(trunk) if full else 0
         if trunk.capabilities.rows:
             needs, entering = self._pass(trunk, weights, sequences, learning=True, saving=saving)
-            there = needs.kept + states + (entering if self._through(trunk, weights) or full else entering)
+            there = needs.kept + states + entering
             if not full or role == "critic":
                 at_head = there + 2 * read + (2 * logits + chunk * trunk.width * element if role == "policy" else 0)
             else:
@@ -203,9 +203,6 @@ class ClosedForm(Accountant):
     def _rows_of(self, rows: int, saving: bool, kv_cache: str) -> Sequences:
         return self._updated(rows, Choices(1, 1, rows, checkpointing=saving, kv_cache=kv_cache))
 
-    def _through(self, trunk: Trunk, weights: Weights) -> bool:
-        return False
-
     def _embedding(self, trunk: Trunk) -> int:
         return max(array.nbytes for name, array in trunk.base.items() if array.shape[0] == self._vocabulary)
 
@@ -223,11 +220,11 @@ class ClosedForm(Accountant):
 
     def _scores_of(self, squares: list[tuple[int, int, int]], sizes: Sizes) -> int:
         """Bytes of the scores of rows, each of so many positions that attend to so many."""
-        return max(rows * sizes.heads * length * to * self._dtype.size for rows, length, to in squares)
+        return max(rows * sizes.heads * length * to * self.dtype.size for rows, length, to in squares)
 
     def _forward_layer(self, trunk: Trunk, weights: Weights, count: int, scores: int) -> int:
         """A block without a gradient."""
-        sizes, element = sizes_of(trunk), self._dtype.size
+        sizes, element = sizes_of(trunk), self.dtype.size
         lora = any(name.endswith(".lora_a") for name in weights.arrays)
         wide = (2 + lora if sizes.gated else 2) * sizes.wide
         return max(
@@ -240,10 +237,10 @@ class ClosedForm(Accountant):
         rank = _rank(weights)
         wide = 5 if sizes.gated else 3
         columns = (6 if full else 4) * sizes.width + 2 * sizes.queries + 2 * sizes.keys + wide * sizes.wide + 7 * rank
-        return count * self._dtype.size * columns + scores
+        return count * self.dtype.size * columns + scores
 
     def _vjp_layer(self, weights: Weights, count: int, scores: int, sizes: Sizes, full: bool) -> int:
-        rank, element = _rank(weights), self._dtype.size
+        rank, element = _rank(weights), self.dtype.size
         wide = 7 if sizes.gated else 5
         first = wide * sizes.wide + (5 if full else 4) * sizes.width + 2 * sizes.queries + 2 * sizes.keys + 7 * rank
         second = 4 * sizes.wide + (7 if full else 6) * sizes.width + 2 * sizes.queries + sizes.keys

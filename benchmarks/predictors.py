@@ -9,6 +9,7 @@ machine's engine, twelve small ones of other kinds under the portable engine ("p
 MLX_PPO_ENGINE=portable). `compare` predicts the same by both, before the run and corrected by its first iteration.
 """
 
+# ruff: noqa: E402
 import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
 
 # isort: split
@@ -159,7 +160,7 @@ def measure(part: str, smollm2: Path, work: Path, file: Path) -> None:
         mx.clear_cache()
         try:
             ran = dry_run(config, plan, shapes_of(config, prompt), iterations=2)
-        except Exception as error:  # noqa: BLE001  said, and left out
+        except Exception as error:
             print(f"{name}: {error!r}"[:300], flush=True)
             continue
         found[name] = [{"peaks": one.peaks, "states": one.states} for one in ran]
@@ -204,17 +205,22 @@ def compare(part: str, smollm2: Path, work: Path, file: Path, *, verbose: bool) 
             before = off(plan, second, {})
             after = off(plan, second, corrected(off(plan, first, {})))
             rows = everything.setdefault(which, [[], [], [], []])
-            for row, errors in zip(rows, (before.values(), [before[largest]], after.values(), [after[largest]]), strict=True):
+            for row, errors in zip(
+                rows, (before.values(), [before[largest]], after.values(), [after[largest]]), strict=True
+            ):
                 row.extend(errors)
             if verbose:
                 told = ", ".join(f"{phase} {100 * error:+.0f}" for phase, error in before.items())
                 print(f"  {name} [{which}] {told} | largest {largest} {second['peaks'][largest] / 1e6:.1f} MB")
     for which, rows in everything.items():
-        for what, row in zip(("before, phases", "before, largest", "after, phases", "after, largest"), rows, strict=True):
+        for what, row in zip(
+            ("before, phases", "before, largest", "after, phases", "after, largest"), rows, strict=True
+        ):
             sizes = sorted(abs(error) for error in row)
             print(
                 f"{part} | {which} | {what} | {len(row)} | median {100 * sizes[len(sizes) // 2]:.1f} % | "
-                f"worst {100 * sizes[-1]:.1f} % | least {100 * min(row):+.1f} % | beyond 10 %: {sum(s > 0.1 for s in sizes)}"
+                f"worst {100 * sizes[-1]:.1f} % | least {100 * min(row):+.1f} % | "
+                f"beyond 10 %: {sum(s > 0.1 for s in sizes)}"
             )
         print(f"{part} | {which} | planning {seconds[which]:.2f} s")
 
