@@ -1,12 +1,12 @@
 """The planner's simulator against a closed form: what each predicts, and what is measured.
 
-    python benchmarks/predictors.py measure SMOLLM2_FOLDER WORK_FOLDER FILE [--only PART] [--portable]
-    python benchmarks/predictors.py compare SMOLLM2_FOLDER WORK_FOLDER FILE [--verbose]
+    python benchmarks/predictors.py measure PART SMOLLM2_FOLDER WORK_FOLDER FILE
+    python benchmarks/predictors.py compare PART SMOLLM2_FOLDER WORK_FOLDER FILE [--verbose]
 
-`measure` runs two iterations of every configuration with responses of full length, and writes mlx's peak of every
-phase: the twelve of the memory table ("table") and the first twenty of the random budgets ("random") under this
-machine's engine, twelve small ones of other kinds under the portable engine ("portable": run it with
-MLX_PPO_ENGINE=portable). `compare` predicts the same by both, before the run and corrected by its first iteration.
+`measure` runs two iterations of every configuration of a part with responses of full length, and writes mlx's peak of
+every phase: the twelve of the memory table ("table") and the first twenty of the random budgets ("random") under this
+machine's engine, twelve small ones of other kinds ("portable", with MLX_PPO_ENGINE=portable). `compare` predicts the
+same by both, before the run and corrected by its first iteration.
 """
 
 # ruff: noqa: E402

@@ -193,7 +193,7 @@ class Accountant:
         prompts = self._predict(("prefill", choices.kv_cache, read_rows), read, tokens(read_rows, shapes.prompt))
         step = self._predict(("step", choices.kv_cache, rows), read, tokens(rows, 1))
         (*_, caches) = shapes_of_call(read, tokens(1, shapes.prompt + shapes.response))
-        full: list[mx.array] = [leaf[1] for leaf in cast(list[tuple[str, mx.array]], tree_flatten(caches))]
+        full = [leaf for _, leaf in cast(list[Any], tree_flatten(caches)) if isinstance(leaf, mx.array)]
         cache = rows * sum(array.nbytes for array in full)
         # The cache is made in its full length; that of rows which are being decoded is there while others are read.
         before = read_rows if rows < shapes.responses else rows
