@@ -91,7 +91,7 @@ class ClosedForm(Accountant):
     def _reading(self, shape: tuple[int, ...], prefill: bool) -> Cost:
         """Prompts, or a token of each row; the caches come on top where they are made."""
         trunk, (rows, length) = self.roles.trunk, shape
-        element, count = self.dtype.size, rows * length
+        element, count = self._dtype.size, rows * length
         sizes = sizes_of(trunk)
         logits = rows * self._vocabulary * element
         layer = self._forward_layer(trunk, self.policy, count, self._scores_of([(rows, length, length)], sizes))
@@ -122,7 +122,7 @@ class ClosedForm(Accountant):
         heads = name in ("score policy", "score reference")
         positions_read = sequences.mask.size if name != "score reward" else len(sequences.mask)
         count, squares = _counted(sequences)
-        element = self.dtype.size
+        element = self._dtype.size
         states, read = count * trunk.width * element, positions_read * trunk.width * element
         if trunk.capabilities.rows:
             needs, entering = self._pass(trunk, weights, sequences, learning=False, saving=False)
@@ -152,7 +152,7 @@ class ClosedForm(Accountant):
         weights = self.policy if role == "policy" else self.critic
         trunk = self.roles.trunk if role == "policy" else critic.trunk  # type: ignore[union-attr]
         assert weights is not None
-        element = self.dtype.size
+        element = self._dtype.size
         gradients = sum(array.nbytes for array in weights.arrays.values())
         read_count = rows * choices_rows.response
         read = read_count * trunk.width * element
@@ -220,11 +220,11 @@ class ClosedForm(Accountant):
 
     def _scores_of(self, squares: list[tuple[int, int, int]], sizes: Sizes) -> int:
         """Bytes of the scores of rows, each of so many positions that attend to so many."""
-        return max(rows * sizes.heads * length * to * self.dtype.size for rows, length, to in squares)
+        return max(rows * sizes.heads * length * to * self._dtype.size for rows, length, to in squares)
 
     def _forward_layer(self, trunk: Trunk, weights: Weights, count: int, scores: int) -> int:
         """A block without a gradient."""
-        sizes, element = sizes_of(trunk), self.dtype.size
+        sizes, element = sizes_of(trunk), self._dtype.size
         lora = any(name.endswith(".lora_a") for name in weights.arrays)
         wide = (2 + lora if sizes.gated else 2) * sizes.wide
         return max(
@@ -237,10 +237,10 @@ class ClosedForm(Accountant):
         rank = _rank(weights)
         wide = 5 if sizes.gated else 3
         columns = (6 if full else 4) * sizes.width + 2 * sizes.queries + 2 * sizes.keys + wide * sizes.wide + 7 * rank
-        return count * self.dtype.size * columns + scores
+        return count * self._dtype.size * columns + scores
 
     def _vjp_layer(self, weights: Weights, count: int, scores: int, sizes: Sizes, full: bool) -> int:
-        rank, element = _rank(weights), self.dtype.size
+        rank, element = _rank(weights), self._dtype.size
         wide = 7 if sizes.gated else 5
         first = wide * sizes.wide + (5 if full else 4) * sizes.width + 2 * sizes.queries + 2 * sizes.keys + 7 * rank
         second = 4 * sizes.wide + (7 if full else 6) * sizes.width + 2 * sizes.queries + sizes.keys

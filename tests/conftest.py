@@ -1,9 +1,15 @@
-"""Tiny random models in folders such as mlx-lm and transformers write, for every test that needs one."""
+"""Tiny random models in folders such as mlx-lm and transformers write, for every test that needs one.
+
+`--engine portable` runs the tests with the engine of a GPU, `--rounding metal` with an imitation of its rounding too.
+"""
 
 import mlx_ppo  # noqa: F401  before mlx: it loads the BLAS and switches libraries offline
 
 # isort: split
+import functools
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +22,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 from tiny_models import COMMON, KINDS, write_weights, write_word_tokenizer
 
+from mlx_ppo.compute.choose import SWITCH, chosen_engine, using
+from mlx_ppo.compute.cpu.engine import CpuEngine
 from mlx_ppo.config.sections import LoraSection, OptimizerSection, PPOSection, ScoreSection
 from mlx_ppo.models.adapters import Weights, new_adapters
 from mlx_ppo.models.heads import new_head
@@ -30,6 +38,38 @@ from mlx_ppo.stages.scoring import policy_logprobs, score
 from mlx_ppo.stages.update import Learner, Schedule, UpdateStats, update
 
 MakeModel = Callable[..., Path]
+ROUNDING = Path(__file__).parent / "portable" / "rounding"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--engine", choices=["cpu", "portable"], help="computes in the tests and in their subprocesses")
+    parser.addoption("--rounding", choices=["metal"], help="imitate a GPU's rounding; with --engine portable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    engine, rounding = config.getoption("--engine"), config.getoption("--rounding")
+    if rounding and engine != "portable":
+        raise pytest.UsageError("--rounding metal goes with --engine portable")
+    if engine:
+        os.environ[SWITCH] = engine
+    if rounding:
+        with_metal_rounding()
+
+
+def with_metal_rounding() -> None:
+    """Imitate Metal's rounding from now on, in this process and in those that it starts."""
+    sys.path.insert(0, str(ROUNDING))
+    import metal_rounding
+
+    metal_rounding.install()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROUNDING), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(scope="module")
+def on_cpu_engine() -> Iterator[None]:
+    """For modules that test the kernels in `compute.cpu`, whatever engine the others run with."""
+    with using(CpuEngine("a test of its kernels")):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -79,19 +119,21 @@ def model_folder(make_model: MakeModel) -> Path:
     return make_model()
 
 
-@pytest.fixture(scope="session")
-def _shared_trunk(model_folder: Path) -> Trunk:
-    return load_trunk(model_folder)
+@functools.cache
+def _loaded(folder: Path, engine: str) -> Trunk:
+    """Loaded once for each engine, which is the one chosen just now."""
+    return load_trunk(folder)
 
 
 @pytest.fixture
-def trunk(_shared_trunk: Trunk) -> Iterator[Trunk]:
-    """The tiny llama, loaded once; a test that leaves anything on it fails."""
-    yield _shared_trunk
-    now = dict(tree_flatten(_shared_trunk.model.parameters()))
-    assert now.keys() == _shared_trunk.base.keys()
-    assert all(now[name] is array for name, array in _shared_trunk.base.items()), "weights were left on the trunk"
-    assert all(layer.attached is None and layer.noise is None for layer in _shared_trunk.adapted.values())
+def trunk(model_folder: Path) -> Iterator[Trunk]:
+    """The tiny llama; a test that leaves anything on it fails."""
+    shared = _loaded(model_folder, chosen_engine().name)
+    yield shared
+    now = dict(tree_flatten(shared.model.parameters()))
+    assert now.keys() == shared.base.keys()
+    assert all(now[name] is array for name, array in shared.base.items()), "weights were left on the trunk"
+    assert all(layer.attached is None and layer.noise is None for layer in shared.adapted.values())
 
 
 @pytest.fixture(scope="session")
@@ -166,7 +208,7 @@ def make_world(
     make_adapters: Callable[..., Weights],
     prompts: list[tuple[int, ...]],
 ) -> Callable[..., World]:
-    """A scored rollout of 5 * `samples` responses, with advantages and returns drawn at random."""
+    """A scored rollout of 5 * `samples` responses, advantages and returns drawn at random; `given` a trunk, by that."""
 
     def make(
         kind: str | None = "adapters",
@@ -178,22 +220,25 @@ def make_world(
         layers: int = 0,
         keep: bool = False,
         cache_form: str = "full",
+        given: Trunk | None = None,
+        seed: int = 0,
     ) -> World:
-        trunk, chosen = load_trunk(Path(stopping_trunk.name)) if keep else stopping_trunk, prompts[:only]
-        weights = Weights(dict(trunk.base)) if full else make_adapters(trunk, seed=1, layers=layers)
+        trunk, chosen = given or (load_trunk(Path(stopping_trunk.name)) if keep else stopping_trunk), prompts[:only]
+        weights = Weights(dict(trunk.base)) if full else make_adapters(trunk, seed=seed + 1, layers=layers)
         critic = None
         roles = Roles(trunk, Weights({}), None)
         if kind is not None:
             own = load_trunk(Path(trunk.name)) if kind == "model" else trunk
-            body = {"adapters": make_adapters(trunk, seed=2, layers=layers), "model": Weights(dict(own.base))}.get(
-                kind, Weights({})
-            )
-            critic = Learner(body.holding({**body.arrays, **new_head(32)}), _adam(3e-2))
+            body = {
+                "adapters": make_adapters(trunk, seed=seed + 2, layers=layers),
+                "model": Weights(dict(own.base)),
+            }.get(kind, Weights({}))
+            critic = Learner(body.holding({**body.arrays, **new_head(own.width)}), _adam(3e-2))
             roles.critic = Critic(kind, own)
         if keep:
             trunk.share_below([weights])
         asked = Asked(chosen, range(len(chosen)), [{}] * len(chosen))
-        how = Sampling((3,), max_tokens, 0.9, samples, batch_size=64, cache_form=cache_form)
+        how = Sampling((3 + seed,), max_tokens, 0.9, samples, batch_size=64, cache_form=cache_form)
         rollout = generate(trunk, weights, asked, how)
         critic_weights = critic.weights if critic is not None else None
         scored = score(roles, weights, critic_weights, rollout, ScoreSection(), Choices(0, 32, 0, False))

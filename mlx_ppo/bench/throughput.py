@@ -24,9 +24,8 @@ Document = dict[str, Any]
 class Ceilings(NamedTuple):
     """What the machine reaches at best."""
 
-    gigaflops: float  # GFLOP/s of matrix products
+    gigaflops: float  # GFLOP/s of float32 matrix products
     gigabytes: float  # GB/s
-    dtype: str = "float32"  # of the matrices
 
 
 def seconds_of(phases: Mapping[str, float], prefill: float, total: float) -> dict[str, float]:

@@ -143,9 +143,7 @@ def measure(config: TrainConfig, prompt: int, iterations: int) -> Document:
     require_fit(plan, accountant, config)
     found = dry_run(config, plan, accountant.shapes, iterations=1 + iterations)[1:]
     seconds = [seconds_of(one.seconds, one.prefill, one.total) for one in found]
-    ceilings = Ceilings(
-        gigaflops(_SIDE, accountant.dtype), gigabytes(), str(accountant.dtype).removeprefix("mlx.core.")
-    )
+    ceilings = Ceilings(gigaflops(_SIDE), gigabytes())
     names = [name for name in seconds[0] if name not in ("between", "update step")]
     tokens = {name: tokens_of(config, name, prompt) for name in names}
     flops = flops_of(accountant, plan.choices)
@@ -219,7 +217,7 @@ def _print(result: Document) -> None:
         table.add_row(name, *_cells(row), style="bold" if name == ITERATION else "")
     console.print(table)
     console.print(
-        f"peak: {ceilings.gigaflops:.0f} GFLOP/s in {ceilings.dtype} products of {_SIDE} x {_SIDE}; memory: "
+        f"peak: {ceilings.gigaflops:.0f} GFLOP/s in float32 products of {_SIDE} x {_SIDE}; memory: "
         f"{ceilings.gigabytes:.0f} GB/s copied. Medians of {result['iterations']}; operations are those of matrix "
         "products, counted in a trace",
         highlight=False,

@@ -1,4 +1,4 @@
-"""What this machine reaches at best: matrix products, and moving memory."""
+"""What this machine reaches at best: float32 matrix products, and moving memory."""
 
 import os
 import time
@@ -12,16 +12,15 @@ from mlx_ppo.compute.device import kind
 
 SIDE = 1024
 _TRIALS = 5
-_LONG = 1.0  # seconds, beside which what only the first trial does is nothing
 _COPIED = 1 << 28  # bytes, far more than a processor's caches hold
 
 
-def gigaflops(side: int = SIDE, dtype: mx.Dtype = mx.float32) -> float:
-    """GFLOP/s (1e9 operations a second) of a product of two square matrices, the best of some trials.
+def gigaflops(side: int = SIDE) -> float:
+    """GFLOP/s (1e9 operations a second) of a product of two square float32 matrices, the best of some trials.
 
     A product of N x N matrices is counted as 2 N^3 operations.
     """
-    left = mx.random.normal((side, side), key=mx.random.key(0)).astype(dtype)
+    left = mx.random.normal((side, side), key=mx.random.key(0))
     mx.eval(left)
     return 2 * side**3 / _quickest(lambda: mx.eval(left @ left)) / 1e9
 
@@ -50,10 +49,11 @@ def processors() -> int:
 
 
 def _quickest(work: Callable[[], object]) -> float:
-    """Seconds of the best of some trials, the first of which counts only where it is so long that it stays alone."""
-    seconds: list[float] = []
-    while len(seconds) <= _TRIALS and max(seconds, default=0.0) < _LONG:
+    """Seconds of the best of some trials, after one that isn't counted."""
+    work()
+    seconds = []
+    for _ in range(_TRIALS):
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)
-    return min(seconds[1:] or seconds)
+    return min(seconds)

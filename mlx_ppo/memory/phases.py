@@ -90,8 +90,8 @@ class Accountant:
         self.possible = Possible(evict=bool(evictable(roles, config)), compact=compact is not None)
         self._compact = functools.cache(compact) if compact is not None else None
         self._width = trunk.width
-        self.dtype = next(array.dtype for array in trunk.base.values() if mx.issubdtype(array.dtype, mx.floating))
-        state = mx.zeros((1, 1, self._width), self.dtype)
+        self._dtype = next(array.dtype for array in trunk.base.values() if mx.issubdtype(array.dtype, mx.floating))
+        state = mx.zeros((1, 1, self._width), self._dtype)
         self._vocabulary = shapes_of_call(trunk.logits, state).shape[-1]
         self._seen: dict[tuple[object, ...], Cost] = {}
 
@@ -207,7 +207,7 @@ class Accountant:
         """What decoding needs on top of the caches, whose arrays for one row are given: a token, or rows that join."""
         largest = max(caches, key=lambda tensor: tensor.nbytes)
         moving = 2 * rows * largest.nbytes  # a block's keys and values
-        written = {"a block's, dequantised": moving * self.dtype.size} if largest.dtype == mx.uint32 else {}
+        written = {"a block's, dequantised": moving * self._dtype.size} if largest.dtype == mx.uint32 else {}
         token = Cost({**step.passing, **written})
         return max(token, Cost({"a block's, as rows leave or join": moving}), key=lambda cost: cost.transient)
 
@@ -297,9 +297,9 @@ class Accountant:
         if not self.roles.trunk.split or choices.kv_cache != FULL:
             return made
         if made.shared is None:
-            return made._replace(kept=present(*made.tokens.shape, self._width, dtype=self.dtype))
+            return made._replace(kept=present(*made.tokens.shape, self._width, dtype=self._dtype))
         first, second = made.shared.prompts.shape, made.shared.responses.shape
-        kept = present(*first, self._width, dtype=self.dtype), present(*second, self._width, dtype=self.dtype)
+        kept = present(*first, self._width, dtype=self._dtype), present(*second, self._width, dtype=self._dtype)
         return made._replace(shared=made.shared._replace(kept=kept))
 
     def _taken(self, rows: int, choices: Choices) -> Terms:
@@ -309,10 +309,10 @@ class Accountant:
         return {"of them, this batch's": sum(part.nbytes for part in kept or [] if part is not None)}
 
     def _kept(self, responses: int) -> int:
-        return responses * (self.shapes.prompt + self.shapes.response) * self._width * self.dtype.size
+        return responses * (self.shapes.prompt + self.shapes.response) * self._width * self._dtype.size
 
     def _states(self, rows: int) -> int:
-        return rows * self.shapes.response * self._width * self.dtype.size
+        return rows * self.shapes.response * self._width * self._dtype.size
 
     @functools.cached_property
     def _trained(self) -> set[tuple[int, ...]]:

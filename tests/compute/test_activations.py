@@ -9,6 +9,8 @@ import pytest
 from mlx_ppo.compute.cpu.activations import GatedMLP, swiglu, use_fast_gates
 from mlx_ppo.models.load import load_trunk
 
+pytestmark = pytest.mark.usefixtures("on_cpu_engine")
+
 
 def rows(seed: int, shape: tuple[int, ...] = (7, 9, 6000)) -> mx.array:
     return 4 * mx.random.normal(shape, key=mx.random.key(seed))

@@ -15,6 +15,8 @@ from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
 
+pytestmark = pytest.mark.usefixtures("on_cpu_engine")
+
 TOKENS = mx.array([[1, 286, 288, 40, 7, 212, 9, 8, 30], [1, 9, 9, 41, 3, 2, 2, 2, 2]])
 FORMS = [(4, 32, "affine"), (4, 64, "affine"), (8, 32, "affine"), (2, 32, "affine"), (3, 64, "affine")]
 FORMS += [(4, 32, "mxfp4"), (8, 32, "mxfp8")]

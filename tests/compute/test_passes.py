@@ -18,7 +18,10 @@ from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
 
-pytestmark = pytest.mark.skipif(not can_prepare(), reason="no BLAS with products of many small matrices")
+pytestmark = [
+    pytest.mark.skipif(not can_prepare(), reason="no BLAS with products of many small matrices"),
+    pytest.mark.usefixtures("on_cpu_engine"),
+]
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9], [3, 4]]
 RESPONSES = [[20, 21, 22], [23], [24, 25], [26, 27, 28, 29], [30, 31]]
 Models = Callable[..., Path]

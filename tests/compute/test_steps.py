@@ -17,7 +17,10 @@ from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.stages.rollout import Asked, Sampling, generate
 
-pytestmark = pytest.mark.skipif(not can_prepare(), reason="no BLAS with products of many small matrices")
+pytestmark = [
+    pytest.mark.skipif(not can_prepare(), reason="no BLAS with products of many small matrices"),
+    pytest.mark.usefixtures("on_cpu_engine"),
+]
 LENGTHS = [5, 2, 4]
 Models = Callable[..., Path]
 

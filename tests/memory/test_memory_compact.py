@@ -20,6 +20,8 @@ from mlx_ppo.models.adapters import Weights, new_adapters
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
 
+pytestmark = pytest.mark.usefixtures("on_cpu_engine")
+
 SIZES = {
     "hidden_size": 256,
     "vocab_size": 2048,

@@ -1,0 +1,55 @@
+"""Models in the forms that a Mac computes with, by the portable engine and with Metal's rounding."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forms import FORMS, dtype_of
+
+from mlx_ppo.compute.choose import SWITCH, using
+from mlx_ppo.compute.portable import PortableEngine
+from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.trunk import Trunk
+
+ROUNDING = Path(__file__).parent / "rounding"
+sys.path.insert(0, str(ROUNDING))
+
+
+@pytest.fixture
+def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """The engine, and the rounding, here and in subprocesses; how often attention was fused, and unfused."""
+    import metal_rounding
+
+    monkeypatch.setenv(SWITCH, PortableEngine.name)
+    monkeypatch.setenv("PYTHONPATH", str(ROUNDING))
+    with metal_rounding.imitated(), using(PortableEngine()):
+        yield metal_rounding.attended
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> str:
+    """A type to compute in; 4-bit matrices are with bfloat16."""
+    return str(request.param)
+
+
+@pytest.fixture
+def folder_in(make_model: Callable[..., Path], quantised: Callable[..., Path]) -> Callable[..., Path]:
+    """A tiny llama's folder for a form; its responses end after about four tokens."""
+
+    def make(form: str, *, seed: int = 0) -> Path:
+        folder = make_model(seed=seed, eos_token_id=[2, *range(100, 179)])
+        return quantised(folder) if form == "4-bit" else folder
+
+    return make
+
+
+@pytest.fixture
+def trunk_in(metal: Any, folder_in: Callable[..., Path]) -> Callable[..., Trunk]:
+    """The model of `folder_in`, loaded."""
+
+    def make(form: str, *, seed: int = 0) -> Trunk:
+        return load_trunk(folder_in(form, seed=seed), dtype=dtype_of(form))
+
+    return make

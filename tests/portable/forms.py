@@ -1,0 +1,25 @@
+"""The forms of a model that a Mac computes with."""
+
+import mlx.core as mx
+
+from mlx_ppo.models.trunk import Trunk
+
+FORMS = ("float32", "bfloat16", "float16", "4-bit")
+
+
+def dtype_of(form: str) -> str:
+    """The setting `model.dtype`."""
+    return "bfloat16" if form == "4-bit" else form
+
+
+def rounded(trunk: Trunk) -> dict[str, mx.array]:
+    """A model's own matrices in float32, the quantised ones written out, by the names of a model that isn't."""
+    found: dict[str, mx.array] = {}
+    for name, module in trunk.model.named_modules():
+        if "scales" in module:
+            wide = (module[part].astype(mx.float32) for part in ("scales", "biases"))
+            settings = {"group_size": module.group_size, "bits": module.bits}
+            found[f"{name}.weight"] = mx.dequantize(module["weight"], *wide, **settings)
+    kept = {name: array for name, array in trunk.base.items() if array.dtype != mx.uint32}
+    own = {name: array.astype(mx.float32) for name, array in kept.items()}
+    return {name: array for name, array in own.items() if not name.endswith((".scales", ".biases"))} | found

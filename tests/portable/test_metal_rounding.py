@@ -1,0 +1,138 @@
+"""PPO's stages in half precision and 4-bit, with the rounding that a Mac's GPU has by mlx's source."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from forms import dtype_of, rounded
+
+from mlx_ppo.bundle import bundle_root
+from mlx_ppo.compute.portable import ModelReader, PortableEngine, read_rows
+from mlx_ppo.errors import RunError
+from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.trunk import Trunk
+
+HALF = ("bfloat16", "float16", "4-bit")
+SEEDS = range(20)
+
+MakeTrunk = Callable[..., Trunk]
+MakeWorld = Callable[..., Any]
+
+
+@pytest.mark.parametrize("saving", ["off", "on"])
+def test_no_false_stop_in_twenty_seeds_and_a_real_fault_is_caught(
+    trunk_in: MakeTrunk, make_world: MakeWorld, form: str, saving: str
+) -> None:
+    """The fault: probabilities of other adapters, here of none."""
+    errors = []
+    for seed in SEEDS:
+        world = make_world(given=trunk_in(form, seed=seed % 5), seed=seed)
+        others = world.batch._replace(old_logprobs=mx.array(world.logprobs(world.roles.reference)))
+        stats = world.update(epochs=2, minibatches=2, micro_batch=3, gradient_checkpointing=saving)
+        assert len(stats.policy_loss) == 4 and np.isfinite(stats.policy_norm).all()
+        errors.append(stats.first_ratio_error)
+        if seed < 5:
+            world = make_world(given=world.roles.trunk, seed=seed)
+            world.batch = others
+            with pytest.raises(RunError, match="self-check failed"):
+                world.update(minibatches=2, gradient_checkpointing=saving)
+    assert np.median(errors) < {"float32": 1e-5, "float16": 0.005, "bfloat16": 0.02}.get(form, 0.05), errors
+
+
+@pytest.mark.parametrize("form", HALF)
+def test_scoring_attends_as_updating_does(
+    trunk_in: MakeTrunk,
+    make_world: MakeWorld,
+    metal: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+) -> None:
+    """Scored over the same rows as updated, every ratio is exactly 1; scored by another kernel it isn't."""
+    sizes = {"samples": 1, "given": trunk_in(form)}
+    stats = make_world(**sizes).update(epochs=1, minibatches=1)
+    assert stats.first_ratio_error == 0.0
+
+    def untraced(engine: PortableEngine, body: Any, sequences: Any, read: Any, **_: Any) -> mx.array:
+        return read_rows(body, sequences)
+
+    monkeypatch.setattr(PortableEngine, "states", untraced)
+    metal.update(fused=0, unfused=0)
+    world = make_world(**sizes)
+    assert metal["fused"] and not metal["unfused"]
+    monkeypatch.undo()  # the update's own pass is as it was
+    try:
+        error = world.update(epochs=1, minibatches=1).first_ratio_error
+    except RunError as stopped:
+        error = float(str(stopped).split("up to ")[1].split(",")[0])
+    assert error > 1e-3
+
+
+def test_rows_are_decoded_together(
+    trunk_in: MakeTrunk, make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    counts: list[int] = []
+    read = ModelReader.read
+
+    def counting(reader: ModelReader, tokens: mx.array, caches: Any) -> Any:
+        counts.append(len(tokens))
+        return read(reader, tokens, caches)
+
+    monkeypatch.setattr(ModelReader, "read", counting)
+    for seed in range(5):
+        trunk = trunk_in(form, seed=seed)
+        assert trunk.capabilities.batches and trunk.capabilities.joins and trunk.capabilities.shares
+        assert not trunk.remarks or form != "float32", trunk.remarks
+        counts.clear()
+        world = make_world(given=trunk, seed=seed)
+        assert max(counts) == len(world.rollout.responses) == 10
+        off = np.abs(np.array(world.rollout.logprobs) - np.array(world.batch.old_logprobs))[
+            np.array(world.rollout.mask)
+        ]
+        assert off.mean() < {"float32": 1e-5, "float16": 0.01}.get(form, 0.05)
+
+
+@pytest.mark.parametrize("saving", ["off", "on"])
+def test_gradients_point_where_float32s_do(
+    metal: Any, quantised: Callable[..., Path], make_world: MakeWorld, form: str, saving: str
+) -> None:
+    """Those of policy and critic on the bundled model, against float32 with the same, rounded weights."""
+    folder = bundle_root() / "models" / "reviews"
+    if form == "4-bit":
+        folder = quantised(folder)
+    cosines = []
+    for seed in range(2):
+        trunk = load_trunk(folder, dtype=dtype_of(form))
+        exact = in_float32(trunk, load_trunk(bundle_root() / "models" / "reviews", dtype="float32"))
+        worlds = [make_world(given=one, seed=seed) for one in (trunk, exact)]
+        worlds[1].rollout, worlds[1].batch = worlds[0].rollout, worlds[0].batch
+        scored = worlds[1].logprobs(worlds[1].policy.weights)
+        worlds[1].batch = worlds[1].batch._replace(old_logprobs=mx.array(scored))
+        for learner in ("policy", "critic"):
+            found, wanted = (gradients_of(world, learner, saving) for world in worlds)
+            cosines.append(found @ wanted / np.sqrt((found @ found) * (wanted @ wanted)))
+    assert min(cosines) >= 0.999, cosines
+
+
+def in_float32(trunk: Trunk, other: Trunk) -> Trunk:
+    """The other trunk, in float32, with the weights of this one."""
+    other.base = {**other.base, **rounded(trunk)}
+    other.model.load_weights(list(other.base.items()))
+    return other
+
+
+def gradients_of(world: Any, learner: str, saving: str) -> np.ndarray:
+    """All of a role's gradients [n] in one update, which is not applied."""
+    seen: list[np.ndarray] = []
+
+    class Recorder:
+        def step(self, engine: Any, weights: Any, gradients: Any, *, what: str) -> tuple[Any, float]:
+            arrays = [np.array(array, np.float64).ravel() for _, array in sorted(gradients.items())]
+            seen.append(np.concatenate(arrays))
+            return weights, 0.0
+
+    world.policy.optimizer, world.critic.optimizer = Recorder(), Recorder()
+    world.update(epochs=1, minibatches=1, gradient_checkpointing=saving, value_clip=0.0)
+    return seen[("policy", "critic").index(learner)]
