@@ -40,7 +40,8 @@ RULE = "def length(prompts, completions):\n    return [float(len(text)) for text
 def shrunk(smollm2: Path, folder: Path, size: str) -> Path:
     """A random model of the same architecture and vocabulary, with its tokenizer."""
     config = json.loads((smollm2 / "config.json").read_text("utf-8"))
-    config.pop("quantization", None)
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
     config |= SIZES[size] | {
         "head_dim": 64 if size == "35M" else 32,
         "num_attention_heads": SIZES[size]["hidden_size"] // 64,

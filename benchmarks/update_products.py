@@ -26,14 +26,14 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_ppo.bench.dry_run import dry_run
-from mlx_ppo.bench.operations import products, read_by_mlx
+from mlx_ppo.bench.operations import flops, read_by_mlx
 from mlx_ppo.cli.bench import config_of_folder
 from mlx_ppo.compute.machine import gigaflops
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.phases import Accountant, Cost
 from mlx_ppo.memory.plan import make_plan
-from mlx_ppo.memory.simulator.graph import Operation, Tensor
-from mlx_ppo.memory.simulator.trace import trace
+from mlx_ppo.memory.simulator import Product, products
+from mlx_ppo.memory.simulator.graph import Tensor
 from mlx_ppo.memory.starting import accountant_of
 from mlx_ppo.runtime.allocator import keeping_buffers
 
@@ -50,12 +50,12 @@ class Collector(Accountant):
 
     def __init__(self, other: Accountant) -> None:
         super().__init__(other.config, other.roles, other.policy, other.critic, other.shapes)
-        self.products: list[Operation] = []
+        self.products: list[Product] = []
 
     def _predict(self, key: tuple[object, ...], function: Callable[..., Any], *arrays: Any) -> Cost:
         if key[0] in ("policy", "critic"):
             with read_by_mlx(self.roles):  # the same products, where a trace sees them
-                self.products.extend(products(trace(function, *arrays)))
+                self.products.extend(products(function, *arrays))
         return Cost()
 
 
@@ -80,7 +80,7 @@ class Pool:
         return self._arrays[shape]
 
 
-def timed(operations: Sequence[Operation]) -> float:
+def timed(operations: Sequence[Product]) -> float:
     """Seconds of all of them, one after the other, when arrays and buffers are there."""
     pool = Pool()
     work = []
@@ -94,10 +94,6 @@ def timed(operations: Sequence[Operation]) -> float:
         for function, arrays in work:
             mx.eval(function(*arrays))
     return time.perf_counter() - started
-
-
-def flops(operations: Sequence[Operation]) -> int:
-    return sum(2 * operation.outputs[0].size * operation.inputs[0].shape[-1] for operation in operations)
 
 
 def measured(config: TrainConfig, rounds: int) -> dict[str, float]:

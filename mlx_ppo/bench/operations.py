@@ -5,7 +5,7 @@ computes again don't count; every response counts with its own prompt and throug
 a prompt once for several, or leaves out a part of the last block that nobody reads.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,15 +13,12 @@ import mlx.core as mx
 
 from mlx_ppo.compute.kv_cache import FULL, new_caches, size_caches
 from mlx_ppo.memory.phases import Accountant, Cost
-from mlx_ppo.memory.simulator.graph import Graph, Operation
-from mlx_ppo.memory.simulator.trace import trace
+from mlx_ppo.memory.simulator import Product, products
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Roles
 from mlx_ppo.runs.plan_file import Choices
 
 PREFILL, DECODE = "rollout prefill", "rollout decode"
-_PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherMM", "GatherQMM"}
-_ATTENTION = "ScaledDotProductAttention"
 _ALL = 1 << 30  # positions of the head at once, so that one chunk is all there is
 _NAMES = {"prefill": PREFILL, "policy": "update policy", "critic": "update critic"}
 
@@ -33,26 +30,9 @@ class Step(NamedTuple):
     read: int  # bytes of what its products read: weights, keys and values, activations
 
 
-def products(graph: Graph) -> Iterator[Operation]:
-    """The matrix products of a traced function, those of code that leaves mlx and comes back among them."""
-    yield from (operation for operation in graph.operations if operation.name in _PRODUCTS | {_ATTENTION})
-    for pause in graph.pauses:
-        forward, gradient = pause.inside
-        for inside in (forward, gradient if pause.gradients else None):
-            if inside is not None:
-                yield from products(inside[0])
-
-
-def flops(graph: Graph) -> int:
-    """Multiplications and additions of a traced function's products."""
-    return sum(_flops(operation) for operation in products(graph))
-
-
-def _flops(operation: Operation) -> int:
-    first, second = operation.inputs[:2]
-    if operation.name == _ATTENTION:
-        return 4 * first.size * second.shape[-2]
-    return 2 * operation.outputs[0].size * first.shape[-1]
+def flops(found: Iterable[Product]) -> int:
+    """Multiplications and additions of products."""
+    return sum(product.flops for product in found)
 
 
 def flops_of(accountant: Accountant, choices: Choices) -> dict[str, int]:
@@ -87,14 +67,13 @@ def decoding(accountant: Accountant, rows: int) -> Step:
                 found.append(trunk.logits(trunk.hidden(part, caches)[:, -1]))
         return found
 
-    before = trace(read, mx.zeros((rows, length), mx.int32))
-    after = trace(read, mx.zeros((rows, length), mx.int32), mx.zeros((rows, 1), mx.int32))
-    both = ((flops(graph), _bytes_read(graph)) for graph in (after, before))
-    return Step(*(more - less for more, less in zip(*both, strict=True)))
+    before = products(read, mx.zeros((rows, length), mx.int32))
+    after = products(read, mx.zeros((rows, length), mx.int32), mx.zeros((rows, 1), mx.int32))
+    return Step(flops(after) - flops(before), _bytes_read(after) - _bytes_read(before))
 
 
-def _bytes_read(graph: Graph) -> int:
-    return sum(tensor.nbytes for operation in products(graph) for tensor in operation.inputs)
+def _bytes_read(found: Iterable[Product]) -> int:
+    return sum(product.read for product in found)
 
 
 @contextmanager
@@ -124,5 +103,5 @@ class _Counter(Accountant):
         name = str(key[0])
         if name != "step":
             name = _NAMES.get(name, name)
-            self.found[name] = self.found.get(name, 0) + flops(trace(function, *arrays))
+            self.found[name] = self.found.get(name, 0) + flops(products(function, *arrays))
         return Cost()

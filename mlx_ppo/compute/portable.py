@@ -20,7 +20,7 @@ from mlx_ppo.compute.engine import Arrays, Body, Capabilities, Numbers, Reader, 
 from mlx_ppo.compute.kv_cache import share_offsets
 from mlx_ppo.compute.needs import is_traced
 from mlx_ppo.compute.output_head import OutputHead
-from mlx_ppo.compute.probes import joins, reads_batches, shares_prompts
+from mlx_ppo.compute.probes import joins, reads_batches, shares_prompts, takes_batches
 from mlx_ppo.compute.sequences import Sequences
 from mlx_ppo.compute.shared_prompts import LayerCache, Reading
 
@@ -66,7 +66,8 @@ class PortableEngine:
     def capabilities(self, body: Body, *, checked: bool) -> Capabilities:
         """By small trials with the model's own weights."""
         if not checked:
-            return Capabilities(batches=True, joins=True, shares=shares_prompts(body, None))
+            batches = takes_batches(body)
+            return Capabilities(batches, batches, shares_prompts(body, None))
         batches = reads_batches(body)
         found = Capabilities(batches, batches and joins(body), shares_prompts(body, lambda rows: read_rows(body, rows)))
         remarks = (

@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from mlx_ppo.compute.engine import Body
 from mlx_ppo.compute.kv_cache import FULL, join, keeps_all_tokens, new_caches
+from mlx_ppo.compute.needs import tracing
 from mlx_ppo.compute.sequences import Sequences, make_sequences
 
 REFUSALS = (ValueError, AttributeError, TypeError)  # of an architecture that can't do what is tried
@@ -21,6 +22,18 @@ def reads_batches(body: Body) -> bool:
     are silently wrong.
     """
     return _decodes_alike(body, [(0, 1)]) and _decodes_alike(body, [(0, 1, 2)])
+
+
+def takes_batches(body: Body) -> bool:
+    """Whether an architecture takes several padded rows at all, by shapes alone, where the weights aren't there."""
+    try:
+        for rows in (3, 5):  # some refuse unless there are as many rows as groups of heads
+            caches = new_caches(body.model, FULL, rows)
+            with tracing():
+                body.hidden(mx.zeros((rows, 2), mx.int32), caches)
+    except REFUSALS:
+        return False
+    return True
 
 
 def joins(body: Body) -> bool:

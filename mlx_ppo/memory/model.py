@@ -11,8 +11,7 @@ from mlx_ppo.compute.choose import chosen_engine
 from mlx_ppo.compute.portable import DTYPES
 from mlx_ppo.config.sections import RewardSource, TrainConfig
 from mlx_ppo.data.tokenizer import Tokenizer
-from mlx_ppo.memory.simulator.trace import trace
-from mlx_ppo.memory.simulator.weightless import weightless
+from mlx_ppo.memory.weightless import shapes_of_call, weightless
 from mlx_ppo.models.adapters import Weights, load_adapters, new_adapters
 from mlx_ppo.models.folder import check_model_folder
 from mlx_ppo.models.heads import (
@@ -77,7 +76,7 @@ def weightless_trunk(config: dict[str, Any], name: str, *, dtype: str, compact: 
     tokenizer: Tokenizer = _NoTokenizer(1000)
     with computing_with(name):
         trunk = Trunk(weightless(model), tokenizer, name, engine, checked=False)
-        trace(trunk.hidden, mx.zeros((1, 2), mx.int32))
+        shapes_of_call(trunk.hidden, mx.zeros((1, 2), mx.int32))
     return trunk
 
 

@@ -4,18 +4,18 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlx_ppo.compute.kv_cache import FULL, new_caches, size_caches
 from mlx_ppo.compute.sequences import Sequences, make_sequences
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.choices import Possible, Shapes
 from mlx_ppo.memory.model import loading, reading
-from mlx_ppo.memory.simulator.replay import named, predict
-from mlx_ppo.memory.simulator.trace import trace
-from mlx_ppo.memory.simulator.weightless import present
+from mlx_ppo.memory.simulator import named, predict
+from mlx_ppo.memory.weightless import present, shapes_of_call
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Roles, evictable
@@ -92,7 +92,7 @@ class Accountant:
         self._width = trunk.width
         self._dtype = next(array.dtype for array in trunk.base.values() if mx.issubdtype(array.dtype, mx.floating))
         state = mx.zeros((1, 1, self._width), self._dtype)
-        self._vocabulary = trace(trunk.logits, state).outputs[0].shape[-1]
+        self._vocabulary = shapes_of_call(trunk.logits, state).shape[-1]
         self._seen: dict[tuple[object, ...], Cost] = {}
 
     def with_shapes(self, shapes: Shapes) -> "Accountant":
@@ -168,7 +168,7 @@ class Accountant:
     def _rollout(self, choices: Choices) -> Cost:
         """The largest of reading prompts, of a token at full length on top of the cache, and of rows joining it."""
         shapes, trunk = self.shapes, self.roles.trunk
-        rows = min(choices.rollout_batch, shapes.responses)
+        rows = min(choices.rollout_batch, shapes.responses) if trunk.capabilities.batches else 1
 
         def read(tokens: mx.array) -> list[Any]:
             caches = new_caches(trunk.model, choices.kv_cache, len(tokens))
@@ -192,13 +192,14 @@ class Accountant:
         read_rows = min(rows, shapes.distinct, (rows - 2) // samples + 2)
         prompts = self._predict(("prefill", choices.kv_cache, read_rows), read, tokens(read_rows, shapes.prompt))
         step = self._predict(("step", choices.kv_cache, rows), read, tokens(rows, 1))
-        full = trace(lambda t: read(t)[2], tokens(1, shapes.prompt + shapes.response))
-        cache = rows * sum(tensor.nbytes for tensor in full.outputs)
+        (*_, caches) = shapes_of_call(read, tokens(1, shapes.prompt + shapes.response))
+        full = [leaf for _, leaf in cast(list[Any], tree_flatten(caches)) if isinstance(leaf, mx.array)]
+        cache = rows * sum(array.nbytes for array in full)
         # The cache is made in its full length; that of rows which are being decoded is there while others are read.
         before = read_rows if rows < shapes.responses else rows
         longer = cache - cache * before * shapes.prompt // (rows * (shapes.prompt + shapes.response))
         outside = max(rows * self._vocabulary * 4, prompts.outside)
-        if prompts.transient + longer > cache + (passing := self._decoding(rows, step, full.outputs)).transient:
+        if prompts.transient + longer > cache + (passing := self._decoding(rows, step, full)).transient:
             return Cost({**prompts.passing, _CACHE: longer}, outside)
         return Cost({**passing.passing, _CACHE: cache}, outside)
 

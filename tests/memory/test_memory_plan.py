@@ -338,3 +338,13 @@ def test_needed_counts_numpy(make_config: Make) -> None:
     plan = make_plan(accountant(config), config, None)
     largest = plan.largest
     assert needed(largest) == largest.peak + largest.outside == plan.process - RUNTIME
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_architectures_that_refuse_batches_or_keep_windows_are_planned(
+    make_model: Callable[..., Path], make_config: Make, kind: str
+) -> None:
+    """gemma2's attention refuses padded rows; gemma3's caches of a window hold numbers beside arrays."""
+    config = make_config(model={"path": make_model(kind)}, rollout={"prompts": 8, "max_tokens": 4})
+    found = {phase.name: phase for phase in make_plan(accountant_of(config, None, 6), config, None).phases}
+    assert sum(found["rollout"].passing.values()) > 0

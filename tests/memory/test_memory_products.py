@@ -8,7 +8,7 @@ import pytest
 from mlx_ppo.bench.operations import DECODE, PREFILL, decoding, flops, flops_of
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.phases import Accountant
-from mlx_ppo.memory.simulator.trace import trace
+from mlx_ppo.memory.simulator import products
 from mlx_ppo.memory.starting import accountant_of
 from mlx_ppo.runs.plan_file import Choices
 
@@ -80,9 +80,9 @@ def test_operations_are_proportional_to_rows_and_choices_change_nothing(account)
 
 def test_products_and_nothing_else_count():
     a, b = mx.zeros((3, 4, 5)), mx.zeros((3, 5, 6))
-    assert flops(trace(lambda a, b: mx.exp(a @ b) + 1, a, b)) == 2 * 3 * 4 * 5 * 6
-    assert flops(trace(lambda a, b: mx.addmm(mx.zeros((6,)), a, b), a, b)) == 2 * 3 * 4 * 5 * 6
+    assert flops(products(lambda a, b: mx.exp(a @ b) + 1, a, b)) == 2 * 3 * 4 * 5 * 6
+    assert flops(products(lambda a, b: mx.addmm(mx.zeros((6,)), a, b), a, b)) == 2 * 3 * 4 * 5 * 6
     x, packed = mx.zeros((4, 64)), mx.quantize(mx.zeros((32, 64)), group_size=32, bits=4)
-    multiplied = trace(lambda x, *w: mx.quantized_matmul(x, *w, group_size=32, bits=4), x, *packed)
+    multiplied = products(lambda x, *w: mx.quantized_matmul(x, *w, group_size=32, bits=4), x, *packed)
     assert flops(multiplied) == 2 * 4 * 64 * 32
-    assert flops(trace(lambda a: (a * a).sum(), a)) == 0
+    assert flops(products(lambda a: (a * a).sum(), a)) == 0

@@ -14,7 +14,7 @@ from mlx_ppo.compute.needs import Work, is_traced, outside, tracing
 from mlx_ppo.memory.simulator.graph import Graph
 from mlx_ppo.memory.simulator.replay import replay
 from mlx_ppo.memory.simulator.trace import trace
-from mlx_ppo.memory.simulator.weightless import weightless
+from mlx_ppo.memory.weightless import weightless
 
 LLAMA_8B = {
     "model_type": "llama",

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +12,6 @@ import mlx.nn as nn
 from mlx_ppo.compute.needs import Inside, Work, mark_of, tracing
 from mlx_ppo.memory.simulator.fusing import fused
 from mlx_ppo.memory.simulator.graph import Graph, Operation, Pause, Tensor
-from mlx_ppo.memory.simulator.weightless import spelt_out
 
 
 def trace(function: Callable[..., Any], *arrays: Any) -> Graph:
@@ -19,7 +19,7 @@ def trace(function: Callable[..., Any], *arrays: Any) -> Graph:
 
     Arguments stand for arrays that are in memory already; they themselves are never evaluated, so `mx.zeros(shape)`
     does, whatever its size. Evaluated arrays that the function captures count as in memory too (use
-    `weightless` for a model whose weights are not loaded); lazy arrays that it captures are computed inside
+    `memory.weightless` for a model whose weights are not loaded); lazy arrays that it captures are computed inside
     the graph. Operations that differ in nothing are merged, as by `mx.compile`.
 
     Args:
@@ -38,7 +38,7 @@ def _recorded(function: Callable[..., Any], *arrays: Any) -> Graph:
         return _leaves(function(*(_filled(argument, left) for argument in arrays)))
 
     records: list[dict[str, Any]] = []
-    with tracing() as marks, spelt_out():
+    with tracing() as marks, _spelt_out():
         mx.export_function(records.append, flat, *_leaves(arrays))
     return _graph(records, [len(_leaves(argument)) for argument in arrays], marks)
 
@@ -169,3 +169,30 @@ def _readers(
     for operation in readers:
         operation.inputs = tuple(tensor for tensor in operation.inputs if tensor not in marks)
     return readers
+
+
+@contextmanager
+def _spelt_out() -> Iterator[None]:
+    """Switch `mx.compile` off for the length of a `with` block, because mlx can't trace what it makes."""
+    if not _compiling():
+        yield
+        return
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
+
+
+def _compiling() -> bool:
+    """Whether `mx.compile` is on; mlx has no way to ask, but what is compiled runs in Python just once."""
+    runs: list[int] = []
+
+    def count(array: mx.array) -> mx.array:
+        runs.append(1)
+        return array + 1
+
+    compiled = mx.compile(count)
+    compiled(mx.zeros(()))
+    compiled(mx.zeros(()))
+    return len(runs) == 1

@@ -1,12 +1,13 @@
 """Models without weights, and arrays that are there but take no memory, for what is traced."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from mlx_ppo.compute.needs import tracing
 from mlx_ppo.models.parts import placeholder
 
 
@@ -27,28 +28,11 @@ def present(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
     return array
 
 
-@contextmanager
-def spelt_out() -> Iterator[None]:
-    """Switch `mx.compile` off for the length of a `with` block, because mlx can't trace what it makes."""
-    if not _compiling():
-        yield
-        return
-    mx.disable_compile()
-    try:
-        yield
-    finally:
-        mx.enable_compile()
+def shapes_of_call(function: Callable[..., Any], *arrays: mx.array) -> Any:
+    """What a function of arrays returns, of which shapes and types mean something; nothing is computed.
 
-
-def _compiling() -> bool:
-    """Whether `mx.compile` is on; mlx has no way to ask, but what is compiled runs in Python just once."""
-    runs: list[int] = []
-
-    def count(array: mx.array) -> mx.array:
-        runs.append(1)
-        return array + 1
-
-    compiled = mx.compile(count)
-    compiled(mx.zeros(()))
-    compiled(mx.zeros(()))
-    return len(runs) == 1
+    Raises:
+        ValueError: the shapes don't fit each other.
+    """
+    with tracing():
+        return function(*arrays)
