@@ -14,7 +14,7 @@ from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
 
 ROUNDING = Path(__file__).parent / "rounding"
-sys.path.insert(0, str(ROUNDING))
+sys.path[:0] = [str(ROUNDING), str(Path(__file__).parents[1] / "end_to_end")]
 
 
 @pytest.fixture
