@@ -103,6 +103,7 @@ def test_hooks_need_no_network_and_say_what_ci_says() -> None:
     hooks = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
     assert re.findall(r"repo: (.*)", hooks) == ["local"] and set(re.findall(r"language: (.*)", hooks)) == {"system"}
     checks = {line for line in (ROOT / ".ci" / "run").read_text("utf-8").split("\n") if line.startswith(".venv/bin/")}
+    checks = {line for line in checks if "pytest" not in line}
     wanted = {check.replace(" .", "").replace(" --check", "") for check in checks}
     assert {entry.replace(" --force-exclude", "") for entry in re.findall(r"entry: (.*)", hooks)} == wanted
 

@@ -48,7 +48,7 @@ OUTSIDE = {
     "sft": {"mlx"},
     "reward_training": {"mlx", "numpy"},
     "train": {"numpy"},
-    "cli": {"click", "rich", "mlx", "numpy", "psutil"},
+    "cli": {"click", "rich", "mlx", "mlx_lm", "numpy", "psutil"},
 }
 # Nothing of this project, or little: what runs in a process of its own, and the pure maths.
 INSIDE: dict[str, set[str]] = {

@@ -9,11 +9,9 @@ from typing import Any
 import click
 
 import mlx_ppo
-from mlx_ppo.cli import PROGRAM
+from mlx_ppo.cli.group import Commands
 from mlx_ppo.cli.options import MAX_TOKENS, TEMPERATURE, Number
-from mlx_ppo.errors import ConfigError, DamageError, RunError, UserError, printable
-from mlx_ppo.runtime.device_errors import device_failure
-from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
+from mlx_ppo.errors import RunError
 
 _SET = click.option(
     "overrides",
@@ -28,44 +26,7 @@ _DRY_RUN = click.option(
 _FILE = click.Path(path_type=Path)
 
 
-class _Commands(click.Group):
-    """Turns the errors that a user can cause into lines and exit codes."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Called as a program, which has this process to itself; `main.main` serves a caller that goes on living."""
-        refuse_connections()
-        return self.main(*args, obj=PROGRAM, **kwargs)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except UserError as error:
-            # as many problems as lines; elsewhere one, and what belongs to it
-            each = isinstance(error, ConfigError | DamageError)
-            for number, line in enumerate(str(error).split("\n")):
-                click.echo(printable(f"error: {line}" if each or number == 0 else line), err=True)
-            ctx.exit(error.exit_code)
-        except NetworkRefused as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(RunError.exit_code)
-        except RuntimeError as error:
-            failure = device_failure(error)
-            if failure is None:
-                raise
-            click.echo(f"error: {failure.cause}; {failure.remedy}", err=True)
-            ctx.exit(RunError.exit_code)
-        except KeyboardInterrupt:  # outside the jobs, which save first
-            ctx.exit(130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(1)
-        except OSError as error:  # what the system refuses where nobody expected it, such as a name that is too long
-            place = "" if error.filename is None else f"{error.filename}: "
-            click.echo(printable(f"error: {place}{error.strerror or error}"), err=True)
-            ctx.exit(UserError.exit_code)
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(mlx_ppo.__version__, prog_name="mlx-ppo")
 def main() -> None:
     """PPO from human feedback for language models, entirely offline, on this machine.
