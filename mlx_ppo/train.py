@@ -207,8 +207,8 @@ class _Training:
     def _save(self) -> None:
         best, keep_last = self.state.best[0] if self.state.best is not None else None, self.config.run.keep_last
         with phase("checkpoint"):
-            self._note_reward_files()
             self.run.secure()
+            self._note_reward_files()
             saved = self.state.as_checkpoint(self.roles.trunk.blocks)
             checkpoint.save(self.run.folder, saved, keep_last=keep_last, best=best)
 

@@ -9,7 +9,7 @@ import pytest
 FILE_PROBLEMS = [
     ("rul.py:letters", "", "rul.py: no such file for the reward function. Did you mean"),
     ("rule.py:leters", "", "no function 'leters' in this file. Did you mean 'letters'?"),
-    ("rule.py:letters", "def letters(x):\n    return 0\n", "doesn't accept (prompts, completions)"),
+    ("rule.py:letters", "def letters(x):\n    return 0\n", "doesn't say which parameter gets the completions"),
     ("rule.py:letters", "import nothing_of_this_name\n", "rule.py:1: the reward function can't be loaded"),
     ("rule.py:letters", "def letters(:\n", "rule.py:1: the reward function can't be loaded: raised SyntaxError"),
 ]
