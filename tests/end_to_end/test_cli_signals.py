@@ -161,4 +161,4 @@ def test_a_reader_that_goes_away_is_no_error(project):
     os.close(writing)
     os.close(reading)
     _, err = ends(process, 1)
-    assert err == ""
+    assert err == "model: temperature 1, up to 3 tokens\n"
