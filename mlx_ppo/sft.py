@@ -44,6 +44,8 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
         reporter.message(remark)
     weights = initial_weights(trunk, config.model, config.lora, key="policy", seed=seed)
     train, validation = load_data(config, trunk.tokenizer, reporter)
+    for warning in reach(trunk, train, validation):
+        reporter.message(warning)
     lengths = [len(example.tokens) for example in train.examples]
     size = config.sft.batch_size
 
@@ -93,6 +95,16 @@ def load_data(config: SFTConfig, tokenizer: Tokenizer, reporter: StepReporter) -
         sets.append(examples)
     assert sets[0] is not None
     return sets[0], sets[1]
+
+
+def reach(trunk: Trunk, *sets: ExampleSet | None) -> list[str]:
+    """Warnings where an example is longer than the model was trained for.
+
+    Raises:
+        ModelError: longer than it can be.
+    """
+    longest = max(len(example.tokens) for found in sets if found is not None for example in found.examples)
+    return trunk.require_positions(longest, "data.max_tokens")
 
 
 def mean_loss(trunk: Trunk, weights: Weights, examples: Sequence[Example], *, batch_size: int) -> float:

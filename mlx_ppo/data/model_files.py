@@ -50,6 +50,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parsed(file: Path, content: bytes, *, header: bool = False) -> dict[str, Any]:
     what = "header: " if header else ""
+    if content.startswith(b"\xef\xbb\xbf"):
+        raise wrong(file, f"{what}starts with a byte-order mark; save it as UTF-8 without one")
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique if header else None)
     except UnicodeDecodeError as error:

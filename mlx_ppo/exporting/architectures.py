@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_ppo.errors import ModelError
 from mlx_ppo.exporting.check import Floats
-from mlx_ppo.models.load import rope_keys as rope_keys
+from mlx_ppo.models.gate import translated
 
 NAMES = ("llama", "qwen2", "qwen3")
 _DEFAULT_BASE = 10000.0
@@ -41,7 +41,7 @@ def architecture_of(path: Path, config: Mapping[str, Any]) -> Architecture:
     name = config["model_type"]
     if name not in NAMES:
         raise ModelError(f"{path}: {name} models aren't written as GGUF, only {', '.join(NAMES)}; use --format fused")
-    config = {**config, **rope_keys(dict(config))}
+    config = {**config, **translated(config, str(path))}
     _refuse(path, config)
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)

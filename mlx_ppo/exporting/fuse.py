@@ -15,7 +15,7 @@ from mlx_ppo.compute.portable import DTYPES
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.adapters import HEAD, Weights
 from mlx_ppo.models.folder import ModelFolder
-from mlx_ppo.models.load import rope_keys as rope_keys
+from mlx_ppo.models.gate import translated
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.models.write import carry
 
@@ -59,7 +59,7 @@ def fused_config(config: Mapping[str, Any], arrays: Mapping[str, mx.array], dtyp
     Whether the output layer is the embedding is written out, since the two libraries have different defaults.
     """
     changed = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
-    changed |= rope_keys(changed)
+    changed |= translated(changed, "config.json")
     changed["torch_dtype"] = dtype
     if "dtype" in changed:
         changed["dtype"] = dtype

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_ppo.data.model_files import quoted, read_arrays, wrong
 from mlx_ppo.importing.shards import ShardWriter
 from mlx_ppo.models.folder import ModelFolder, check_model_folder
-from mlx_ppo.models.load import rope_keys as rope_keys
+from mlx_ppo.models.gate import translated
 
 _CARRIED = (".json", ".model", ".jinja", ".txt")
 _INDEX = "model.safetensors.index.json"
@@ -31,7 +31,7 @@ def copy_folder(source: Path, folder: Path, dtype: mx.Dtype | None) -> tuple[str
     for file in sorted(source.iterdir()):
         if file.is_file() and file.name.endswith(_CARRIED) and file.name not in (_INDEX, "config.json"):
             shutil.copyfile(file, folder / file.name)
-    config = {**checked.config, **rope_keys(checked.config)}
+    config = {**checked.config, **translated(checked.config, str(source))}
     if dtype is None:
         for file in checked.weight_files:
             shutil.copyfile(file, folder / file.name)

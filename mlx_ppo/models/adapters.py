@@ -97,6 +97,21 @@ def adapter_config(weights: Weights, blocks: int) -> dict[str, Any]:
     }
 
 
+def _check_kind(folder: Path, described: Mapping[str, Any]) -> None:
+    """ModelError where a folder says that it holds something else, by its name."""
+    kind = described.get("fine_tune_type", "lora")
+    if "peft_type" in described:
+        raise _OtherKind(f"{folder}: adapters in PEFT's format; convert them to mlx-lm's, or fuse them into the model")
+    if kind == "dora":
+        raise _OtherKind(f"{folder}: DoRA adapters; only LoRA can be trained on: fuse them into the model first")
+    if kind == "full":
+        raise _OtherKind(f"{folder}: weights of a full fine-tuning, not adapters; fuse them into the model first")
+
+
+class _OtherKind(Exception):
+    """A folder of adapters that aren't LoRA's, in mlx-lm's format."""
+
+
 def load_adapters(folder: Path, adapted: Mapping[str, nn.Module]) -> Weights:
     """Read a folder of LoRA adapters in mlx-lm's format.
 
@@ -104,7 +119,11 @@ def load_adapters(folder: Path, adapted: Mapping[str, nn.Module]) -> Weights:
         ModelError: the folder isn't one, or its adapters don't fit the trunk.
     """
     try:
-        scale = float(json_object(folder / "adapter_config.json")["lora_parameters"]["scale"])
+        described = json_object(folder / "adapter_config.json")
+        _check_kind(folder, described)
+        scale = float(described["lora_parameters"]["scale"])
+    except _OtherKind as error:
+        raise ModelError(str(error)) from None
     except (ModelError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: not a folder of LoRA adapters in mlx-lm's format ({error})") from None
     if not math.isfinite(scale):

@@ -125,18 +125,27 @@ def _check_links(path: Path) -> None:
 @functools.cache
 def _model_types() -> frozenset[str]:
     """Every `model_type` that the installed mlx-lm has a module for, found without importing it."""
-    spec = importlib.util.find_spec("mlx_lm")
-    root = Path(next(iter((spec and spec.submodule_search_locations) or ["mlx_lm isn't installed"])))
-    files = (root / "models").glob("*.py")
+    files = (_mlx_lm() / "models").glob("*.py")
     types = {
         file.stem for file in files if re.search(r"\bModelArgs\b", file.read_text(encoding="utf-8"))
     }  # the rest are helpers
-    for node in ast.parse((root / "utils.py").read_text(encoding="utf-8")).body:
+    return frozenset(types | set(remapped_types()))
+
+
+@functools.cache
+def remapped_types() -> dict[str, str]:
+    """The kinds of model that mlx-lm computes with another one's module, and which."""
+    for node in ast.parse((_mlx_lm() / "utils.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(
             isinstance(t, ast.Name) and t.id == "MODEL_REMAPPING" for t in node.targets
         ):
-            types.update(ast.literal_eval(node.value))
-    return frozenset(types)
+            return dict(ast.literal_eval(node.value))
+    return {}
+
+
+def _mlx_lm() -> Path:
+    spec = importlib.util.find_spec("mlx_lm")
+    return Path(next(iter((spec and spec.submodule_search_locations) or ["mlx_lm isn't installed"])))
 
 
 def _check_model_type(path: Path, config: dict[str, Any]) -> None:

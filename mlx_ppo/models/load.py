@@ -14,8 +14,10 @@ from mlx_ppo.compute.choose import chosen_engine
 from mlx_ppo.compute.engine import Engine
 from mlx_ppo.data.model_files import read_arrays
 from mlx_ppo.data.random import mx_key
+from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.folder import ModelFolder, check_depth, check_model_folder
+from mlx_ppo.models.gate import output_layer, positions_of, translated
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.runtime.device_errors import device_failure
 from mlx_ppo.runtime.open_files import open_files_limit_kept
@@ -23,6 +25,7 @@ from mlx_ppo.tokenizers.load import load_tokenizer
 
 _LONGEST_ERROR = 300  # characters
 _INITIAL_DEVIATION = 0.02
+_FEW_TOKENS = 8  # so many can be named
 _EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
 
 
@@ -61,10 +64,11 @@ def load_trunk(
     remarks += _settle(model, engine, form, folder)
     engine.prepare(model)
     tokenizer = load_tokenizer(path, config)  # with what generation_config.json says of end-of-sequence
-    _check_vocabulary(folder, model, tokenizer.vocab_size, tokenizer.eos_id)
+    _check_vocabulary(folder, model, tokenizer)
     with computing_with(str(path)):
         trunk = Trunk(model, tokenizer, str(path), engine)
     trunk.remarks[:0] = remarks
+    trunk.positions = positions_of({**folder.config, **translated(folder.config, str(path))}, _position_rows(model))
     if random_seed is None:
         trunk.reload = _reload(folder, engine, form)
     return trunk
@@ -106,7 +110,8 @@ def _read(
     path = folder.path
     with open_files_limit_kept():
         from mlx_lm.utils import load_model
-    given = {**rope_keys(folder.config), **({"tie_word_embeddings": True} if form.classifier else {})}
+    given = translated(folder.config, str(path))
+    given = {**given, "tie_word_embeddings": True} if form.classifier else output_layer(folder, given)
     try:
         model, config = load_model(
             path, lazy=True, strict=strict and not form.classifier, model_config=given, trust_remote_code=False
@@ -159,7 +164,7 @@ def empty_model(config: dict[str, Any], name: str) -> nn.Module:
         from mlx_lm.utils import _get_classes
     try:
         model_class, arguments = _get_classes(config)
-        model: nn.Module = model_class(arguments.from_dict({**config, **rope_keys(config)}))
+        model: nn.Module = model_class(arguments.from_dict({**config, **translated(config, name)}))
         quantisation = config.get("quantization")
         if quantisation is not None:
             bits, group = int(quantisation["bits"]), int(quantisation["group_size"])
@@ -174,19 +179,6 @@ def empty_model(config: dict[str, Any], name: str) -> nn.Module:
     except Exception as error:
         raise ModelError(f"{name}: mlx-lm cannot make this model ({_said(error)})") from None
     return model
-
-
-def rope_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Top-level rope keys for folders of transformers 5: they stand in `rope_parameters`, where mlx-lm may not look."""
-    parameters = config.get("rope_parameters")
-    if not isinstance(parameters, dict):
-        return {}
-    found: dict[str, Any] = {}
-    if "rope_theta" in parameters and "rope_theta" not in config:
-        found["rope_theta"] = parameters["rope_theta"]
-    if parameters.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
-        found["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    return found
 
 
 def _randomise(model: nn.Module, seed: int) -> None:
@@ -237,6 +229,9 @@ def _settle(model: nn.Module, engine: Engine, form: _Form, folder: ModelFolder) 
             if not mx.isfinite(settled).all().item():
                 raise ModelError(f"{path}: {name} contains NaN or infinity; the weights are damaged")
             model.update(tree_unflatten([(name, settled)]))
+        elif name.endswith(".weight") and array.dtype != mx.uint32:  # of that type quantised matrices are packed
+            kind = str(array.dtype).removeprefix("mlx.core.")
+            raise ModelError(f"{path}: {name} holds {kind}, not floats; convert it where its scale is known")
     mx.eval(parameters_of(model))
     if form.dtype != "auto" or dtype in (stored, mx.float32):
         return []
@@ -266,9 +261,23 @@ def compute_dtype(engine: Engine, wanted: str, arrays: Mapping[str, mx.array], m
     return engine.dtype(wanted, stored, sum(array.size for array in arrays.values()) + beyond)
 
 
-def _check_vocabulary(folder: ModelFolder, model: nn.Module, tokens: int, end: int) -> None:
+def _position_rows(model: nn.Module) -> int | None:
+    """Rows of a table of learned positions."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.split(".")[-1] in ("wpe", "embed_positions"):
+            return int(module.weight.shape[0])
+    return None
+
+
+def _check_vocabulary(folder: ModelFolder, model: nn.Module, tokenizer: Tokenizer) -> None:
     """Nothing below checks a token's number: mlx would read beside the embeddings."""
-    rows = int(model_vocabulary(model, folder))
+    rows, tokens, end = int(model_vocabulary(model, folder)), tokenizer.vocab_size, tokenizer.eos_id
+    if rows < tokens <= rows + _FEW_TOKENS:
+        raise ModelError(
+            f"{folder.path}: the tokenizer has {tokens} tokens, the model only {rows}; it has no row for "
+            f"{', '.join(tokenizer.decode([index]) for index in range(rows, tokens))}, which was added to the tokenizer: "
+            "delete it there, or take the model that it was added for"
+        )
     if tokens > rows:
         raise ModelError(
             f"{folder.path}: the tokenizer has {tokens} tokens, the model only {rows}; they don't belong together"

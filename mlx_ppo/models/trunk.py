@@ -17,6 +17,7 @@ from mlx_ppo.compute.sequences import Sequences
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.adapters import HEAD, Weights, lowest_block
+from mlx_ppo.models.gate import Positions, too_long
 from mlx_ppo.models.parts import Entered, InPlace, NotReached, States, placeholder
 
 _INNER_NAMES = ("model", "backbone", "transformer")
@@ -69,7 +70,19 @@ class Trunk:
             self._check_split()
         self.capabilities: Capabilities = engine.capabilities(self, checked=checked)
         self.remarks = [*filter(None, [left_out]), *self.capabilities.remarks]  # what a person should know, a line each
+        self.positions: Positions | None = None  # how far it reaches; set by who read its config.json
         self.width = self._find_width()  # the size D of a hidden state
+
+    def require_positions(self, tokens: int, keys: str) -> list[str]:
+        """Warnings, none or one, where texts of so many tokens leave the positions this model was trained for.
+
+        Args:
+            tokens: the longest text that there can be.
+            keys: what a person can lower, for the message.
+        Raises:
+            ModelError: they leave those that it has.
+        """
+        return list(filter(None, [too_long(self.positions, self.name, tokens, keys)]))
 
     def shares_learning(self, *, saving: bool) -> bool:
         """Whether a pass with a gradient may share prompts; `saving`: with gradient checkpointing."""

@@ -139,6 +139,9 @@ def _failures_told(path: Path, what: str = "fails") -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if type(error).__name__.startswith("StrictDataclass"):  # what transformers checks of config.json
+            words = " ".join(str(error).split())[:_LONGEST_ERROR]
+            raise wrong(path / "config.json", f"transformers can't take a value: {words}") from None
         first = str(error).strip().split("\n")[0][:_LONGEST_ERROR]
         raise wrong(path, f"the tokenizer {what} ({type(error).__name__}: {first})") from None
 
