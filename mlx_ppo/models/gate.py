@@ -51,7 +51,7 @@ _YARN_UNREAD = {"attention_factor": (None,), "truncate": (None, True)}
 class Positions(NamedTuple):
     """How many positions a model has, and which key says so."""
 
-    count: int
+    limit: int
     key: str
     hard: bool  # beyond them it isn't the same model; else it was only not trained there
 
@@ -127,19 +127,21 @@ def positions_of(config: Mapping[str, Any], table: int | None) -> Positions | No
     if isinstance(trained, int):
         stretched = first * rope["factor"] if isinstance(first, int) and rope.get("factor") else 0
         bounds.append(Positions(int(max(trained, stretched)), "max_position_embeddings", hard=False))
-    return min(bounds, key=lambda bound: (bound.count, not bound.hard), default=None)
+    return min(bounds, key=lambda bound: (bound.limit, not bound.hard), default=None)
 
 
 def too_long(positions: Positions | None, name: str, tokens: int, keys: str) -> str | None:
     """A warning where texts can leave the positions that a model was trained for.
 
     Args:
+        positions: how far it reaches; None: nothing says so.
+        name: the model, for the message.
         tokens: the longest text that there can be.
         keys: what to lower, for the message.
     Raises:
         ModelError: they can leave those that it has.
     """
-    if positions is None or tokens <= positions.count:
+    if positions is None or tokens <= positions.limit:
         return None
     count, key, hard = positions
     if hard:
@@ -162,7 +164,7 @@ def _rope(section: Mapping[str, Any], source: str, name: str) -> dict[str, Any]:
     """Rope as the class reads it: transformers 5 writes `rope_parameters`, one object or one per type of layer."""
     parameters, found = section.get("rope_parameters"), dict[str, Any]()
     if isinstance(parameters, dict) and not _reads(source, "rope_parameters"):
-        local = {}
+        local: dict[str, Any] = {}
         if any(isinstance(value, dict) for value in parameters.values()):
             parameters, local = _by_layer(parameters, source, name)
         found = _flat(section, parameters, source, name) | local
@@ -241,6 +243,8 @@ def _check_activation(section: Mapping[str, Any], source: str, name: str) -> Non
     if key is None or _reads(source, key):
         return
     computed = set[str]().union(*(names for pattern, names in _ACTIVATIONS.items() if re.search(pattern, source)))
+    if section.get("model_type") == "gemma":  # mlx-lm computes the first Gemma with the exact GELU, 5e-4 beside it
+        computed.add("gelu_pytorch_tanh")
     if computed and section[key] not in computed:
         raise _unread(name, key, section[key])
 

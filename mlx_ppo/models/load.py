@@ -14,14 +14,14 @@ from mlx_ppo.compute.choose import chosen_engine
 from mlx_ppo.compute.engine import Engine
 from mlx_ppo.data.model_files import read_arrays
 from mlx_ppo.data.random import mx_key
-from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.folder import ModelFolder, check_depth, check_model_folder
 from mlx_ppo.models.gate import output_layer, positions_of, translated
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.runtime.device_errors import device_failure
 from mlx_ppo.runtime.open_files import open_files_limit_kept
-from mlx_ppo.tokenizers.load import load_tokenizer
+from mlx_ppo.tokenizers.load import FolderTokenizer, load_tokenizer
+from mlx_ppo.tokenizers.piece_tokenizer import PieceTokenizer
 
 _LONGEST_ERROR = 300  # characters
 _INITIAL_DEVIATION = 0.02
@@ -68,7 +68,7 @@ def load_trunk(
     with computing_with(str(path)):
         trunk = Trunk(model, tokenizer, str(path), engine)
     trunk.remarks[:0] = remarks
-    trunk.positions = positions_of({**folder.config, **translated(folder.config, str(path))}, _position_rows(model))
+    trunk.context = positions_of({**folder.config, **translated(folder.config, str(path))}, _position_rows(model))
     if random_seed is None:
         trunk.reload = _reload(folder, engine, form)
     return trunk
@@ -269,14 +269,14 @@ def _position_rows(model: nn.Module) -> int | None:
     return None
 
 
-def _check_vocabulary(folder: ModelFolder, model: nn.Module, tokenizer: Tokenizer) -> None:
+def _check_vocabulary(folder: ModelFolder, model: nn.Module, tokenizer: FolderTokenizer | PieceTokenizer) -> None:
     """Nothing below checks a token's number: mlx would read beside the embeddings."""
     rows, tokens, end = int(model_vocabulary(model, folder)), tokenizer.vocab_size, tokenizer.eos_id
     if rows < tokens <= rows + _FEW_TOKENS:
+        added = ", ".join(tokenizer.piece(index) for index in range(rows, tokens))
         raise ModelError(
-            f"{folder.path}: the tokenizer has {tokens} tokens, the model only {rows}; it has no row for "
-            f"{', '.join(tokenizer.decode([index]) for index in range(rows, tokens))}, which was added to the tokenizer: "
-            "delete it there, or take the model that it was added for"
+            f"{folder.path}: the tokenizer has {tokens} tokens, the model only {rows}; {added} was "
+            "added to the tokenizer without a row: delete it there, or take the model that it was added for"
         )
     if tokens > rows:
         raise ModelError(

@@ -70,7 +70,7 @@ class Trunk:
             self._check_split()
         self.capabilities: Capabilities = engine.capabilities(self, checked=checked)
         self.remarks = [*filter(None, [left_out]), *self.capabilities.remarks]  # what a person should know, a line each
-        self.positions: Positions | None = None  # how far it reaches; set by who read its config.json
+        self.context: Positions | None = None  # how far it reaches; set by who read its config.json
         self.width = self._find_width()  # the size D of a hidden state
 
     def require_positions(self, tokens: int, keys: str) -> list[str]:
@@ -82,7 +82,7 @@ class Trunk:
         Raises:
             ModelError: they leave those that it has.
         """
-        return list(filter(None, [too_long(self.positions, self.name, tokens, keys)]))
+        return list(filter(None, [too_long(self.context, self.name, tokens, keys)]))
 
     def shares_learning(self, *, saving: bool) -> bool:
         """Whether a pass with a gradient may share prompts; `saving`: with gradient checkpointing."""

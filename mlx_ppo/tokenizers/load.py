@@ -114,7 +114,7 @@ def _overrides_rendering(hf: Any) -> bool:
     return owner.__name__ != "PreTrainedTokenizerBase"
 
 
-def load_tokenizer(path: Path, config: dict[str, Any]) -> Tokenizer:
+def load_tokenizer(path: Path, config: dict[str, Any]) -> FolderTokenizer | PieceTokenizer:
     """Load the tokenizer of a checked model folder.
 
     Raises:
