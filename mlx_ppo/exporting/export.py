@@ -10,14 +10,14 @@ import mlx.core as mx
 
 from mlx_ppo.compute.choose import exactly
 from mlx_ppo.config.sections import TrainConfig
-from mlx_ppo.errors import ConfigError
+from mlx_ppo.errors import ConfigError, ModelError
 from mlx_ppo.exporting.check import Floats, policy_logits, within
 from mlx_ppo.exporting.fuse import fused_arrays, stored_dtype, write_fused
 from mlx_ppo.exporting.gguf_writer import gguf_content, read_back, write_gguf
 from mlx_ppo.exporting.modelfile import modelfile
 from mlx_ppo.models.adapters import Weights, load_adapters
 from mlx_ppo.models.folder import ModelFolder, check_model_folder
-from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.load import load_trunk, translations
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.models.write import write_adapters, write_folder
 from mlx_ppo.runs.targets import load_target
@@ -103,6 +103,12 @@ def _adapters(policy: Policy, target: Path) -> str:
     trunk, weights = policy.trunk, policy.weights
     if not any(name.endswith(".lora_a") for name in weights.arrays):
         raise ConfigError("--format adapters: this run trained all weights, not adapters; use --format fused")
+
+    if misread := translations(policy.source):
+        raise ModelError(
+            f"{policy.source.path}: stock mlx-lm misreads this folder ({', '.join(misread)}), so adapters alone would "
+            "give other numbers there; use --format fused"
+        )
 
     def check(folder: Path) -> str:
         found = policy_logits(trunk, load_adapters(folder, trunk.adapted))

@@ -23,6 +23,7 @@ from mlx_ppo.tokenizers.load import load_tokenizer
 
 _LONGEST_ERROR = 300  # characters
 _INITIAL_DEVIATION = 0.02
+_HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
 
 
@@ -106,7 +107,7 @@ def _read(
     path = folder.path
     with open_files_limit_kept():
         from mlx_lm.utils import load_model
-    given = {**rope_keys(folder.config), **({"tie_word_embeddings": True} if form.classifier else {})}
+    given = {**translations(folder), **({"tie_word_embeddings": True} if form.classifier else {})}
     try:
         model, config = load_model(
             path, lazy=True, strict=strict and not form.classifier, model_config=given, trust_remote_code=False
@@ -176,12 +177,45 @@ def empty_model(config: dict[str, Any], name: str) -> nn.Module:
     return model
 
 
+def translations(folder: ModelFolder) -> dict[str, Any]:
+    """Keys of config.json with which mlx-lm reads a folder rightly that it would misread, silently, as it is."""
+    head = {"tie_word_embeddings": False} if _has_own_head(folder) else {}
+    return {**rope_keys(folder.config), **head}
+
+
+def _has_own_head(folder: ModelFolder) -> bool:
+    """Whether a folder that doesn't say so has an output layer that isn't the embedding: mlx-lm would drop it."""
+    names = [next((name for name in folder.tensors if name.endswith(end)), None) for end in (_HEAD, _EMBEDDINGS)]
+    configs = folder.config, folder.config.get("text_config") or {}
+    if None in names or any("tie_word_embeddings" in config for config in configs):
+        return False
+    head, embedding = (
+        next(array for file in folder.weight_files if (array := read_arrays(file).get(name or "")) is not None)
+        for name in names
+    )
+    return head.shape != embedding.shape or not mx.array_equal(head, embedding).item()
+
+
 def rope_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Top-level rope keys for folders of transformers 5: they stand in `rope_parameters`, where mlx-lm may not look."""
+    """Rope keys for folders of transformers 5, which has them in `rope_parameters`, where mlx-lm may not look.
+
+    At the top and in the part for text; by kind of layer as Gemma 3's, which mlx-lm knows by other names.
+    """
+    found, text = _rope_keys(config), config.get("text_config")
+    inner = _rope_keys(text) if isinstance(text, dict) else {}
+    return {**found, "text_config": {**text, **inner}} if isinstance(text, dict) and inner else found
+
+
+def _rope_keys(config: dict[str, Any]) -> dict[str, Any]:
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict):
         return {}
     found: dict[str, Any] = {}
+    local = parameters.get("sliding_attention")
+    if isinstance(local, dict) and str(config.get("model_type", "")).startswith("gemma3"):
+        if "rope_theta" in local and "rope_local_base_freq" not in config:
+            found["rope_local_base_freq"] = local["rope_theta"]
+        parameters = parameters.get("full_attention") or {}
     if "rope_theta" in parameters and "rope_theta" not in config:
         found["rope_theta"] = parameters["rope_theta"]
     if parameters.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
