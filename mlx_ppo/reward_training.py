@@ -62,11 +62,12 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
     """
     seed, section = config.run.seed, config.reward_training
     trunk = load_trainable(config.model, seed)
-    for remark in trunk.remarks:
-        reporter.message(remark)
     body = initial_weights(trunk, config.model, config.lora, key="reward", seed=seed)
     weights = body.holding({**body.arrays, **new_head(trunk.width)})
     train, validation, test = load_data(config, trunk.tokenizer, reporter)
+    longest = max((len(text) for part in (train, validation, test) if part for text in part.texts), default=0)
+    for remark in (*trunk.remarks, *trunk.within(longest)):
+        reporter.message(remark)
     plan = [_index_batches(train, config, epoch) for epoch in range(section.epochs)]
     optimizer = Optimizer(
         config.optimizer, learning_rate=config.optimizer.learning_rate, total_steps=sum(len(epoch) for epoch in plan)

@@ -40,11 +40,12 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
     """
     seed = config.run.seed
     trunk = load_trainable(config.model, seed)
-    for remark in trunk.remarks:
-        reporter.message(remark)
     weights = initial_weights(trunk, config.model, config.lora, key="policy", seed=seed)
     train, validation = load_data(config, trunk.tokenizer, reporter)
     lengths = [len(example.tokens) for example in train.examples]
+    longest = max((len(example.tokens) for part in (train, validation) if part for example in part.examples), default=0)
+    for remark in (*trunk.remarks, *trunk.within(longest)):
+        reporter.message(remark)
     size = config.sft.batch_size
 
     def batches(epoch: int) -> list[Numbered]:

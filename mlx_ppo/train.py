@@ -78,7 +78,8 @@ def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interru
             if (slow := slow_controller(config)) is not None:
                 reporter.message(slow)
             roles.require_fields([prompt.record for prompt in (*data.prompts, *held_out)])
-            for remark in roles.trunk.remarks:
+            longest = max(len(prompt.tokens) for prompt in (*data.prompts, *held_out)) + config.rollout.max_tokens
+            for remark in (*roles.trunk.remarks, *roles.trunk.within(longest)):
                 reporter.message(remark)
             state = initial_state(config, policy, critic)
             del policy, critic  # the first weights would stay in memory beside the trained ones

@@ -105,7 +105,8 @@ def dry(config: Job) -> None:
             choices = plan.choices
             roles, _, _ = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
             try:
-                _remark(roles.trunk.remarks)
+                longest = max(len(prompt.tokens) for prompt in prompts) + config.rollout.max_tokens
+                _remark([*roles.trunk.remarks, *roles.trunk.within(longest)])
                 roles.require_fields([prompt.record for prompt in prompts])
             finally:
                 roles.close()

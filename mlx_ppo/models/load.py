@@ -16,6 +16,7 @@ from mlx_ppo.data.model_files import read_arrays
 from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.folder import ModelFolder, check_depth, check_model_folder
+from mlx_ppo.models.parts import Context
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.runtime.device_errors import device_failure
 from mlx_ppo.runtime.open_files import open_files_limit_kept
@@ -23,6 +24,7 @@ from mlx_ppo.tokenizers.load import load_tokenizer
 
 _LONGEST_ERROR = 300  # characters
 _INITIAL_DEVIATION = 0.02
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "pos_emb")
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
 
@@ -66,9 +68,23 @@ def load_trunk(
     with computing_with(str(path)):
         trunk = Trunk(model, tokenizer, str(path), engine)
     trunk.remarks[:0] = remarks
+    trunk.context = _context(trunk, folder.config)
     if random_seed is None:
         trunk.reload = _reload(folder, engine, form)
     return trunk
+
+
+def _context(trunk: Trunk, config: dict[str, Any]) -> Context | None:
+    """By the table of learned positions, or by what config.json says."""
+    for name in _POSITIONS:
+        table = trunk.inner.get(name)
+        if isinstance(table, nn.Embedding):
+            return Context(int(table.weight.shape[0]), learned=True)
+    text = config.get("text_config")
+    for found in (config, text if isinstance(text, dict) else {}):
+        if isinstance(found.get("max_position_embeddings"), int):
+            return Context(found["max_position_embeddings"], learned=False)
+    return None
 
 
 class _Form(NamedTuple):

@@ -14,9 +14,11 @@ import pytest
 from mlx_ppo.data.model_files import fingerprint
 from mlx_ppo.errors import ModelError
 from mlx_ppo.memory.model import loading
+from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.folder import check_model_folder
 from mlx_ppo.models.load import load_trunk, rope_keys, translations
 from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.stages.rollout import Asked, Sampling, generate
 from mlx_ppo.tokenizers.load import completion_text
 
 MakeModel = Callable[..., Path]
@@ -129,6 +131,22 @@ def test_an_output_layer_of_its_own_counts_where_the_folder_does_not_say(copy: C
     arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
     mx.save_safetensors(str(folders[1] / "model.safetensors"), arrays, metadata={"format": "mlx"})
     assert translations(check_model_folder(folders[1])) == {}
+
+
+def test_positions_beyond_a_models_own(copy: Callable[..., Path]) -> None:
+    """Learned ones are refused: what stands beside their table would be read. Rotary ones are warned of."""
+    table = load_trunk(copy("gpt2"))
+    assert table.context == (512, True) and table.within(512) == []
+    with pytest.raises(ModelError, match="may take 513 tokens, and the model has 512 positions"):
+        table.within(513)
+    asked = Asked([(1, 2, 3)], [0], [{}])
+    with pytest.raises(ModelError, match="512 positions"):
+        generate(table, Weights({}), asked, Sampling((0,), max_tokens=510))
+    rotary = load_trunk(copy(max_position_embeddings=9))
+    assert rotary.within(9) == []
+    (line,) = rotary.within(10)
+    assert line.startswith("warning: ") and "trained on at most 9 (max_position_embeddings)" in line
+    assert load_trunk(copy(max_position_embeddings=None)).within(1 << 30) == []
 
 
 def test_every_end_of_sequence_token_counts(copy: Callable[..., Path]) -> None:
