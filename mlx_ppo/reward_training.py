@@ -62,13 +62,12 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
     """
     seed, section = config.run.seed, config.reward_training
     trunk = load_trainable(config.model, seed)
-    for remark in trunk.remarks:
-        reporter.message(remark)
     body = initial_weights(trunk, config.model, config.lora, key="reward", seed=seed)
     weights = body.holding({**body.arrays, **new_head(trunk.width)})
     train, validation, test = load_data(config, trunk.tokenizer, reporter)
-    for warning in reach(trunk, (train, validation, test)):
-        reporter.message(warning)
+    longest = max((len(text) for part in (train, validation, test) if part for text in part.texts), default=0)
+    for remark in (*trunk.remarks, *trunk.within(longest)):
+        reporter.message(remark)
     plan = [_index_batches(train, config, epoch) for epoch in range(section.epochs)]
     optimizer = Optimizer(
         config.optimizer, learning_rate=config.optimizer.learning_rate, total_steps=sum(len(epoch) for epoch in plan)
@@ -127,16 +126,6 @@ def load_data(
         if shared and path is not None:
             reporter.message(f"warning: {shared} texts of {path.name} are also training texts")
     return train, others[0], others[1]
-
-
-def reach(trunk: Trunk, sets: Sequence[Feedback | None]) -> list[str]:
-    """Warnings where a text is longer than the model was trained for.
-
-    Raises:
-        ModelError: longer than it can be.
-    """
-    longest = max(len(text) for found in sets if found is not None for text in found.texts)
-    return trunk.require_positions(longest, "data.max_tokens")
 
 
 def _require_clear_pair(ratings: Floats, min_difference: float, path: Path | None) -> None:

@@ -40,13 +40,12 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
     """
     seed = config.run.seed
     trunk = load_trainable(config.model, seed)
-    for remark in trunk.remarks:
-        reporter.message(remark)
     weights = initial_weights(trunk, config.model, config.lora, key="policy", seed=seed)
     train, validation = load_data(config, trunk.tokenizer, reporter)
-    for warning in reach(trunk, train, validation):
-        reporter.message(warning)
     lengths = [len(example.tokens) for example in train.examples]
+    longest = max((len(example.tokens) for part in (train, validation) if part for example in part.examples), default=0)
+    for remark in (*trunk.remarks, *trunk.within(longest)):
+        reporter.message(remark)
     size = config.sft.batch_size
 
     def batches(epoch: int) -> list[Numbered]:
@@ -95,16 +94,6 @@ def load_data(config: SFTConfig, tokenizer: Tokenizer, reporter: StepReporter) -
         sets.append(examples)
     assert sets[0] is not None
     return sets[0], sets[1]
-
-
-def reach(trunk: Trunk, *sets: ExampleSet | None) -> list[str]:
-    """Warnings where an example is longer than the model was trained for.
-
-    Raises:
-        ModelError: longer than it can be.
-    """
-    longest = max(len(example.tokens) for found in sets if found is not None for example in found.examples)
-    return trunk.require_positions(longest, "data.max_tokens")
 
 
 def mean_loss(trunk: Trunk, weights: Weights, examples: Sequence[Example], *, batch_size: int) -> float:

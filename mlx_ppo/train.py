@@ -78,7 +78,8 @@ def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interru
             if (slow := slow_controller(config)) is not None:
                 reporter.message(slow)
             roles.require_fields([prompt.record for prompt in (*data.prompts, *held_out)])
-            for remark in (*roles.trunk.remarks, *reach(config, roles, (*data.prompts, *held_out))):
+            longest = max(len(prompt.tokens) for prompt in (*data.prompts, *held_out)) + config.rollout.max_tokens
+            for remark in (*roles.trunk.remarks, *roles.trunk.within(longest)):
                 reporter.message(remark)
             state = initial_state(config, policy, critic)
             del policy, critic  # the first weights would stay in memory beside the trained ones
@@ -232,16 +233,6 @@ def slow_controller(config: TrainConfig) -> str | None:
         f"warning: kl.horizon = {config.kl.horizon:g} lets the run's {samples} samples change kl.coef by a factor of "
         f"at most {factor:.2f}, so kl.target may never be reached; leave the key out, or lower it"
     )
-
-
-def reach(config: TrainConfig, roles: Roles, prompts: Sequence[Prompt]) -> list[str]:
-    """Warnings where a prompt with its response can be longer than the policy was trained for.
-
-    Raises:
-        ModelError: longer than it can be.
-    """
-    longest = max(len(prompt.tokens) for prompt in prompts) + config.rollout.max_tokens
-    return roles.trunk.require_positions(longest, "data.max_prompt_tokens or rollout.max_tokens")
 
 
 class Messages(Protocol):

@@ -66,7 +66,7 @@ def go(
             run,
             Silent(),
             interrupts,
-            Course(section, EPOCHS, patience, blocks=0),
+            Course(section, EPOCHS, patience, blocks=0, validated=True),
         )
     found = {f"best/{name}": np.array(array) for name, array in best.arrays.items()}
     found |= {name: np.array(array) for name, array in state.weights.arrays.items()}

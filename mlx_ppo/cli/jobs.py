@@ -96,7 +96,7 @@ def dry(config: Job) -> None:
         if isinstance(config, TrainConfig):
             from mlx_ppo.memory.starting import budget_of, new_plan, said
             from mlx_ppo.models.roles import Loading, load_roles
-            from mlx_ppo.train import load_data, reach, tokenizer_of
+            from mlx_ppo.train import load_data, tokenizer_of
 
             data, held_out = load_data(config, tokenizer_of(config), display)
             prompts = (*data.prompts, *held_out)
@@ -105,7 +105,8 @@ def dry(config: Job) -> None:
             choices = plan.choices
             roles, _, _ = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
             try:
-                _remark([*roles.trunk.remarks, *reach(config, roles, prompts)])
+                longest = max(len(prompt.tokens) for prompt in prompts) + config.rollout.max_tokens
+                _remark([*roles.trunk.remarks, *roles.trunk.within(longest)])
                 roles.require_fields([prompt.record for prompt in prompts])
             finally:
                 roles.close()
@@ -123,7 +124,6 @@ def dry(config: Job) -> None:
             trunk = load_trainable(config.model, config.run.seed)
             _remark(trunk.remarks)
             train, validation = sft.load_data(config, trunk.tokenizer, display)
-            _remark(sft.reach(trunk, train, validation))
             _statistics("training examples", [len(example.tokens) for example in train.examples])
             if validation is not None:
                 _statistics("validation examples", [len(example.tokens) for example in validation.examples])
@@ -134,7 +134,6 @@ def dry(config: Job) -> None:
             trunk = load_trainable(config.model, config.run.seed)
             _remark(trunk.remarks)
             sets = reward_training.load_data(config, trunk.tokenizer, display)
-            _remark(reward_training.reach(trunk, sets))
             for name, feedback in zip(("training", "validation", "test"), sets, strict=True):
                 if feedback is not None:
                     _statistics(f"{name} texts", [len(text) for text in feedback.texts])

@@ -139,9 +139,8 @@ def _said(how: Sampling, path: Path) -> str:
 
 def _write(target: Target, prompts: Sequence[Prompt], how: Sampling) -> Rollout:
     asked = Asked([prompt.tokens for prompt in prompts], range(len(prompts)), [prompt.record for prompt in prompts])
-    longest = max((len(prompt.tokens) for prompt in prompts), default=0) + how.max_tokens
-    for warning in target.trunk.require_positions(longest, "--max-tokens"):
-        click.echo(printable(warning), err=True)
+    for line in target.trunk.within(max((len(prompt.tokens) for prompt in prompts), default=0) + how.max_tokens):
+        click.echo(printable(line), err=True)
     return generate(target.trunk, target.weights, asked, how)
 
 

@@ -134,9 +134,14 @@ def _do(config: Job, run: Run, reporter: JobReporter, interrupts: Interrupts) ->
         for evaluation in (result.before, result.after)
     )
     reporter.before_and_after(before, after)
+    from mlx_ppo.models.folder import check_model_folder
+    from mlx_ppo.models.gate import translations
+
+    lines = [f"policy: {short(result.checkpoint)}", f"try it: mlx-ppo sample {short(run.folder)}"]
+    if translations(check_model_folder(config.model.path)):
+        return [*lines, f"   or:  mlx-ppo export {short(run.folder)} DIR --format fused, for stock mlx-lm"]
     return [
-        f"policy: {short(result.checkpoint)}",
-        f"try it: mlx-ppo sample {short(run.folder)}",
+        *lines,
         f"   or:  mlx_lm.generate --model {short(config.model.path)} --adapter-path {short(result.checkpoint)} "
         f"--temp {config.rollout.temperature:g} --prompt '...'",
     ]

@@ -80,7 +80,7 @@ class PortableEngine:
 
     def computing(self) -> AbstractContextManager[None]:
         """The model's own attention; while a plan is made for a GPU, one that allocates what a fused kernel does."""
-        return _fused() if self._fused and is_traced() and not _in_rows.get() else nullcontext()
+        return attending_by(_fused_attention) if self._fused and is_traced() and not _in_rows.get() else nullcontext()
 
     def states(
         self, body: Body, sequences: Sequences, read: mx.array | None, *, learning: bool, saving: bool
@@ -251,10 +251,11 @@ def _rows(part: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _fused() -> Iterator[None]:
+def attending_by(function: Callable[..., mx.array]) -> Iterator[None]:
+    """Let mlx-lm's models compute attention by another function for the length of a `with` block."""
     before = mx.fast.scaled_dot_product_attention
     try:
-        mx.fast.scaled_dot_product_attention = _fused_attention
+        mx.fast.scaled_dot_product_attention = function
         yield
     finally:
         mx.fast.scaled_dot_product_attention = before

@@ -17,7 +17,7 @@ from mlx_ppo.exporting.gguf_writer import gguf_content, read_back, write_gguf
 from mlx_ppo.exporting.modelfile import modelfile
 from mlx_ppo.models.adapters import Weights, load_adapters
 from mlx_ppo.models.folder import ModelFolder, check_model_folder
-from mlx_ppo.models.gate import output_layer, translated
+from mlx_ppo.models.gate import translations
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.models.write import write_adapters, write_folder
@@ -104,11 +104,11 @@ def _adapters(policy: Policy, target: Path) -> str:
     trunk, weights = policy.trunk, policy.weights
     if not any(name.endswith(".lora_a") for name in weights.arrays):
         raise ConfigError("--format adapters: this run trained all weights, not adapters; use --format fused")
-    missing = output_layer(policy.source, translated(policy.source.config, trunk.name))
-    if missing:
+
+    if misread := translations(policy.source):
         raise ModelError(
-            f"{trunk.name}: mlx-lm itself would misread this folder ({', '.join(sorted(missing))} in config.json), and "
-            "adapters on it would be another model; use --format fused"
+            f"{policy.source.path}: stock mlx-lm misreads this folder ({', '.join(misread)}), so adapters alone would "
+            "give other numbers there; use --format fused"
         )
 
     def check(folder: Path) -> str:

@@ -9,13 +9,14 @@ import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_ppo.data.model_files import quoted, read_arrays
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.folder import ModelFolder, remapped_types
+from mlx_ppo.models.parts import Context
 
 _SHARED = ("base", "cache", "rope_utils", "activations", "switch_layers")  # not architectures of their own
 _ACTIVATIONS = {
@@ -48,14 +49,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # values with which a key that isn't r
 _YARN_UNREAD = {"attention_factor": (None,), "truncate": (None, True)}
 
 
-class Positions(NamedTuple):
-    """How many positions a model has, and which key says so."""
-
-    limit: int
-    key: str
-    hard: bool  # beyond them it isn't the same model; else it was only not trained there
-
-
 def translated(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The top-level keys that mlx-lm has to be given beside, or in place of, those of a config.json.
 
@@ -82,12 +75,17 @@ def translated(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {"text_config": {**text, **found}}
 
 
-def output_layer(folder: ModelFolder, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Translated keys, with what the tensors say of the output layer where config.json says nothing.
+def translations(folder: ModelFolder, *, classifier: bool = False) -> dict[str, Any]:
+    """The keys that mlx-lm has to be given, with what the tensors say of the output layer where config.json doesn't.
 
     Raises:
-        ModelError: config.json says that it is the embedding, and there is another one.
+        ModelError: a key changes the numbers and would be left out.
     """
+    given = translated(folder.config, str(folder.path))
+    return given if classifier else _output_layer(folder, given)
+
+
+def _output_layer(folder: ModelFolder, given: Mapping[str, Any]) -> dict[str, Any]:
     heads = [name for name in folder.tensors if name.split(".")[-2:] == ["lm_head", "weight"]]
     config = {**folder.config, **given}
     nested = isinstance(config.get("text_config"), dict)
@@ -95,58 +93,31 @@ def output_layer(folder: ModelFolder, given: Mapping[str, Any]) -> dict[str, Any
     said = section.get("tie_word_embeddings")
     if not heads or said is False:
         return dict(given)
-    if said is None and "tie_word_embeddings" in _source(str(section.get("model_type", ""))):
+    if (
+        said is None
+        and _differ(folder, heads[0])
+        and "tie_word_embeddings" in _source(str(section.get("model_type", "")))
+    ):
         own = {"tie_word_embeddings": False}
         return {**given, "text_config": {**section, **own}} if nested else {**given, **own}
-    if said and _differ(folder, heads[0]):
-        raise ModelError(
-            f"{folder.path}: config.json says 'tie_word_embeddings': true, but {heads[0]} isn't the embedding; set it "
-            "to false, or remove that tensor"
-        )
     return dict(given)
 
 
-def positions_of(config: Mapping[str, Any], table: int | None) -> Positions | None:
-    """How far a model reaches.
-
-    Args:
-        config: its config.json, as translated.
-        table: rows of its learned positions, if it has them.
-    """
-    if table is not None:
-        return Positions(table, "n_positions" if "n_positions" in config else "max_position_embeddings", hard=True)
+def positions_of(config: Mapping[str, Any]) -> Context | None:
+    """How far a model without a table of positions reaches, by its config.json, as translated."""
     text = config.get("text_config")
     section = text if isinstance(text, dict) else config
     kind = str(section.get("model_type") or f"{config.get('model_type')}_text")
     rope = section.get("rope_scaling") or section.get("rope_parameters") or {}
-    bounds = [Positions(window, "sliding_window", hard=True) for window in _ignored_window(section, kind)]
+    bounds = [Context(window, learned=True) for window in _ignored_window(section, kind)]
     trained = section.get("max_position_embeddings")
     first = rope.get("original_max_position_embeddings") or section.get("original_max_position_embeddings")
     if _kind_of_rope(rope) in ("longrope", "su") and isinstance(first, int):
-        bounds.append(Positions(first, "original_max_position_embeddings", hard=True))
+        bounds.append(Context(first, learned=True))
     if isinstance(trained, int):
         stretched = first * rope["factor"] if isinstance(first, int) and rope.get("factor") else 0
-        bounds.append(Positions(int(max(trained, stretched)), "max_position_embeddings", hard=False))
-    return min(bounds, key=lambda bound: (bound.limit, not bound.hard), default=None)
-
-
-def too_long(positions: Positions | None, name: str, tokens: int, keys: str) -> str | None:
-    """A warning where texts can leave the positions that a model was trained for.
-
-    Args:
-        positions: how far it reaches; None: nothing says so.
-        name: the model, for the message.
-        tokens: the longest text that there can be.
-        keys: what to lower, for the message.
-    Raises:
-        ModelError: they can leave those that it has.
-    """
-    if positions is None or tokens <= positions.limit:
-        return None
-    count, key, hard = positions
-    if hard:
-        raise ModelError(f"{name}: texts can reach {tokens} tokens, the model has {count} ({key}); lower {keys}")
-    return f"warning: {name}: texts can reach {tokens} tokens, more than the {count} of {key}; lower {keys}"
+        bounds.append(Context(int(max(trained, stretched)), learned=False))
+    return min(bounds, key=lambda bound: (bound.tokens, not bound.learned), default=None)
 
 
 def _section(section: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
@@ -208,7 +179,7 @@ def _flat(section: Mapping[str, Any], parameters: Mapping[str, Any], source: str
         given = section.get("rope_scaling")
         if isinstance(given, dict) and any(given.get(key, value) != value for key, value in own.items()):
             raise ModelError(f"{name}: config.json's rope_scaling and rope_parameters differ; delete the wrong one")
-        found["rope_scaling"] = {"type": _kind_of_rope(parameters), **own}
+        found["rope_scaling"] = own
     return found
 
 

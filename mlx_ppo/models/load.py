@@ -16,7 +16,8 @@ from mlx_ppo.data.model_files import read_arrays
 from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.folder import ModelFolder, check_depth, check_model_folder
-from mlx_ppo.models.gate import output_layer, positions_of, translated
+from mlx_ppo.models.gate import positions_of, translated, translations
+from mlx_ppo.models.parts import Context
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.runtime.device_errors import device_failure
 from mlx_ppo.runtime.open_files import open_files_limit_kept
@@ -25,6 +26,7 @@ from mlx_ppo.tokenizers.piece_tokenizer import PieceTokenizer
 
 _LONGEST_ERROR = 300  # characters
 _INITIAL_DEVIATION = 0.02
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "pos_emb")
 _FEW_TOKENS = 8  # so many can be named
 _EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
 
@@ -68,10 +70,19 @@ def load_trunk(
     with computing_with(str(path)):
         trunk = Trunk(model, tokenizer, str(path), engine)
     trunk.remarks[:0] = remarks
-    trunk.context = positions_of({**folder.config, **translated(folder.config, str(path))}, _position_rows(model))
+    trunk.context = _context(trunk, folder.config)
     if random_seed is None:
         trunk.reload = _reload(folder, engine, form)
     return trunk
+
+
+def _context(trunk: Trunk, config: dict[str, Any]) -> Context | None:
+    """By the table of learned positions, or by what config.json says."""
+    for name in _POSITIONS:
+        table = trunk.inner.get(name)
+        if isinstance(table, nn.Embedding):
+            return Context(int(table.weight.shape[0]), learned=True)
+    return positions_of({**config, **translated(config, trunk.name)})
 
 
 class _Form(NamedTuple):
@@ -110,8 +121,8 @@ def _read(
     path = folder.path
     with open_files_limit_kept():
         from mlx_lm.utils import load_model
-    given = translated(folder.config, str(path))
-    given = {**given, "tie_word_embeddings": True} if form.classifier else output_layer(folder, given)
+    given = translations(folder, classifier=form.classifier)
+    given = {**given, **({"tie_word_embeddings": True} if form.classifier else {})}
     try:
         model, config = load_model(
             path, lazy=True, strict=strict and not form.classifier, model_config=given, trust_remote_code=False
@@ -259,14 +270,6 @@ def compute_dtype(engine: Engine, wanted: str, arrays: Mapping[str, mx.array], m
     packed = [module for module in model.modules() if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)]
     beyond = sum(module.weight.size * (32 // module.bits - 1) for module in packed)  # numbers that an element holds
     return engine.dtype(wanted, stored, sum(array.size for array in arrays.values()) + beyond)
-
-
-def _position_rows(model: nn.Module) -> int | None:
-    """Rows of a table of learned positions."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.split(".")[-1] in ("wpe", "embed_positions"):
-            return int(module.weight.shape[0])
-    return None
 
 
 def _check_vocabulary(folder: ModelFolder, model: nn.Module, tokenizer: FolderTokenizer | PieceTokenizer) -> None:

@@ -1,7 +1,7 @@
 """What stands in for parts of a model for the length of a call."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,6 +31,13 @@ class Entered(Exception):
         """Keep the states [B, S, D]."""
         super().__init__()
         self.states = states
+
+
+class Context(NamedTuple):
+    """How many positions a model knows."""
+
+    tokens: int
+    learned: bool  # by a table, beyond which there is nothing; False: trained on so many
 
 
 class NotReached(ValueError):

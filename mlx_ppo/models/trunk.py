@@ -17,8 +17,7 @@ from mlx_ppo.compute.sequences import Sequences
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.adapters import HEAD, Weights, lowest_block
-from mlx_ppo.models.gate import Positions, too_long
-from mlx_ppo.models.parts import Entered, InPlace, NotReached, States, placeholder
+from mlx_ppo.models.parts import Context, Entered, InPlace, NotReached, States, placeholder
 
 _INNER_NAMES = ("model", "backbone", "transformer")
 
@@ -49,6 +48,7 @@ class Trunk:
         self.tokenizer = tokenizer
         self.name = name
         self.engine = engine
+        self.context: Context | None = None  # None: unknown
         self.reload: Callable[[], Mapping[str, mx.array]] | None = None  # reads the frozen weights again
         self.present = True  # the frozen weights are in memory
         self._owner, self._inner_name = _find_inner(model, name)
@@ -70,19 +70,7 @@ class Trunk:
             self._check_split()
         self.capabilities: Capabilities = engine.capabilities(self, checked=checked)
         self.remarks = [*filter(None, [left_out]), *self.capabilities.remarks]  # what a person should know, a line each
-        self.context: Positions | None = None  # how far it reaches; set by who read its config.json
         self.width = self._find_width()  # the size D of a hidden state
-
-    def require_positions(self, tokens: int, keys: str) -> list[str]:
-        """Warnings, none or one, where texts of so many tokens leave the positions this model was trained for.
-
-        Args:
-            tokens: the longest text that there can be.
-            keys: what a person can lower, for the message.
-        Raises:
-            ModelError: they leave those that it has.
-        """
-        return list(filter(None, [too_long(self.context, self.name, tokens, keys)]))
 
     def shares_learning(self, *, saving: bool) -> bool:
         """Whether a pass with a gradient may share prompts; `saving`: with gradient checkpointing."""
@@ -109,6 +97,19 @@ class Trunk:
         """The layer that makes logits of states, where it isn't the embedding's transpose."""
         layer: nn.Module | None = self._owner.get("lm_head")
         return layer
+
+    def within(self, tokens: int) -> list[str]:
+        """What a person should know of texts of so many tokens.
+
+        Raises:
+            ModelError: the model has no such positions.
+        """
+        if self.context is None or tokens <= self.context.tokens:
+            return []
+        said = f"{self.name}: texts may take {tokens} tokens, and the model "
+        if self.context.learned:
+            raise ModelError(f"{said}has {self.context.tokens} positions; lower the prompts' bound or max_tokens")
+        return [f"warning: {said}was trained on at most {self.context.tokens} (max_position_embeddings)"]
 
     def evict(self) -> None:
         """Free the frozen weights until `restore`; meanwhile only a role that brings all weights itself can use this.

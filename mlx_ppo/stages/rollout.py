@@ -65,6 +65,7 @@ def generate(
     Returns:
         B = len(asked.prompts) * how.samples_per_prompt responses, those of one prompt together.
     """
+    trunk.within(max(map(len, asked.prompts), default=0) + how.max_tokens)
     requests: list[Request] = []
     for prompt, position in zip(asked.prompts, asked.positions, strict=True):
         for sample in range(how.samples_per_prompt):

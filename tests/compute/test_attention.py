@@ -5,7 +5,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_ppo.compute.cpu.attention import attend, fast_attention
+from mlx_ppo.compute.cpu.attention import attend
+from mlx_ppo.compute.cpu.engine import CpuEngine
 from mlx_ppo.compute.portable import PortableEngine
 from mlx_ppo.models.load import load_trunk
 
@@ -65,9 +66,9 @@ def test_what_is_not_its_kind_is_left_to_mlx() -> None:
 
 
 def test_mlx_own_comes_back() -> None:
-    with pytest.raises(ValueError), fast_attention():
+    with pytest.raises(ValueError), CpuEngine().computing():
         assert mx.fast.scaled_dot_product_attention is attend
-        with fast_attention():
+        with CpuEngine().computing():
             pass
         assert mx.fast.scaled_dot_product_attention is attend
         raise ValueError

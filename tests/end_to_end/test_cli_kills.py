@@ -24,7 +24,7 @@ KILLS = int(os.environ.get("MLX_PPO_KILLS", "20"))
 KILLS_EACH = 5  # of one run, before it may finish
 ITERATIONS = 5
 WAIT = 240  # seconds; a busy machine
-TIMES = ("seconds", "tokens_per_second", "memory")
+TIMES = ("time", "seconds", "tokens_per_second", "memory")
 SHORT = {
     "run.iterations": ITERATIONS,
     "run.save_every": 1,

@@ -12,8 +12,9 @@ import pytest
 
 from mlx_ppo.errors import ModelError
 from mlx_ppo.exporting.fuse import fused_config
-from mlx_ppo.models.gate import Positions, positions_of, too_long, translated
+from mlx_ppo.models.gate import positions_of, translated
 from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.parts import Context
 
 TOKENS = mx.array([[1, 286, 288, 40, 7, 212, 9, 8, 30]])
 Copy = Callable[..., Path]
@@ -141,18 +142,6 @@ def test_an_output_layer_of_its_own_is_used_where_nothing_is_said(copy: Copy) ->
     np.testing.assert_array_equal(logits(unsaid), logits(said))
 
 
-def test_an_output_layer_beside_a_tied_one_is_refused_where_it_differs(copy: Copy) -> None:
-    folder = copy(tie_word_embeddings=True)
-    arrays = arrays_of(folder)
-    for shift in (0, 1):
-        arrays["lm_head.weight"] = mx.roll(arrays["model.embed_tokens.weight"], shift, axis=0)
-        mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
-        if not shift:
-            assert np.isfinite(logits(folder)).all()
-    with pytest.raises(ModelError, match="tie_word_embeddings"):
-        load_trunk(folder)
-
-
 @pytest.mark.parametrize("dtype", [mx.int8, mx.uint8, mx.int32])
 def test_weights_that_are_no_floats_are_refused(copy: Copy, dtype: mx.Dtype) -> None:
     folder, name = copy(), "model.layers.0.mlp.up_proj.weight"
@@ -163,41 +152,32 @@ def test_weights_that_are_no_floats_are_refused(copy: Copy, dtype: mx.Dtype) -> 
         load_trunk(folder)
 
 
-POSITIONS: list[tuple[dict[str, Any], int | None, Positions | None]] = [
-    ({"model_type": "gpt2", "n_positions": 16}, 16, Positions(16, "n_positions", hard=True)),
-    ({"model_type": "llama"}, None, None),
-    ({"model_type": "llama", "max_position_embeddings": 256}, None,
-     Positions(256, "max_position_embeddings", hard=False)),
-    ({"model_type": "mistral", "max_position_embeddings": 256, "sliding_window": 64}, None,
-     Positions(64, "sliding_window", hard=True)),
-    ({"model_type": "qwen2", "max_position_embeddings": 256, "sliding_window": 64}, None,
-     Positions(256, "max_position_embeddings", hard=False)),
+POSITIONS: list[tuple[dict[str, Any], Context | None]] = [
+    ({"model_type": "llama"}, None),
+    ({"model_type": "llama", "max_position_embeddings": 256},
+     Context(256, learned=False)),
+    ({"model_type": "mistral", "max_position_embeddings": 256, "sliding_window": 64},
+     Context(64, learned=True)),
+    ({"model_type": "qwen2", "max_position_embeddings": 256, "sliding_window": 64},
+     Context(256, learned=False)),
     ({"model_type": "qwen2", "max_position_embeddings": 64, "rope_scaling":
-      {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}, None,
-     Positions(256, "max_position_embeddings", hard=False)),
+      {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+     Context(256, learned=False)),
     ({"model_type": "phi3", "max_position_embeddings": 256, "original_max_position_embeddings": 64, "rope_scaling":
-      {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, None,
-     Positions(64, "original_max_position_embeddings", hard=True)),
+      {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+     Context(64, learned=True)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("config", "table", "positions"), POSITIONS)
-def test_how_far_a_model_reaches(config: dict[str, Any], table: int | None, positions: Positions | None) -> None:
-    assert positions_of(config, table) == positions
-
-
-def test_beyond_its_positions_a_model_is_refused_or_warned_of() -> None:
-    assert too_long(Positions(16, "n_positions", hard=True), "m", 16, "a key") is None
-    with pytest.raises(ModelError, match=r"17 tokens, the model has 16 \(n_positions\); lower a key"):
-        too_long(Positions(16, "n_positions", hard=True), "m", 17, "a key")
-    said = too_long(Positions(16, "max_position_embeddings", hard=False), "m", 17, "a key")
-    assert said is not None and said.startswith("warning: m: texts can reach 17 tokens, more than the 16")
+@pytest.mark.parametrize(("config", "context"), POSITIONS)
+def test_how_far_a_model_reaches(config: dict[str, Any], context: Context | None) -> None:
+    assert positions_of(config) == context
 
 
 def test_a_trunk_knows_its_positions(copy: Copy) -> None:
     trunk = load_trunk(copy(max_position_embeddings=32))
-    assert trunk.require_positions(32, "a key") == []
-    assert "32" in trunk.require_positions(33, "a key")[0]
+    assert trunk.within(32) == []
+    assert "32" in trunk.within(33)[0]
 
 
 def test_a_fused_folder_has_the_translated_keys() -> None:

@@ -14,8 +14,12 @@ import pytest
 from mlx_ppo.data.model_files import fingerprint
 from mlx_ppo.errors import ModelError
 from mlx_ppo.memory.model import loading
+from mlx_ppo.models.adapters import Weights
+from mlx_ppo.models.folder import check_model_folder
+from mlx_ppo.models.gate import translated, translations
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.stages.rollout import Asked, Sampling, generate
 from mlx_ppo.tokenizers.load import completion_text
 
 MakeModel = Callable[..., Path]
@@ -90,6 +94,62 @@ def test_rope_of_transformers_5_is_read(copy: Callable[..., Path]) -> None:
     nested = {"rope_theta": 77.0, **scaling}
     np.testing.assert_array_equal(logits(load_trunk(copy(rope_theta=None, rope_parameters=nested))), scaled)
     assert np.abs(scaled - old).max() > 0.1
+
+
+def test_rope_inside_the_part_for_text_and_by_kind_of_layer() -> None:
+    nested = {"rope_theta": 77.0, "rope_type": "default"}
+    text = {"model_type": "mistral", "hidden_size": 8, "rope_parameters": nested}
+    assert translated({"model_type": "mistral3", "text_config": text}, "m") == {
+        "text_config": {**text, "rope_theta": 77.0}
+    }
+    assert translated({"model_type": "mistral3", "text_config": {"rope_theta": 5.0}}, "m") == {}
+    linear = {"rope_type": "linear", "factor": 8.0}
+    kinds = {"full_attention": {"rope_theta": 77.0, **linear}, "sliding_attention": {"rope_theta": 3.0}}
+    wanted = {"rope_local_base_freq": 3.0, "rope_theta": 77.0, "rope_scaling": linear}
+    assert translated({"model_type": "gemma3_text", "rope_parameters": kinds}, "m") == wanted
+    text = {"model_type": "gemma3_text", "rope_parameters": kinds}
+    assert translated({"model_type": "gemma3", "text_config": text}, "m") == {"text_config": {**text, **wanted}}
+
+
+def test_gemma_3_by_kind_of_layer_computes_what_it_did(copy: Callable[..., Path]) -> None:
+    old = logits(load_trunk(copy("gemma3_text", rope_theta=77.0, rope_local_base_freq=3.0)))
+    kinds = {"full_attention": {"rope_theta": 77.0}, "sliding_attention": {"rope_theta": 3.0}}
+    new = logits(load_trunk(copy("gemma3_text", rope_theta=None, rope_parameters=kinds)))
+    np.testing.assert_array_equal(new, old)
+    assert np.abs(old - logits(load_trunk(copy("gemma3_text")))).max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_an_output_layer_of_its_own_counts_where_the_folder_does_not_say(copy: Callable[..., Path], kind: str) -> None:
+    """mlx-lm's default is the embedding; it would drop the layer without a word."""
+    folders = [copy(kind, tie_word_embeddings=tied) for tied in (False, None, True)]
+    for folder in folders:
+        arrays = dict(mx.load(str(folder / "model.safetensors")))
+        arrays["lm_head.weight"] = mx.roll(arrays["model.embed_tokens.weight"], 1, axis=0)
+        mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
+    said, unsaid = (logits(load_trunk(folder)) for folder in folders[:2])
+    np.testing.assert_array_equal(unsaid, said)
+    assert translations(check_model_folder(folders[1])) == {"tie_word_embeddings": False}
+    assert translations(check_model_folder(folders[0])) == translations(check_model_folder(folders[2])) == {}
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
+    mx.save_safetensors(str(folders[1] / "model.safetensors"), arrays, metadata={"format": "mlx"})
+    assert translations(check_model_folder(folders[1])) == {}
+
+
+def test_positions_beyond_a_models_own(copy: Callable[..., Path]) -> None:
+    """Learned ones are refused: what stands beside their table would be read. Rotary ones are warned of."""
+    table = load_trunk(copy("gpt2"))
+    assert table.context == (512, True) and table.within(512) == []
+    with pytest.raises(ModelError, match="may take 513 tokens, and the model has 512 positions"):
+        table.within(513)
+    asked = Asked([(1, 2, 3)], [0], [{}])
+    with pytest.raises(ModelError, match="512 positions"):
+        generate(table, Weights({}), asked, Sampling((0,), max_tokens=510))
+    rotary = load_trunk(copy(max_position_embeddings=9))
+    assert rotary.within(9) == []
+    (line,) = rotary.within(10)
+    assert line.startswith("warning: ") and "trained on at most 9 (max_position_embeddings)" in line
+    assert load_trunk(copy(max_position_embeddings=None)).within(1 << 30) == []
 
 
 def test_every_end_of_sequence_token_counts(copy: Callable[..., Path]) -> None:

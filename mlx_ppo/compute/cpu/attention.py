@@ -6,8 +6,6 @@ computes the weights, mask and scale included, with their own gradient.
 Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; Ainslie et al. 2023, arXiv:2305.13245 (grouped heads).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -18,17 +16,6 @@ from mlx_ppo.compute.needs import Work, outside, planned
 
 silent = np.errstate(over="ignore", invalid="ignore")  # what isn't finite is found, and said, further on
 _LOWEST = np.finfo(np.float32).min  # of a score that doesn't count, as in mlx: a row without any is uniform
-
-
-@contextmanager
-def fast_attention() -> Iterator[None]:
-    """Let mlx-lm's models compute attention by `attend` for the length of a `with` block."""
-    before = mx.fast.scaled_dot_product_attention
-    try:
-        mx.fast.scaled_dot_product_attention = attend
-        yield
-    finally:
-        mx.fast.scaled_dot_product_attention = before
 
 
 _of_mlx = mx.fast.scaled_dot_product_attention

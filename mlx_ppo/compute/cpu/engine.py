@@ -12,7 +12,7 @@ from mlx_ppo.compute import portable
 from mlx_ppo.compute.checkpointing import Function, checkpointed, planned_twice
 from mlx_ppo.compute.cpu import optimizer
 from mlx_ppo.compute.cpu.activations import use_fast_gates
-from mlx_ppo.compute.cpu.attention import fast_attention
+from mlx_ppo.compute.cpu.attention import attend
 from mlx_ppo.compute.cpu.common_blocks import unsupported
 from mlx_ppo.compute.cpu.compact import keep_compact
 from mlx_ppo.compute.cpu.head import CpuHead, copied
@@ -75,7 +75,7 @@ class CpuEngine(PortableEngine):
 
     def computing(self) -> AbstractContextManager[None]:
         """Attention's weights by numpy."""
-        return fast_attention()
+        return portable.attending_by(attend)
 
     def states(
         self, body: Body, sequences: Sequences, read: mx.array | None, *, learning: bool, saving: bool
