@@ -1,7 +1,5 @@
 """What config.json and the tensors say, held to what mlx-lm computes of it: taken, translated or refused by name."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,20 +16,6 @@ from mlx_ppo.models.parts import Context
 
 TOKENS = mx.array([[1, 286, 288, 40, 7, 212, 9, 8, 30]])
 Copy = Callable[..., Path]
-
-
-@pytest.fixture
-def copy(make_model: Callable[..., Path], tmp_path: Path) -> Copy:
-    """A model folder of one's own, with keys of config.json changed, or removed where None."""
-
-    def make(kind: str = "llama", **changes: Any) -> Path:
-        folder = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(make_model(kind), folder)
-        config = {**json.loads((folder / "config.json").read_text()), **changes}
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-        return folder
-
-    return make
 
 
 def logits(folder: Path) -> np.ndarray:

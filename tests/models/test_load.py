@@ -1,6 +1,5 @@
 import gc
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,20 +23,6 @@ from mlx_ppo.tokenizers.load import completion_text
 
 MakeModel = Callable[..., Path]
 TOKENS = mx.array([[1, 286, 288, 40, 7, 212, 9, 8, 30]])
-
-
-@pytest.fixture
-def copy(make_model: MakeModel, tmp_path: Path) -> Callable[..., Path]:
-    """A model folder of one's own, with keys of config.json added, or removed where None."""
-
-    def make(kind: str = "llama", **changes: Any) -> Path:
-        folder = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(make_model(kind), folder)
-        config = {**json.loads((folder / "config.json").read_text()), **changes}
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-        return folder
-
-    return make
 
 
 def logits(trunk: Trunk) -> np.ndarray:
