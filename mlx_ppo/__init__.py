@@ -13,10 +13,10 @@ from mlx_ppo.runtime.offline import go_offline as _go_offline
 from mlx_ppo.runtime.private_tmp import use_private_tmp as _use_private_tmp
 
 if TYPE_CHECKING:
-    from mlx_ppo.api import Policy, RewardModel, generate, load_policy, load_reward_model, score, train_policy
+    from mlx_ppo.api import Callback, Policy, RewardModel, generate, load_policy, load_reward_model, score, train_policy
 
 __version__ = "0.2.0"
-__all__ = ["Policy", "RewardModel", "generate", "load_policy", "load_reward_model", "score", "train_policy"]
+__all__ = ["Callback", "Policy", "RewardModel", "generate", "load_policy", "load_reward_model", "score", "train_policy"]
 
 _go_offline()
 _use_private_tmp()

@@ -10,9 +10,11 @@ from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.chat import Messages
 from mlx_ppo.data.jsonl import Record
 from mlx_ppo.data.sequences import answered_tokens, prompt_field, prompt_tokens
+from mlx_ppo.errors import UnhealthyError
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.heads import load_reward_model as _load_reward_model
 from mlx_ppo.reward_training import raw_outputs
+from mlx_ppo.runs.callbacks import Callback
 from mlx_ppo.runs.folder import Run, create_run
 from mlx_ppo.runs.provenance import device, engine
 from mlx_ppo.runs.targets import Target as Policy
@@ -24,7 +26,9 @@ from mlx_ppo.stages.rollout import generate as _generate
 from mlx_ppo.tokenizers.load import completion_text
 from mlx_ppo.train import Reporter, train
 
-__all__ = ["Policy", "RewardModel", "generate", "load_policy", "load_reward_model", "score", "train_policy"]
+__all__ = [
+    "Callback", "Policy", "RewardModel", "generate", "load_policy", "load_reward_model", "score", "train_policy",
+]  # fmt: skip
 
 _TOKENS = 64
 _ROWS = 64  # decoded together
@@ -46,7 +50,13 @@ class _Messages:
         pass
 
 
-def train_policy(config: str | Path, overrides: Sequence[str] = (), *, reporter: Reporter | None = None) -> Path:
+def train_policy(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    reporter: Reporter | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Path:
     """Train a policy in this process, as `mlx-ppo train` does in a child process.
 
     Signals are left alone: an interruption leaves the last checkpoint, from which `mlx-ppo resume` goes on.
@@ -54,11 +64,13 @@ def train_policy(config: str | Path, overrides: Sequence[str] = (), *, reporter:
     Args:
         config: a TOML file.
         overrides: `section.key=value`, as with `--set`.
-        reporter: is told of everything that happens; by default information and warnings go to standard error.
+        reporter: is told what a person would see; by default information and warnings go to standard error.
+        callbacks: follow the run, see `Callback`.
     Returns:
         The new run's folder.
     Raises:
         ConfigError, DataError, ModelError, RunError: of `mlx_ppo.errors`; each says in a line what to change.
+        UnhealthyError: a health rule ended the run; it is saved.
     """
     settings = read_config(TrainConfig, Path(config), overrides)
     folder = create_run(settings, settings.run.folder, settings.run.name)
@@ -67,7 +79,9 @@ def train_policy(config: str | Path, overrides: Sequence[str] = (), *, reporter:
         told.message(f"warning: {mlx_ppo.BLAS.problem}")
     with Run(folder) as run, keeping_buffers():
         run.note(device=device(), engine=engine())
-        train(settings, run, told, Interrupts())
+        stopped = train(settings, run, told, Interrupts(), callbacks).stopped
+    if stopped is not None:
+        raise UnhealthyError(f"{folder}: stopped by health.{stopped.rule}, saved: {stopped.sentence}")
     return folder
 
 

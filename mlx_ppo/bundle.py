@@ -40,5 +40,6 @@ def copy_example(target: Path) -> Path:
         os.rename(temporary, target)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise ConfigError(f"{target}: cannot be written ({error.strerror})") from None
+        why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror  # of the first file of several
+        raise ConfigError(f"{target}: cannot be written ({why})") from None
     return target / "configs" / EXAMPLE

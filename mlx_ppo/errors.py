@@ -4,11 +4,23 @@ Every message is one line that says where, what is wrong, and the mend. The comm
 """
 
 from collections.abc import Sequence
+from unicodedata import category
+
+_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def printable(text: str) -> str:
     """The text on one line, with escapes for whatever a terminal would act on or can't show."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def harmless(text: str) -> str:
+    """A text from a model or a file for a terminal or a page: nothing that moves, colours, reorders or hides."""
+    return "".join(repr(c)[1:-1] if _acts(c) else c for c in text)
+
+
+def _acts(character: str) -> bool:
+    return character not in "\n\t" and (category(character) in ("Cc", "Cs") or character in _REORDERING)
 
 
 class UserError(Exception):
@@ -53,6 +65,16 @@ class RunError(UserError):
     """The run itself failed: non-finite numbers, a reward function, a locked or damaged run folder."""
 
     exit_code = 4
+
+
+class ProcessLost(RunError):
+    """A process that shares a run ended, hangs, or can't be reached."""
+
+
+class UnhealthyError(_OneLine):
+    """A health rule that is set to "stop" or "best" has ended the run; it is saved."""
+
+    exit_code = 5
 
 
 class DamageError(RunError):

@@ -1,7 +1,7 @@
 """What a policy writes for a fixed set of prompts, and what is measured of it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.roles import Roles
 from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.stages.records import Rollout, number
-from mlx_ppo.stages.rollout import Asked, generate, sampling
+from mlx_ppo.stages.rollout import Asked, generate_together, sampling
 from mlx_ppo.stages.scoring import combined_scores, policy_logprobs, raw_scores, reference_logprobs
 from mlx_ppo.tokenizers.load import completion_text
 
@@ -50,7 +50,7 @@ def evaluate(
     """Answer prompts with the same random draws at every call, so that differences come from the policy alone."""
     asked = Asked([prompt.tokens for prompt in prompts], range(len(prompts)), [prompt.record for prompt in prompts])
     how = sampling(config.rollout, choices, config.run.seed, "evaluate")._replace(samples_per_prompt=1)
-    rollout = generate(roles.trunk, policy, asked, how)
+    rollout = generate_together(roles, policy, asked, how)
     raw = raw_scores(roles, rollout, batch_size=choices.score_batch)
     scores = combined_scores(raw, roles, rollout, config.score, config.rollout.max_tokens)
     texts = [
@@ -71,6 +71,16 @@ def evaluate(
         length=float(np.mean([len(response) for response in rollout.responses])),
         finished=number(rollout.finished.mean()),
     )
+
+
+def evaluation_rows(step: int, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """An evaluation as rows of the log of samples."""
+    rows = [
+        {"step": step, "kind": "evaluation", "prompt": c.prompt, "completion": c.text, "score": c.score}
+        | {f"points/{name}": value for name, value in c.points.items()}
+        for c in evaluation.completions
+    ]
+    return [*rows, {"step": step, "kind": "summary", **evaluation.figures()}]
 
 
 def sequence_kl(roles: Roles, policy: Weights, rollout: Rollout, choices: Choices) -> float:

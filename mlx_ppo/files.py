@@ -1,10 +1,15 @@
-"""A file that somebody named, read with bounds: a pipe would block whoever opens it, /dev/zero never ends."""
+"""Files that somebody named, read with bounds: a pipe blocks whoever opens it, /dev/zero never ends; room on disks."""
 
 import errno
+import json
 import os
+import shutil
 import stat
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+_LARGEST_JSON = 1 << 26  # bytes
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -37,3 +42,32 @@ def read_regular(path: Path, largest: int) -> bytes:
     if len(content) > largest:
         raise OSError(errno.EFBIG, f"larger than {largest / 1e6:g} MB, which no such file is", str(path))
     return content
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value of a JSON text that somebody else wrote.
+
+    Raises:
+        ValueError: it isn't JSON, or its brackets are nested so deeply that no reader follows.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        OSError: as `read_regular`.
+        ValueError: as `parse_json`.
+    """
+    return parse_json(read_regular(path, _LARGEST_JSON))
+
+
+def room(folder: Path) -> str:
+    """How much the disk of a folder has left, in words: mlx doesn't say why a file can't be written."""
+    with suppress(OSError):
+        return f"the disk has {shutil.disk_usage(folder).free / 1e6:.1f} MB free"
+    return "the disk can't be asked how much is free"

@@ -14,7 +14,7 @@ from mlx_ppo.algo.losses import pairwise_reward_loss
 from mlx_ppo.compute.sequences import make_sequences
 from mlx_ppo.config.supervised import FeedbackDataSection, RewardConfig
 from mlx_ppo.data.batches import length_batches
-from mlx_ppo.data.jsonl import read_records
+from mlx_ppo.data.layouts import find
 from mlx_ppo.data.preferences import Rated, derive_pairs, load_pairs, load_rated
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ConfigError, DataError
@@ -27,7 +27,7 @@ from mlx_ppo.rewards.figures import Floats, pair_figures, rating_figures
 from mlx_ppo.runs.folder import Run, replace_file
 from mlx_ppo.runtime.signals import Interrupts
 from mlx_ppo.stages.optimizer import Optimizer
-from mlx_ppo.supervised import Course, Fit, Noise, StepReporter, Task, drop_tokens, fit, load_trainable
+from mlx_ppo.supervised import Course, Fit, Noise, StepReporter, Task, drop_tokens, fit, load_trainable, require_room
 
 Tokens = tuple[int, ...]
 
@@ -62,9 +62,10 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
     """
     seed, section = config.run.seed, config.reward_training
     trunk = load_trainable(config.model, seed)
+    train, validation, test = load_data(config, trunk.tokenizer, reporter)
+    require_room(trunk, config.model, config.lora, [len(text) for text in train.texts], section.batch_size)
     body = initial_weights(trunk, config.model, config.lora, key="reward", seed=seed)
     weights = body.holding({**body.arrays, **new_head(trunk.width)})
-    train, validation, test = load_data(config, trunk.tokenizer, reporter)
     longest = max((len(text) for part in (train, validation, test) if part for text in part.texts), default=0)
     for remark in (*trunk.remarks, *trunk.within(longest)):
         reporter.message(remark)
@@ -136,19 +137,21 @@ def _require_clear_pair(ratings: Floats, min_difference: float, path: Path | Non
 
 
 def load_feedback(path: Path, tokenizer: Tokenizer, section: FeedbackDataSection, reporter: StepReporter) -> Feedback:
-    """Read pairs or ratings, whichever the file's first line has."""
-    limits = {"max_tokens": section.max_tokens, "overlong": section.overlong}
-    if "chosen" in read_records(path)[0].fields:
+    """Read pairs or ratings, whichever the file's first row has."""
+    limits = {"max_tokens": section.max_tokens, "overlong": section.overlong, "columns": section.columns}
+    if find(path, "pairs", "rated", columns=section.columns).kind == "pairs":
         found = load_pairs(path, tokenizer, **limits)  # type: ignore[arg-type]
         texts = [text for pair in found.pairs for text in (pair.chosen, pair.rejected)]
         index = np.arange(len(texts)).reshape(-1, 2)
         margins = np.array([pair.margin for pair in found.pairs], np.float32)
         feedback = Feedback(tuple(texts), None, index, margins)
-        dropped, truncated = found.dropped, found.truncated
+        dropped, truncated, said = found.dropped, found.truncated, found.said
     else:
         rated = load_rated(path, tokenizer, **limits)  # type: ignore[arg-type]
         feedback = _from_ratings(rated.rated)
-        dropped, truncated = rated.dropped, rated.truncated
+        dropped, truncated, said = rated.dropped, rated.truncated, rated.said
+    if said:
+        reporter.message(said)
     if dropped or truncated:
         reporter.message(f"{path.name}: {dropped} overlong dropped, {truncated} truncated")
     return feedback
@@ -248,14 +251,17 @@ def _facts(trunk: Trunk, weights: Weights, train: Feedback, held_out: Feedback, 
     if held_out.ratings is not None:
         raw = raw_outputs(trunk, weights, held_out.texts, pooling)
         slope, intercept = (float(value) for value in np.polyfit(raw, held_out.ratings, 1))
+    mean, deviation = float(reference.mean()), max(float(reference.std()), math.sqrt(np.finfo(np.float32).eps))
     return RewardFacts(
         placement="adapters" if config.model.train == "lora" else "folder",
         pooling=pooling,
-        mean=float(reference.mean()),
-        deviation=max(float(reference.std()), math.sqrt(np.finfo(np.float32).eps)),
+        mean=mean,
+        deviation=deviation,
         slope=slope,
         intercept=intercept,
         trunk=trunk_fingerprint(trunk) if config.model.train == "lora" else None,
+        lowest=(float(reference.min()) - mean) / deviation,
+        highest=(float(reference.max()) - mean) / deviation,
     )
 
 

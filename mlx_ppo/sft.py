@@ -20,7 +20,18 @@ from mlx_ppo.runs.folder import Run
 from mlx_ppo.runtime.signals import Interrupts
 from mlx_ppo.stages.optimizer import Optimizer
 from mlx_ppo.stages.records import number
-from mlx_ppo.supervised import Course, Fit, Noise, StepReporter, Task, drop_tokens, fit, load_trainable, write_result
+from mlx_ppo.supervised import (
+    Course,
+    Fit,
+    Noise,
+    StepReporter,
+    Task,
+    drop_tokens,
+    fit,
+    load_trainable,
+    require_room,
+    write_result,
+)
 
 
 @dataclass(frozen=True)
@@ -40,9 +51,10 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
     """
     seed = config.run.seed
     trunk = load_trainable(config.model, seed)
-    weights = initial_weights(trunk, config.model, config.lora, key="policy", seed=seed)
     train, validation = load_data(config, trunk.tokenizer, reporter)
     lengths = [len(example.tokens) for example in train.examples]
+    require_room(trunk, config.model, config.lora, lengths, config.sft.batch_size)
+    weights = initial_weights(trunk, config.model, config.lora, key="policy", seed=seed)
     longest = max((len(example.tokens) for part in (train, validation) if part for example in part.examples), default=0)
     for remark in (*trunk.remarks, *trunk.within(longest)):
         reporter.message(remark)
@@ -88,7 +100,10 @@ def load_data(config: SFTConfig, tokenizer: Tokenizer, reporter: StepReporter) -
         if path is None:
             sets.append(None)
             continue
-        examples = load_examples(path, tokenizer, max_tokens=section.max_tokens, overlong=section.overlong)
+        how = {"max_tokens": section.max_tokens, "overlong": section.overlong, "columns": section.columns}
+        examples = load_examples(path, tokenizer, **how)  # type: ignore[arg-type]
+        if examples.said:
+            reporter.message(examples.said)
         if examples.dropped or examples.truncated:
             reporter.message(f"{path.name}: {examples.dropped} overlong dropped, {examples.truncated} truncated")
         sets.append(examples)
@@ -118,7 +133,7 @@ def _summed_loss(
     `read`: rows to read in place of the examples' own. `noise`: a gradient will be taken.
     """
     rows = [example.tokens for example in examples]
-    starts = [max(1, example.loss_from) for example in examples]
+    starts = [example.start for example in examples]
     sequences = make_sequences(
         [row[:at] for row, at in zip(rows, starts, strict=True)],
         [row[at:] for row, at in zip(rows, starts, strict=True)],

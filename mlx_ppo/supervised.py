@@ -8,11 +8,14 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from mlx_ppo.compute.adapted import dimensions, layer_of
 from mlx_ppo.compute.engine import Engine
-from mlx_ppo.config.sections import RunSection
+from mlx_ppo.config.sections import LoraSection, RunSection
 from mlx_ppo.config.supervised import TrainableModelSection
 from mlx_ppo.data.random import mx_key, philox
-from mlx_ppo.errors import RunError
+from mlx_ppo.errors import ConfigError, RunError
+from mlx_ppo.memory.budget import default_budget
+from mlx_ppo.memory.plan import GIB
 from mlx_ppo.models.adapters import HEAD, Weights, adapter_config
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
@@ -25,6 +28,7 @@ from mlx_ppo.stages.optimizer import Optimizer
 from mlx_ppo.stages.records import number
 
 Batch = TypeVar("Batch")
+_COPIES = 4  # of trained weights: they, their gradient, two moments
 
 
 class StepReporter(Protocol):
@@ -191,6 +195,35 @@ def load_trainable(model: TrainableModelSection, seed: int) -> Trunk:
     """
     random_seed = seed if model.initialise == "random" else None
     return load_trunk(model.path, dtype=model.dtype, random_seed=random_seed, embeddings=model.embeddings)
+
+
+def require_room(
+    trunk: Trunk, model: TrainableModelSection, lora: LoraSection, texts: Sequence[int], rows: int
+) -> None:
+    """Refuse, before memory is taken, what can't fit by its mere sizes; a plan, as `train` makes one, would say more.
+
+    Args:
+        trunk: what is trained.
+        model: how.
+        lora: with which adapters.
+        texts: tokens of each.
+        rows: texts of an optimizer step.
+    Raises:
+        ConfigError: says what takes how much, and which key to lower.
+    """
+    room, depth = default_budget(), trunk.blocks
+    chosen = [name for name in trunk.adapted if not lora.targets or layer_of(name)[1] in lora.targets]
+    sizes = [sum(dimensions(trunk.adapted[name])) for name in chosen]
+    adapters = _COPIES * 4 * lora.rank * sum(sizes) * (lora.layers or depth) // depth if model.train == "lora" else 0
+    kept = 4 * trunk.width * depth * sum(sorted(texts)[-rows:])
+    for need, what, key in (
+        (adapters, f"adapters of rank {lora.rank}, their gradient and optimizer state", "lora.rank"),
+        (kept, f"the states of {min(rows, len(texts))} texts, one a block,", "batch_size or data.max_tokens"),
+    ):
+        if need > room:
+            raise ConfigError(
+                f"{key}: {what} take {need / GIB:.1f} GiB, more than the {room / GIB:.1f} that may be used; lower {key}"
+            )
 
 
 def drop_tokens(rows: Sequence[Sequence[int]], share: float, vocabulary: int, *parts: int | str) -> list[list[int]]:

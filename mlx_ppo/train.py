@@ -1,36 +1,39 @@
 """PPO: the story around `stages.iteration`: plan, load, resume; iterate, log, evaluate, save."""
 
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
+from mlx_ppo.compute.cpu import threads
 from mlx_ppo.config.sections import TrainConfig
-from mlx_ppo.data.prompts import Prompt, PromptSet, PromptStream, load_prompts, shared_prompts
-from mlx_ppo.data.tokenizer import Tokenizer
-from mlx_ppo.evaluate import Evaluation, evaluate
+from mlx_ppo.data.prompts import Prompt, PromptStream
+from mlx_ppo.errors import ProcessLost
+from mlx_ppo.evaluate import Evaluation, evaluate, evaluation_rows
 from mlx_ppo.memory.budget import keeping_to
-from mlx_ppo.memory.keeping import Keeper, is_tight, limits_of
+from mlx_ppo.memory.keeping import Keeper, is_tight, limits_of, opening
 from mlx_ppo.memory.plan import GIB
 from mlx_ppo.memory.starting import plan_run, said
 from mlx_ppo.memory.watchdog import watching
-from mlx_ppo.models.folder import check_model_folder
 from mlx_ppo.models.roles import Loading, Roles, load_roles
+from mlx_ppo.parallel import sharing
+from mlx_ppo.prompting import asked_for, load_data, tokenizer_of
 from mlx_ppo.runs import checkpoint
-from mlx_ppo.runs.folder import MEMORY, METRICS, RESPONSES, SAMPLES, Run
+from mlx_ppo.runs.callbacks import Callback, TensorBoard, require_tensorboard
+from mlx_ppo.runs.folder import HEALTH, MEMORY, METRICS, RESPONSES, SAMPLES, Run
+from mlx_ppo.runs.health import Finding, Monitor, facts_of
+from mlx_ppo.runtime.local_group import reaches_itself
 from mlx_ppo.runtime.phases import metering, phase
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
-from mlx_ppo.stages.iteration import iterate
-from mlx_ppo.stages.measurements import response_columns
+from mlx_ppo.stages import orders
+from mlx_ppo.stages.iteration import Iteration, iterate
+from mlx_ppo.stages.measurements import kept_responses, response_columns
 from mlx_ppo.stages.records import number
-from mlx_ppo.stages.rollout import Asked
-from mlx_ppo.stages.state import State, horizon_of, initial_state
-from mlx_ppo.tokenizers.load import completion_text, load_tokenizer
+from mlx_ppo.stages.state import State, initial_state, slow_controller
+from mlx_ppo.tokenizers.load import completion_text
 
+_SLOW = 3  # iterations
 Sample = tuple[str, str, float]  # prompt, completion, score
 
 
@@ -57,37 +60,53 @@ class Result:
     before: Evaluation
     after: Evaluation
     checkpoint: Path
+    unhealthy: dict[str, Finding]  # by rule, what was wrong at the end
+    stopped: Finding | None = None  # what ended the run before its last iteration
 
 
-def train(config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interrupts) -> Result:
+def train(
+    config: TrainConfig, run: Run, reporter: Reporter, interrupts: Interrupts, callbacks: Sequence[Callback] = ()
+) -> Result:
     """Train a policy with PPO or a critic-free estimator, from the start or from the run's last checkpoint.
 
     Raises:
         UserError: whatever is wrong with models or data, or went wrong; the last checkpoint stands.
         Interrupted: a signal came; the state is saved.
     """
+    following = list(callbacks)
+    if config.log.tensorboard:
+        require_tensorboard()
     data, held_out = load_data(config, tokenizer_of(config), reporter)
     planned = plan_run(config, [len(p.tokens) for p in (*data.prompts, *held_out)], run.folder)
     plan, choices = planned.plan, planned.record.choices
-    reporter.message(said(plan))
+    reporter.message(said(plan, planned.record.processes))
+    if planned.record.processes == 1 and not config.parallel.processes and not reaches_itself():
+        reporter.message("one process, whatever the run's length: there is no loopback address here")
     measuring = metering(limits_of(plan.phases), clearing=is_tight(plan))
-    with keeping_to(plan), watching(interrupts.stop), measuring as meter:
+    together = sharing(config, planned.record.processes, run.folder)
+    limited = threads.choosing(choices.threads)
+    with keeping_to(plan), watching(interrupts.stop), limited, measuring as meter, together as group:
+        group.told(opening(plan))
         with phase("load"):
             roles, policy, critic = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
+            roles.group = group
         try:
             if (slow := slow_controller(config)) is not None:
                 reporter.message(slow)
             roles.require_fields([prompt.record for prompt in (*data.prompts, *held_out)])
             longest = max(len(prompt.tokens) for prompt in (*data.prompts, *held_out)) + config.rollout.max_tokens
-            for remark in (*roles.trunk.remarks, *roles.trunk.within(longest)):
+            for remark in roles.remarks(longest):
                 reporter.message(remark)
             state = initial_state(config, policy, critic)
             del policy, critic  # the first weights would stay in memory beside the trained ones
             keeper = Keeper(config, planned, run.folder, meter)
-            training = _Training(config, run, roles, state, held_out, keeper, reporter, interrupts)
+            monitor = Monitor(facts_of(config, [source.name for source in roles.sources if source.judges]))
+            training = _Training(config, run, roles, state, held_out, keeper, monitor, reporter, interrupts, following)
             return training.run_through(PromptStream(data.prompts, config.run.seed))
         finally:
             roles.close()
+            for callback in following:
+                callback.ended()
 
 
 @dataclass
@@ -100,34 +119,55 @@ class _Training:
     state: State
     held_out: Sequence[Prompt]
     keeper: Keeper
+    monitor: Monitor
     reporter: Reporter
     interrupts: Interrupts
+    following: list[Callback]
+    stopping: Finding | None = None  # of a rule that is to end the run
+    learning: bool = False  # an update has begun, and isn't done
+    before: checkpoint.Checkpoint | None = None  # the state as the iteration began, where processes may be lost
+    slow: int = 0  # iterations in a row in which one process held the others up
+    others: list[int] = field(default_factory=list)  # bytes at most in the last iteration, by process
 
     def run_through(self, stream: PromptStream) -> Result:
         """All iterations that are left, each one sampled, scored, learned from, logged and, where due, saved."""
         state, meter = self.state, self.keeper.meter
         before = self._start()
         meter.take()
-        while state.iteration < self.config.run.iterations:
+        while state.iteration < self.config.run.iterations and self.stopping is None:
             try:
                 self.keeper.begin(state.iteration + 1, state.moments)
-                metrics, sample, lengths = self._iterate(stream)
+                metrics, samples, lengths = self._iterate(stream)
                 self.keeper.finish(lengths, state.moments)
-                self._log(metrics, sample)
+                self._log(metrics, samples)
                 self._evaluate_and_save()
-                self.interrupts.check()
+                if self.stopping is None:
+                    self.interrupts.check()
             except Interrupted:
                 self._save()
                 raise
+            except ProcessLost:  # in an update, weights of this iteration and of the last one would be saved together
+                if not self.learning:
+                    self._save()
+                elif self.before is not None:
+                    self._save(self.before)
+                raise
+        if self.stopping is not None and self.stopping.level == "best":
+            self._go_back()
         self.reporter.phase("evaluate", state.iteration, self.config.run.iterations)
         after = self._evaluation()
-        if not self.run.has(SAMPLES, step=state.iteration, kind="summary"):  # a finished run that is resumed has it
-            self.run.log(SAMPLES, _evaluation_rows(state.iteration, after))
-        return Result(before, after, checkpoint.folder_of(self.run.folder, state.iteration))
+        last = (row["step"] for row in self.run.rows(SAMPLES) if row.get("kind") == "summary")
+        if state.iteration not in last:  # a finished run that is resumed has it
+            self._log_evaluation(after)
+        if self.stopping is not None:
+            self.run.note(stopped=self.stopping.step)
+        saved = checkpoint.folder_of(self.run.folder, state.iteration)
+        return Result(before, after, saved, dict(self.monitor.current), self.stopping)
 
     def stage(self, name: str) -> None:
         """A stage of an iteration begins; the last safe place to stop before it."""
         self.interrupts.check()
+        self.learning = name == "update"
         self.reporter.phase(name, self.state.iteration + 1, self.config.run.iterations)
 
     def tokens(self, count: int) -> None:
@@ -139,14 +179,24 @@ class _Training:
         state, iterations = self.state, self.config.run.iterations
         self.reporter.phase("evaluate", state.iteration, iterations)
         before = self._evaluation()
+        stopped = self.run.record().get("stopped")  # the step at which a rule has ended the run before
+        if stopped is not None and (chosen := checkpoint.chosen(self.run.folder)) is not None:
+            checkpoint.remove_after(self.run.folder, chosen)
+            self.run.note(policy=None)
         saved = checkpoint.newest(self.run.folder)
         if saved is not None:
-            state.restore(saved)
+            self._restore(saved)
             self.run.cut_logs(state.iteration)
+            for row in self.run.rows(METRICS):
+                self.stopping = _stopping(self.monitor.follow(row))
+            if self.stopping is not None and self.stopping.step == stopped:
+                self.stopping = None
             self.reporter.message(f"resuming after iteration {state.iteration} of {iterations}")
         else:
             self.run.cut_logs(-1)
-            self.run.log(SAMPLES, _evaluation_rows(0, before))
+            self._log_evaluation(before)
+        if self.config.log.tensorboard:
+            self.following.append(TensorBoard(self.run))
         self._note_reward_files()
         return before
 
@@ -156,115 +206,144 @@ class _Training:
         if found.keys() - known.keys():
             self.run.note(reward_files={**found, **known})
 
-    def _iterate(self, stream: PromptStream) -> tuple[dict[str, float], Sample, list[tuple[int, int]]]:
-        """One iteration, whose arrays are free again afterwards: its metrics, a sample, and tokens of each row."""
-        started = time.monotonic()
-        taken = stream.take(self.state.cursor, self.config.rollout.prompts)
-        prompts = [prompt for _, prompt in taken]
-        positions = range(self.state.cursor, self.state.cursor + len(taken))
-        asked = Asked([prompt.tokens for prompt in prompts], positions, [prompt.record for prompt in prompts])
+    def _iterate(self, stream: PromptStream) -> tuple[dict[str, float], list[dict[str, Any]], list[tuple[int, int]]]:
+        """One iteration, whose arrays are free again afterwards: its metrics, samples, and tokens of each row."""
+        started, before = time.monotonic(), dict(self.keeper.meter.seconds)
+        prompts, asked = asked_for(stream, self.state.cursor, self.config.rollout.prompts)
+        waited = self.roles.group.waited
+        self._order("iterate")
+        if self.roles.group.size > 1 and self.config.model.train == "lora":
+            self.before = self.state.kept(self.roles.trunk.blocks)
         done = iterate(self.config, self.roles, self.state, asked, self.keeper, self)
+        self.learning = False
         if not done.signal:
             equal = "all scores" if self.config.ppo.advantage == "gae" else "the scores of each prompt's responses"
             step = self.state.iteration
-            said = f"warning: {equal} of iteration {step} are equal: no signal to learn from, the policy stays as it is"
+            what = "only goes back towards the reference" if done.stepped else "stays as it is"
+            said = f"warning: {equal} of iteration {step} are equal: no signal to learn from, the policy {what}"
             self.reporter.message(said)
-        row = int(np.argsort(np.array(done.scored.scores))[len(done.rollout.prompts) // 2])  # of the median score
-        text = completion_text(self.roles.trunk.tokenizer, done.rollout.prompts[row], done.rollout.responses[row])
-        of_prompt = prompts[row // self.config.rollout.samples_per_prompt].text
+        samples = self._samples(done, prompts)
         metrics = {**done.metrics, "time": time.time(), "seconds": time.monotonic() - started}
         metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["seconds"]
+        self._close(orders.closing(self.roles.group, self.keeper.meter))
         metrics["memory"] = max(self.keeper.meter.peaks.values()) / GIB
+        spent = {name: took - before.get(name, 0.0) for name, took in self.keeper.meter.seconds.items()}
+        if self.roles.group.size > 1:
+            spent["wait"] = self.roles.group.waited - waited
+        metrics |= {f"seconds/{name}": took for name, took in spent.items() if took > 0}
         self.run.log(RESPONSES, [{"step": self.state.iteration, **response_columns(done.rollout, done.scored)}])
-        return metrics, (of_prompt, text, number(done.scored.scores[row])), done.rollout.lengths
+        return metrics, samples, done.rollout.lengths
 
-    def _log(self, metrics: dict[str, float], sample: Sample) -> None:
+    def _samples(self, done: Iteration, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """The responses that are kept, as rows of the log; that of the median score first."""
+        step, samples = self.state.iteration, self.config.rollout.samples_per_prompt
+        tokenizer = self.roles.trunk.tokenizer
+        return [
+            {
+                "step": step,
+                "kind": kind,
+                "prompt": prompts[row // samples].text,
+                "completion": completion_text(tokenizer, done.rollout.prompts[row], done.rollout.responses[row]),
+                "score": number(done.scored.scores[row]),
+            }
+            for kind, row in kept_responses(done.scored, self.config.run.seed, step).items()
+        ]
+
+    def _log(self, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
         step = self.state.iteration
-        for text in self.keeper.messages():
+        for text in (*self.keeper.messages(), *self.roles.news()):
             self.reporter.message(text)
-        self.run.log(MEMORY, [{"step": step, **self.keeper.meter.take()}])
+        peaks: dict[str, Any] = {"step": step, **self.keeper.meter.take()}
+        self.run.log(MEMORY, [{**peaks, "processes": self.others} if self.roles.group.size > 1 else peaks])
         self.run.log(METRICS, [metrics])
-        prompt, completion, score = sample
-        row = {"step": step, "kind": "rollout", "prompt": prompt, "completion": completion, "score": score}
-        self.run.log(SAMPLES, [row])
+        self._judge(metrics)
+        self.run.log(SAMPLES, samples)
+        sample = samples[0]["prompt"], samples[0]["completion"], samples[0]["score"]
         self.reporter.iteration(metrics, self.config.run.iterations, sample)
+        for callback in self.following:
+            callback.iteration(metrics)
+
+    def _log_evaluation(self, evaluation: Evaluation) -> None:
+        self.run.log(SAMPLES, evaluation_rows(self.state.iteration, evaluation))
+        for callback in self.following:
+            callback.evaluation(self.state.iteration, evaluation.figures())
+
+    def _judge(self, metrics: dict[str, float]) -> None:
+        """What the health rules say of an iteration; one may end the run."""
+        found = self.monitor.follow(metrics)
+        if found:
+            self.run.log(HEALTH, [finding._asdict() for finding in found])
+        for finding in found:
+            self.reporter.message(f"health.{finding.rule}: {finding.sentence}")
+            for callback in self.following:
+                callback.health(finding)
+        self.stopping = _stopping(found)
+
+    def _go_back(self) -> None:
+        """The policy is again that of the best evaluation; the log stays, until the run is resumed from there."""
+        best = self.state.best
+        if best is None:
+            self.reporter.message("there was no evaluation yet to go back to (run.evaluate_every)")
+        elif best[0] < self.state.iteration:
+            self._restore(checkpoint.load(self.run.folder, best[0]))
+            self.run.note(policy=best[0])
+            self.reporter.message(f"back to the best evaluation, after iteration {best[0]}")
+
+    def _order(self, what: str) -> None:
+        """Tell the processes that follow what comes next, and compute it with the threads that the plan says."""
+        choices = self.keeper.now()
+        threads.use(choices.threads)
+        if self.roles.group.size > 1:
+            self.roles.group.told(orders.order(what, choices))
+
+    def _close(self, spent: list[orders.Spent]) -> None:
+        """Keep what the processes needed, and say it once where the others always wait for the same one."""
+        self.others = [one.peak for one in spent]
+        late = orders.held_up(spent) if len(spent) > 1 else None
+        self.slow = self.slow + 1 if late is not None else 0
+        if self.slow == _SLOW and late is not None:
+            who, took = self.roles.group.names[late], spent[late].seconds
+            self.reporter.message(
+                f"warning: the other processes wait for {who}, which computed {took:.1f} seconds of this iteration"
+            )
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        self.state.restore(saved)
+        self._order("restore")
+        orders.shared(self.roles.group, saved)
 
     def _evaluation(self) -> Evaluation:
-        return evaluate(self.roles, self.state.policy.weights, self.held_out, self.config, self.keeper.now())
+        self._order("evaluate")
+        found = evaluate(self.roles, self.state.policy.weights, self.held_out, self.config, self.keeper.now())
+        for text in self.roles.news():
+            self.reporter.message(text)
+        return found
 
     def _evaluate_and_save(self) -> None:
         """What is due after an iteration. The log comes first, so that a checkpoint is never ahead of it."""
         state, section = self.state, self.config.run
-        done = state.iteration == section.iterations
+        done = state.iteration == section.iterations or self.stopping is not None
         due = bool(section.evaluate_every) and state.iteration % section.evaluate_every == 0
         if due and not done:
             evaluation = self._evaluation()
-            self.run.log(SAMPLES, _evaluation_rows(state.iteration, evaluation))
+            self._log_evaluation(evaluation)
             if state.best is None or evaluation.score > state.best[1]:
                 state.best = (state.iteration, evaluation.score)
         if done or due or state.iteration % section.save_every == 0:
             self._save()
 
-    def _save(self) -> None:
+    def _save(self, state: checkpoint.Checkpoint | None = None) -> None:
+        """The state as it is, or as it was."""
         best, keep_last = self.state.best[0] if self.state.best is not None else None, self.config.run.keep_last
         with phase("checkpoint"):
             self.run.secure()
             self._note_reward_files()
-            saved = self.state.as_checkpoint(self.roles.trunk.blocks)
-            checkpoint.save(self.run.folder, saved, keep_last=keep_last, best=best)
+            saved = state if state is not None else self.state.as_checkpoint(self.roles.trunk.blocks)
+            folder = checkpoint.save(self.run.folder, saved, keep_last=keep_last, best=best)
+        for callback in self.following:
+            callback.saved(self.state.iteration, folder)
 
 
-def tokenizer_of(config: TrainConfig) -> Tokenizer:
-    """The policy's tokenizer, before its weights are loaded.
-
-    Raises:
-        ModelError: the model folder is damaged.
-    """
-    return load_tokenizer(config.model.path, check_model_folder(config.model.path).config)
-
-
-def slow_controller(config: TrainConfig) -> str | None:
-    """A warning where the adaptive KL controller can't even double its coefficient in the whole run."""
-    samples = config.run.iterations * config.rollout.prompts * config.rollout.samples_per_prompt
-    factor = math.exp(min(0.2 * samples / horizon_of(config), 10.0))
-    if config.kl.controller == "fixed" or not config.kl.horizon or factor >= 2:
-        return None
-    return (
-        f"warning: kl.horizon = {config.kl.horizon:g} lets the run's {samples} samples change kl.coef by a factor of "
-        f"at most {factor:.2f}, so kl.target may never be reached; leave the key out, or lower it"
-    )
-
-
-class Messages(Protocol):
-    """Where one line of information or warning goes."""
-
-    def message(self, text: str) -> None:
-        """One line."""
-
-
-def load_data(config: TrainConfig, tokenizer: Tokenizer, reporter: Messages) -> tuple[PromptSet, tuple[Prompt, ...]]:
-    """Training prompts, and the ones for evaluations."""
-    section = config.data
-    limits: dict[str, Any] = {"max_tokens": section.max_prompt_tokens, "overlong": section.overlong}
-    data = load_prompts(section.prompts, tokenizer, **limits)
-    held_out = data if section.eval_prompts is None else load_prompts(section.eval_prompts, tokenizer, **limits)
-    for prompts, path in ((data, section.prompts), (held_out, section.eval_prompts)):
-        if path is not None and (prompts.dropped or prompts.truncated):
-            reporter.message(
-                f"{path.name}: {prompts.dropped} overlong prompts dropped, {prompts.truncated} truncated "
-                f"(max_prompt_tokens = {section.max_prompt_tokens})"
-            )
-    chosen = held_out.prompts[: section.eval_count]
-    shared = shared_prompts(data.prompts, chosen) if section.eval_prompts is not None else 0
-    if shared:
-        reporter.message(f"warning: {shared} of the {len(chosen)} evaluation prompts are also training prompts")
-    return data, chosen
-
-
-def _evaluation_rows(step: int, evaluation: Evaluation) -> list[dict[str, Any]]:
-    rows = [
-        {"step": step, "kind": "evaluation", "prompt": c.prompt, "completion": c.text, "score": c.score}
-        | {f"points/{name}": value for name, value in c.points.items()}
-        for c in evaluation.completions
-    ]
-    return [*rows, {"step": step, "kind": "summary", **evaluation.figures()}]
+def _stopping(found: Sequence[Finding]) -> Finding | None:
+    """The first of the findings that ends a run."""
+    return next((finding for finding in found if finding.level in ("stop", "best")), None)

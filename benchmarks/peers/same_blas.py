@@ -1,4 +1,4 @@
-"""The project's BLAS in a peer's process: run before mlx is imported there.
+"""The project's BLAS in a peer's process: run once in it.
 
 The loader is read from its file: importing the package would need the project's dependencies.
 """

@@ -21,12 +21,8 @@ def token_logprobs(logits: mx.array, tokens: mx.array, *, temperature: float) ->
     Raises:
         ValueError: tokens is not [B, T], or temperature is not positive.
     """
-    if tokens.shape != logits.shape[:-1]:
-        raise ValueError(f"shapes differ: logits {logits.shape}, tokens {tokens.shape}")
-    valid = (tokens >= 0) & (tokens < logits.shape[-1])
     scaled = _scaled(logits, temperature)
-    chosen = mx.take_along_axis(scaled, mx.where(valid, tokens, 0)[..., None], axis=-1).squeeze(-1)
-    return mx.where(valid, chosen - mx.logsumexp(scaled, axis=-1), mx.nan)
+    return _of_tokens(scaled, tokens, mx.logsumexp(scaled, axis=-1))
 
 
 def entropy(logits: mx.array, *, temperature: float) -> mx.array:
@@ -45,10 +41,28 @@ def entropy(logits: mx.array, *, temperature: float) -> mx.array:
         ValueError: temperature is not positive.
     """
     scaled = _scaled(logits, temperature)
-    log_normaliser = mx.logsumexp(scaled, axis=-1, keepdims=True)
-    probabilities = mx.exp(scaled - log_normaliser)
+    return _entropy(scaled, mx.logsumexp(scaled, axis=-1))
+
+
+def logprobs_and_entropy(logits: mx.array, tokens: mx.array, *, temperature: float) -> tuple[mx.array, mx.array]:
+    """`token_logprobs` and `entropy` [B, T] of the same logits, which are scaled once."""
+    scaled = _scaled(logits, temperature)
+    log_normaliser = mx.logsumexp(scaled, axis=-1)
+    return _of_tokens(scaled, tokens, log_normaliser), _entropy(scaled, log_normaliser)
+
+
+def _of_tokens(scaled: mx.array, tokens: mx.array, log_normaliser: mx.array) -> mx.array:
+    if tokens.shape != scaled.shape[:-1]:
+        raise ValueError(f"shapes differ: logits {scaled.shape}, tokens {tokens.shape}")
+    valid = (tokens >= 0) & (tokens < scaled.shape[-1])
+    chosen = mx.take_along_axis(scaled, mx.where(valid, tokens, 0)[..., None], axis=-1).squeeze(-1)
+    return mx.where(valid, chosen - log_normaliser, mx.nan)
+
+
+def _entropy(scaled: mx.array, log_normaliser: mx.array) -> mx.array:
+    probabilities = mx.exp(scaled - log_normaliser[..., None])
     excluded = mx.isneginf(scaled)
-    return log_normaliser.squeeze(-1) - (probabilities * mx.where(excluded, 0.0, scaled)).sum(axis=-1)
+    return log_normaliser - (probabilities * mx.where(excluded, 0.0, scaled)).sum(axis=-1)
 
 
 def _scaled(logits: mx.array, temperature: float) -> mx.array:

@@ -1,6 +1,5 @@
 """Seconds of a run's phases into tokens, operations and bytes a second; and two such results compared."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 from mlx_ppo.bench.operations import DECODE, PREFILL
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.errors import DataError
-from mlx_ppo.files import read_regular
+from mlx_ppo.files import parse_json, read_regular
 
 FORMAT = 1
 TIMES = ("seconds", "fastest", "slowest")
@@ -24,7 +23,7 @@ Document = dict[str, Any]
 class Ceilings(NamedTuple):
     """What the machine reaches at best."""
 
-    gigaflops: float  # GFLOP/s of float32 matrix products
+    gigaflops: float  # GFLOP/s of matrix products of the type that is computed in
     gigabytes: float  # GB/s
 
 
@@ -125,10 +124,10 @@ def read_result(path: Path) -> Document:
         DataError: it can't be read, or isn't one.
     """
     try:
-        document: Document = json.loads(read_regular(path, _LARGEST))
+        document: Document = parse_json(read_regular(path, _LARGEST))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise DataError(f"{path}: not JSON; name a file that mlx-ppo bench --output wrote") from None
     if not _is_result(document):
         raise DataError(f"{path}: not a result of this version's mlx-ppo bench --output, or damaged")

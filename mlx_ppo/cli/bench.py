@@ -32,7 +32,7 @@ from mlx_ppo.bench.throughput import (
 )
 from mlx_ppo.bundle import example_config
 from mlx_ppo.cli.plan import longest_prompt
-from mlx_ppo.compute.machine import gigabytes, gigaflops, processors
+from mlx_ppo.compute.machine import gigabytes, gigaflops
 from mlx_ppo.config.file import read_config
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.errors import ConfigError, printable
@@ -45,6 +45,7 @@ from mlx_ppo.models.heads import HEAD_FILE, RewardFacts, new_head
 from mlx_ppo.models.write import write_adapters
 from mlx_ppo.runs.folder import replace_file
 from mlx_ppo.runs.provenance import device, engine, software
+from mlx_ppo.runtime.system import cores
 
 _SIDE = 2048  # of the matrices whose product is the peak
 _PROMPT = 32  # tokens of a prompt where no configuration says it
@@ -143,7 +144,7 @@ def measure(config: TrainConfig, prompt: int, iterations: int) -> Document:
     require_fit(plan, accountant, config)
     found = dry_run(config, plan, accountant.shapes, iterations=1 + iterations)[1:]
     seconds = [seconds_of(one.seconds, one.prefill, one.total) for one in found]
-    ceilings = Ceilings(gigaflops(_SIDE), gigabytes())
+    ceilings = Ceilings(gigaflops(_SIDE, _computed_in(accountant)), gigabytes())
     names = [name for name in seconds[0] if name not in ("between", "update step")]
     tokens = {name: tokens_of(config, name, prompt) for name in names}
     flops = flops_of(accountant, plan.choices)
@@ -153,7 +154,7 @@ def measure(config: TrainConfig, prompt: int, iterations: int) -> Document:
         **software(),
         "device": device(),
         "engine": engine(),
-        "processors": processors(),
+        "processors": cores(),
         "ceilings": ceilings._asdict(),
         "shapes": _shapes(config, accountant, plan),
         "iterations": iterations,
@@ -171,11 +172,18 @@ def _read(config: TrainConfig, accountant: Accountant, plan: Plan) -> dict[str, 
     return {DECODE: steps * sum(sizes.count(rows) * decoding(accountant, rows).read for rows in set(sizes))}
 
 
+def _computed_in(accountant: Accountant) -> mx.Dtype:
+    """The type of the products: that of the weights, or of a quantised model's scales."""
+    arrays = accountant.roles.trunk.base.values()
+    return next(array.dtype for array in arrays if mx.issubdtype(array.dtype, mx.floating))
+
+
 def _shapes(config: TrainConfig, accountant: Accountant, plan: Plan) -> dict[str, Any]:
     choices = plan.choices
     base = accountant.roles.trunk.base.values()
     return {
         "model": config.model.path.name,
+        "computed in": str(_computed_in(accountant)).removeprefix("mlx.core."),
         "weights, MB": round(sum(array.nbytes for array in base) / 1e6, 1),
         "model.train": config.model.train,
         "lora.layers": config.lora.layers,
@@ -217,9 +225,9 @@ def _print(result: Document) -> None:
         table.add_row(name, *_cells(row), style="bold" if name == ITERATION else "")
     console.print(table)
     console.print(
-        f"peak: {ceilings.gigaflops:.0f} GFLOP/s in float32 products of {_SIDE} x {_SIDE}; memory: "
-        f"{ceilings.gigabytes:.0f} GB/s copied. Medians of {result['iterations']}; operations are those of matrix "
-        "products, counted in a trace",
+        f"peak: {ceilings.gigaflops:.0f} GFLOP/s in {shapes.get('computed in', 'float32')} products of "
+        f"{_SIDE} x {_SIDE}; memory: {ceilings.gigabytes:.0f} GB/s copied. Medians of {result['iterations']}; "
+        "operations are those of matrix products, counted in a trace",
         highlight=False,
     )
     if mlx_ppo.BLAS.problem:

@@ -1,10 +1,9 @@
 """What a person sees of a running job: a live panel on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
-from unicodedata import category
 
 import click
 from rich.console import Console, Group
@@ -13,26 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_ppo.cli.work import Answers
-from mlx_ppo.errors import printable
+from mlx_ppo.errors import harmless, printable
 from mlx_ppo.runs.metrics import BY_KEY, show
 
 _LIVE_KEYS = (
-    ("score", "reward", "kl", "entropy"),
+    ("score", "total_reward", "kl", "entropy"),
     ("clip_low", "clip_high", "kl_old", "explained_variance"),
     ("length", "finished", "policy_norm", "tokens_per_second"),
 )
 _LINE_KEYS = ("score", "kl", "entropy", "clip_high", "explained_variance", "finished", "tokens_per_second")
 _SHOWN_ANSWERS = 6
-_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
-def harmless(text: str) -> str:
-    """A text from a model or a file as a terminal may have it: nothing that moves, colours, reorders or hides."""
-    return "".join(repr(c)[1:-1] if _acts(c) else c for c in text)
-
-
-def _acts(character: str) -> bool:
-    return character not in "\n\t" and (category(character) in ("Cc", "Cs") or character in _REORDERING)
+_NARROWEST = 60  # columns of the table; a narrower terminal breaks its lines, which cuts no word
 
 
 class Display:
@@ -78,7 +68,8 @@ class Display:
     def phase(self, name: str, iteration: int, iterations: int) -> None:
         """A phase begins."""
         self._phase, self._total, self._tokens = name, iterations, 0
-        if self.console.is_terminal and not self.console.is_dumb_terminal and self._live is None:
+        moves = self.console.file.isatty() and self.console.is_terminal and not self.console.is_dumb_terminal
+        if moves and self._live is None:  # FORCE_COLOR alone makes no terminal of a pipe
             self._live = Live(console=self.console, refresh_per_second=4, transient=True, get_renderable=self._panel)
             self._live.start()
 
@@ -134,9 +125,11 @@ class Display:
             parts.append(text)
         return Group(*parts)
 
-    def before_and_after(self, before: Answers, after: Answers) -> None:
-        """The table at the end of a run, on the same prompts with the same random draws."""
+    def before_and_after(self, before: Answers, after: Answers, unhealthy: Sequence[str] = ()) -> None:
+        """The table at the end of a run, on the same prompts with the same random draws, below what is wrong."""
         self.close()
+        for line in unhealthy:
+            self.console.print(Text(printable(line), style="bold red"))
         table = Table("held-out prompts", "before", "after", "change", title=f"{len(before.completions)} prompts")
         first, last = before.figures, after.figures
         names = {"kl": "KL, nats a sequence", "distinct_2": "distinct 2-grams"}
@@ -147,6 +140,7 @@ class Display:
             table.add_row(
                 Text(printable(name)), f"{first[key]:.3f}", f"{last[key]:.3f}", f"{last[key] - first[key]:+.3f}"
             )
+        self.console.width = max(self.console.width, _NARROWEST)
         self.console.print(table)
         pairs = zip(before.completions, after.completions, strict=True)
         for (prompt, old, low), (_, new, high) in list(pairs)[:_SHOWN_ANSWERS]:

@@ -21,16 +21,20 @@ import psutil
 
 import mlx_ppo
 from mlx_ppo.compute import device
-from mlx_ppo.compute.machine import SIDE, gigaflops, processors
+from mlx_ppo.compute.cpu import threads
+from mlx_ppo.compute.machine import SIDE, gigaflops
 from mlx_ppo.errors import RunError
 from mlx_ppo.memory.budget import cgroup_room, default_budget
+from mlx_ppo.memory.processes import looked
 from mlx_ppo.runs.folder import METRICS
 from mlx_ppo.runs.provenance import engine
 from mlx_ppo.runtime import offline
 from mlx_ppo.runtime.surroundings import NOWHERE, Surroundings
+from mlx_ppo.runtime.system import cores
 
 _GIB = 1 << 30
 _SLOW = 15.0  # GFLOP/s; the reference BLAS has 2 to 6, OpenBLAS some 50 a core
+_BUSY = 0.25  # of the processors
 _FILES = 256  # a training run opens some tens
 _PROOF_SECONDS = 600.0
 _RELAXED = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
@@ -95,11 +99,16 @@ def _memory() -> Finding:
 
 
 def _threads() -> Finding:
-    mine = processors()
-    given = os.environ.get("OPENBLAS_NUM_THREADS")
-    value = f"{mine} of {os.cpu_count()} processors" + (f", OPENBLAS_NUM_THREADS={given}" if given else "")
-    few = given is not None and given.isdecimal() and 0 < int(given) < mine
-    return Finding("threads", value, "OPENBLAS_NUM_THREADS leaves some processors idle; unset it" if few else "")
+    mine = cores()
+    given = threads.given()
+    busy = looked().others
+    value = f"{mine} of {os.cpu_count()} processors, {busy:.1f} kept busy by other programs"
+    value += f", OPENBLAS_NUM_THREADS={given}" if given else ""
+    if given is not None and given > 1:
+        problem = "OPENBLAS_NUM_THREADS keeps a run from giving way to other programs; unset it"
+    else:
+        problem = "other programs slow a run down: close them" if busy > _BUSY * mine else ""
+    return Finding("threads", value, problem)
 
 
 def _products() -> Finding:
@@ -164,15 +173,17 @@ def _guard() -> Finding:
     return Finding("network", "open", f"a connection to {host} port {port} was {how}, not refused", fatal=True)
 
 
-def prove_offline() -> Finding:
-    """Train the bundled example a little behind a wall of the system's, and say what was seen."""
+def prove_offline(seconds: float = _PROOF_SECONDS) -> Finding:
+    """Train the bundled example a little behind a wall of the system's, for so long at most, and say what was seen."""
     click.echo("training a little without a network ...", err=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mlx-ppo-proof-") as folder:
         command = [*_wall(), sys.executable, "-P", "-m", "mlx_ppo.cli.proof", folder]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PROOF_SECONDS, cwd=folder)
-        except (OSError, subprocess.TimeoutExpired) as error:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=folder)
+        except subprocess.TimeoutExpired:
+            return _unproved(f"the training behind it took longer than {seconds:.0f} s")
+        except OSError as error:
             return _unproved(str(error))
         metrics = Path(folder) / "proof" / METRICS
         iterations = metrics.read_text("utf-8").count("\n") if metrics.exists() else 0

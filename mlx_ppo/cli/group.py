@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -10,6 +12,16 @@ from mlx_ppo.cli import PROGRAM
 from mlx_ppo.errors import ConfigError, DamageError, RunError, UserError, printable
 from mlx_ppo.runtime.device_errors import device_failure
 from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
+
+_SENTENCE = 200  # letters, longer than any
+
+
+@contextmanager
+def _printable_usage() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as error:
+        raise click.UsageError(printable(error.format_message()), ctx=error.ctx) from None
 
 
 class Commands(click.Group):
@@ -20,10 +32,22 @@ class Commands(click.Group):
         refuse_connections()
         return self.main(*args, obj=PROGRAM, **kwargs)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands with whole sentences, where click cuts them at the line's end."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, each.get_short_help_str(_SENTENCE)) for name, each in commands.items() if each])
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Click's own; what it says of a command line shows the characters that a terminal would act on."""
+        with _printable_usage():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Do what a command line asks for; what goes wrong ends in a line and an exit code."""
         try:
-            return super().invoke(ctx)
+            with _printable_usage():
+                return super().invoke(ctx)
         except UserError as error:
             # as many problems as lines; elsewhere one, and what belongs to it
             each = isinstance(error, ConfigError | DamageError)
@@ -38,6 +62,10 @@ class Commands(click.Group):
             if failure is None:
                 raise
             click.echo(printable(f"error: {failure.cause}; {failure.remedy}"), err=True)
+            ctx.exit(RunError.exit_code)
+        except MemoryError as error:
+            said = f" ({error})" if str(error) else ""
+            click.echo(printable(f"error: there isn't enough memory for this{said}; ask for less at once"), err=True)
             ctx.exit(RunError.exit_code)
         except KeyboardInterrupt:  # outside the jobs, which save first
             ctx.exit(130)

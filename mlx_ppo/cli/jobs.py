@@ -1,5 +1,7 @@
 """Starting and resuming jobs: configuration, run folder, signals, and what is shown at the end."""
 
+import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,8 +15,29 @@ from mlx_ppo.config.file import read_config
 from mlx_ppo.config.sections import Job, TrainConfig
 from mlx_ppo.config.supervised import RewardConfig, SFTConfig
 from mlx_ppo.errors import DamageError
-from mlx_ppo.runs.folder import create_run, open_config
+from mlx_ppo.runs.folder import Run, create_run, open_config
+from mlx_ppo.runs.relocation import relocate
 from mlx_ppo.runtime.signals import Interrupted, catching_interrupts
+
+
+def train(path: Path, overrides: Sequence[str], *, dry_run: bool, hosts: Path | None, rank: int | None) -> None:
+    """Train, or follow the machine that does where a file of hosts says so."""
+    from mlx_ppo.runtime.hosts import placed
+
+    if hosts is not None:
+        overrides = [*overrides, f"parallel.hosts={json.dumps(os.path.abspath(hosts))}"]
+    config = read_config(TrainConfig, path, overrides)
+    place = placed(config.parallel.hosts, rank)
+    if dry_run or place is None or place.rank == 0:
+        start(TrainConfig, path, overrides, dry_run=dry_run)
+        return
+    from mlx_ppo.following import follow_far
+    from mlx_ppo.runtime.allocator import keeping_buffers
+
+    click.echo(f"following {place.hosts[0][0]} as {place.hosts[place.rank][0]}, rank {place.rank}")
+    with keeping_buffers():
+        follow_far(config, place)
+    click.echo(f"done: {place.hosts[0][0]} has the run")
 
 
 def start(job: type[Job], path: Path, overrides: Sequence[str], *, dry_run: bool) -> None:
@@ -48,8 +71,15 @@ def _new_run(config: TrainConfig | SFTConfig | RewardConfig) -> Iterator[Path]:
         raise
 
 
-def resume(folder: Path, *, allow_config_change: bool) -> None:
-    """Go on with a run; refused when its data or models have changed since, or, unless allowed, its configuration."""
+def resume(folder: Path, overrides: Sequence[str] = (), *, allow_config_change: bool) -> None:
+    """Go on with a run; refused when its data or models have changed since, or, unless allowed, its configuration.
+
+    `overrides`: `section.key=path`, where inputs are now.
+    """
+    if overrides:
+        open_config(folder)  # says what is wrong with the folder
+        with Run(folder) as run:
+            relocate(run, overrides)
     _work(open_config(folder), Order(str(folder), resumed=True, allow_config_change=allow_config_change))
 
 
@@ -96,17 +126,17 @@ def dry(config: Job) -> None:
         if isinstance(config, TrainConfig):
             from mlx_ppo.memory.starting import budget_of, new_plan, said
             from mlx_ppo.models.roles import Loading, load_roles
-            from mlx_ppo.train import load_data, tokenizer_of
+            from mlx_ppo.prompting import load_data, tokenizer_of
 
             data, held_out = load_data(config, tokenizer_of(config), display)
             prompts = (*data.prompts, *held_out)
-            plan, _ = new_plan(config, [len(prompt.tokens) for prompt in prompts], budget_of(config))
-            click.echo(said(plan))
+            plan, _, processes = new_plan(config, [len(prompt.tokens) for prompt in prompts], budget_of(config))
+            click.echo(said(plan, processes))
             choices = plan.choices
             roles, _, _ = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
             try:
                 longest = max(len(prompt.tokens) for prompt in prompts) + config.rollout.max_tokens
-                _remark([*roles.trunk.remarks, *roles.trunk.within(longest)])
+                _remark(roles.remarks(longest))
                 roles.require_fields([prompt.record for prompt in prompts])
             finally:
                 roles.close()
@@ -119,21 +149,25 @@ def dry(config: Job) -> None:
             )
         elif isinstance(config, SFTConfig):
             from mlx_ppo import sft
-            from mlx_ppo.supervised import load_trainable
+            from mlx_ppo.supervised import load_trainable, require_room
 
             trunk = load_trainable(config.model, config.run.seed)
             _remark(trunk.remarks)
             train, validation = sft.load_data(config, trunk.tokenizer, display)
-            _statistics("training examples", [len(example.tokens) for example in train.examples])
+            lengths = [len(example.tokens) for example in train.examples]
+            require_room(trunk, config.model, config.lora, lengths, config.sft.batch_size)
+            _statistics("training examples", lengths)
             if validation is not None:
                 _statistics("validation examples", [len(example.tokens) for example in validation.examples])
         elif isinstance(config, RewardConfig):
             from mlx_ppo import reward_training
-            from mlx_ppo.supervised import load_trainable
+            from mlx_ppo.supervised import load_trainable, require_room
 
             trunk = load_trainable(config.model, config.run.seed)
             _remark(trunk.remarks)
             sets = reward_training.load_data(config, trunk.tokenizer, display)
+            lengths = [len(text) for text in sets[0].texts]
+            require_room(trunk, config.model, config.lora, lengths, config.reward_training.batch_size)
             for name, feedback in zip(("training", "validation", "test"), sets, strict=True):
                 if feedback is not None:
                     _statistics(f"{name} texts", [len(text) for text in feedback.texts])

@@ -1,26 +1,30 @@
 """`sample` and `compare`: what models write, and which of two writes better."""
 
-import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
 import numpy as np
 
-from mlx_ppo.cli.display import harmless
+from mlx_ppo.comparison import CRITERION, ByModel, Pair
 from mlx_ppo.config.sections import RolloutSection, TrainConfig
 from mlx_ppo.data.prompts import Prompt, load_prompts
 from mlx_ppo.data.tokenizer import Tokenizer
-from mlx_ppo.errors import ConfigError, printable
+from mlx_ppo.errors import ConfigError, harmless, printable
 from mlx_ppo.models.heads import REWARD_FILE, RewardModel, lies_on, load_reward_model, read_reward_facts
 from mlx_ppo.rewards.figures import Floats
+from mlx_ppo.rewards.functions import RewardFunction, parse_reference
+from mlx_ppo.rewards.rules import RewardRule, rule_named
+from mlx_ppo.rewards.scorer import TextScorer
+from mlx_ppo.rewards.verdicts import Rate, agreement, verdicts
 from mlx_ppo.runs.targets import Target, load_target
 from mlx_ppo.stages.records import Rollout
 from mlx_ppo.stages.rollout import Asked, Sampling, generate
 from mlx_ppo.tokenizers.load import completion_text
 
-_Z95 = 1.96
+_SECONDS = 60.0  # that a reward function may take
 _LONGEST = 4096  # tokens of a prompt, where no run says it
 
 
@@ -52,51 +56,81 @@ def compare(
     second: Path,
     *,
     file: Path | None,
-    reward: Path | None,
+    reward: str | None,
+    judge: Path | None,
+    criterion: str | None,
     count: int,
     max_tokens: int | None,
     temperature: float | None,
     seed: int,
 ) -> None:
-    """Print the second model's win rate over the first on the same prompts, judged by a reward model.
+    """Print the second model's win rate over the first on the same prompts, by a reward or by a model that is asked.
 
     Without numbers, each writes by its run's own temperature, both by the length of the run that gives the prompts.
     """
     targets = [load_target(first), load_target(second)]
     configured = next((t.config for t in reversed(targets) if isinstance(t.config, TrainConfig)), None)
-    judge = _judge(targets, reward, configured)
+    scorer = None if judge is not None and reward is None else _scorer(targets, reward, configured)
+    question = criterion or CRITERION
+    asked = None if judge is None else ByModel(load_target(judge), question)
     source = next((t for t in reversed(targets) if isinstance(t.config, TrainConfig)), targets[1])
     prompts = _prompts(source, (), file, count)
-    scores = []
-    for path, target in zip((first, second), targets, strict=True):
-        how = _sampling(target, source, max_tokens, temperature, seed)
-        click.echo(_said(how, path), err=True)
-        scores.append(_scores(judge, target, _write(target, prompts, how)))
-    wins, low, high = win_rate(scores[0], scores[1])
-    shown = "rating points" if judge.facts.slope is not None else "normalised score"
-    click.echo(f"{len(prompts)} prompts, judged by {judge.facts.placement} reward model ({shown})")
-    for path, values in zip((first, second), scores, strict=True):
-        click.echo(f"  {printable(str(path))}: mean {values.mean():+.3f}, deviation {values.std():.3f}")
-    click.echo(f"{printable(str(second))} wins {wins:.1%} (95 % interval {low:.1%} to {high:.1%}; ties count half)")
+    with scorer if isinstance(scorer, TextScorer) else nullcontext():
+        if isinstance(scorer, TextScorer):
+            scorer.require_fields([prompt.record for prompt in prompts])
+        rollouts = []
+        for path, target in zip((first, second), targets, strict=True):
+            how = _sampling(target, source, max_tokens, temperature, seed)
+            click.echo(_said(how, path), err=True)
+            rollouts.append(_write(target, prompts, how))
+        written = [_texts(target.trunk.tokenizer, rollout) for target, rollout in zip(targets, rollouts, strict=True)]
+        found = []
+        if scorer is not None:
+            each = zip(targets, rollouts, written, strict=True)
+            scores = [_scores(scorer, target, rollout, texts) for target, rollout, texts in each]
+            click.echo(f"{len(prompts)} prompts, judged by {_name(scorer)}")
+            for path, values in zip((first, second), scores, strict=True):
+                click.echo(f"  {printable(str(path))}: mean {values.mean():+.3f}, deviation {values.std():.3f}")
+            for line in scorer.news() if isinstance(scorer, TextScorer) else ():
+                click.echo(line, err=True)
+            found.append(_won(second, scores[1] - scores[0]))
+    if asked is not None:
+        rows = zip(prompts, *written, strict=True)
+        margins = asked.margins([Pair(prompt.text, prompt.record, one, other) for prompt, one, other in rows])
+        click.echo(printable(f"{len(prompts)} prompts, judged by {judge}, asked in both orders: {question}"))
+        click.echo(f"  the order alone decides {asked.by_place:.1%} of its answers; the mean of both is taken")
+        found.append(_won(second, margins))
+    if len(found) == 2:
+        one, other = (dict(enumerate(each)) for each in found)
+        click.echo(f"both judges prefer the same one in {agreement(one, other)}")
 
 
-def win_rate(first: Floats, second: Floats) -> tuple[float, float, float]:
-    """Share of wins of `second`, ties counting half, with Wilson's 95 % interval.
-
-    Source: Wilson 1927, J. Am. Stat. Assoc. 22(158), 209-212.
-    """
-    share = float(((second > first) + 0.5 * (second == first)).mean())
-    n, square = len(first), _Z95**2
-    centre = (share + square / (2 * n)) / (1 + square / n)
-    half = _Z95 * math.sqrt(share * (1 - share) / n + square / (4 * n * n)) / (1 + square / n)
-    return share, centre - half, centre + half
+def _won(second: Path, margins: Floats) -> list[float]:
+    """Print how often the second won; the verdicts."""
+    found = verdicts(margins)
+    rate = Rate.of(found)
+    shown = f"{rate.share:.1%} (95 % interval {rate.low:.1%} to {rate.high:.1%}; ties count half)"
+    click.echo(f"{printable(str(second))} wins {shown}")
+    return found
 
 
-def _judge(targets: Sequence[Target], reward: Path | None, config: TrainConfig | None) -> RewardModel:
+def _scorer(targets: Sequence[Target], reward: str | None, config: TrainConfig | None) -> RewardModel | TextScorer:
+    """What was named: a folder, a function or a rule; else the first reward model of a run, or its first rule."""
+    if reward is not None and ".py:" in reward:
+        try:
+            file, name = parse_reference(reward)
+        except ValueError as error:
+            raise ConfigError(f"--reward: {error}") from None
+        return RewardFunction(Path(file), name, timeout=_SECONDS)
+    if reward is not None and reward.startswith("rule:"):
+        return RewardRule(rule_named(reward.removeprefix("rule:")))
     if reward is None and config is not None:
-        reward = next((source.path for source in config.reward if source.path is not None), None)
+        reward = next((str(source.path) for source in config.reward if source.path is not None), None)
+        rule = next((source for source in config.reward if source.kind == "rule"), None)
+        if reward is None and rule is not None:
+            return RewardRule(rule)
     if reward is None:
-        raise ConfigError("--reward: name a reward model's folder; neither model is a run that used one")
+        raise ConfigError("--reward: name a reward model's folder; neither model is a run that used one, or a rule")
     folder = Path(os.path.realpath(reward))
     trunk = targets[1].trunk
     if (folder / REWARD_FILE).is_file() and read_reward_facts(folder).placement == "adapters":
@@ -113,14 +147,23 @@ def _prompts(target: Target, texts: Sequence[str], file: Path | None, count: int
         broken = next((text for text in texts if any("\ud800" <= c <= "\udfff" for c in text)), None)
         if broken is not None:
             raise ConfigError(f"--prompt: {broken!r} isn't UTF-8; write it in UTF-8, or give a file with --prompts")
-        return [Prompt(tuple(tokenizer.encode(text, bos=True)), text, {"prompt": text}, "--prompt") for text in texts]
+        found = [Prompt(tuple(tokenizer.encode(text, bos=True)), text, {"prompt": text}, "--prompt") for text in texts]
+        longest = max(len(prompt.tokens) for prompt in found)
+        if longest > _LONGEST:
+            raise ConfigError(f"--prompt: {longest} tokens, more than {_LONGEST}, which are read at once; shorten it")
+        return found
     run = target.config.data if isinstance(target.config, TrainConfig) else None
+    own = file is None
     if file is None and run is not None:
         file = run.eval_prompts or run.prompts
     if file is None:
         raise ConfigError("give --prompt or --prompts; only a run of `train` has prompts of its own")
     longest, overlong = (run.max_prompt_tokens, run.overlong) if run is not None else (_LONGEST, "drop")
-    return list(load_prompts(file, tokenizer, max_tokens=longest, overlong=overlong).prompts[:count])
+    columns = run.columns if run is not None and own else ()
+    read = load_prompts(file, tokenizer, max_tokens=longest, overlong=overlong, columns=columns)
+    if read.said:
+        click.echo(printable(read.said), err=True)
+    return list(read.prompts[:count])
 
 
 def _sampling(target: Target, source: Target, max_tokens: int | None, temperature: float | None, seed: int) -> Sampling:
@@ -149,7 +192,17 @@ def _texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
     return [completion_text(tokenizer, prompt, response) for prompt, response in pairs]
 
 
-def _scores(judge: RewardModel, target: Target, rollout: Rollout) -> Floats:
+def _name(scorer: RewardModel | TextScorer) -> str:
+    if isinstance(scorer, TextScorer):
+        return scorer.described
+    shown = "rating points" if scorer.facts.slope is not None else "normalised score"
+    return f"{scorer.facts.placement} reward model ({shown})"
+
+
+def _scores(judge: RewardModel | TextScorer, target: Target, rollout: Rollout, texts: Sequence[str]) -> Floats:
+    if isinstance(judge, TextScorer):
+        prompts, records = [target.trunk.tokenizer.decode(prompt) for prompt in rollout.prompts], list(rollout.records)
+        return np.array(judge.score(prompts, list(texts), records), np.float32)
     if target.trunk.tokenizer.vocab_size != judge.trunk.tokenizer.vocab_size:
         raise ConfigError("both models and the reward model must share a tokenizer")
     raw = judge.raw(rollout.sequences())

@@ -9,8 +9,10 @@ from typing import Any
 import click
 
 import mlx_ppo
+from mlx_ppo.cli import pages
+from mlx_ppo.cli.data import data
 from mlx_ppo.cli.group import Commands
-from mlx_ppo.cli.options import MAX_TOKENS, TEMPERATURE, Number
+from mlx_ppo.cli.options import MAX_TOKENS, TEMPERATURE, Number, Place
 from mlx_ppo.errors import RunError
 
 _SET = click.option(
@@ -23,7 +25,7 @@ _SET = click.option(
 _DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Check the configuration, read the data, print token statistics, train nothing."
 )
-_FILE = click.Path(path_type=Path)
+_FILE = Place()
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -34,6 +36,7 @@ def main() -> None:
     \b
     mlx-ppo train            train the bundled example
     mlx-ppo init my-project  copy it, to start from
+    mlx-ppo studio           label, train and compare by clicks
     """
     os.umask(0o077)
     try:
@@ -63,22 +66,22 @@ def init(directory: Path) -> None:
 @click.argument("config", type=_FILE, required=False)
 @_SET
 @_DRY_RUN
-def train(config: Path | None, overrides: tuple[str, ...], dry_run: bool) -> None:
+@click.option("--hosts", type=_FILE, help="JSON file of the machines that share the run; the same as parallel.hosts.")
+@click.option("--rank", type=click.IntRange(0), help="Which of them this is; default: the one with its address.")
+def train(config: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
     """Train a policy with PPO or a critic-free estimator; without CONFIG, the bundled example.
 
     \b
     Examples:
       mlx-ppo train
-      mlx-ppo train configs/reviews.toml --set run.seed=1 --set ppo.advantage=rloo \\
-          --set rollout.samples_per_prompt=4
+      mlx-ppo train configs/reviews.toml --set run.seed=1 --set rollout.prompts=32
     """
     from mlx_ppo.bundle import example_config
     from mlx_ppo.cli import jobs
-    from mlx_ppo.config.sections import TrainConfig
 
-    if config is None:  # its file may lie where nothing can be written, so runs go into the working folder
+    if config is None:  # it may lie where nothing can be written, so runs go into the working folder
         config, overrides = example_config(), ("run.folder=runs", *overrides)
-    jobs.start(TrainConfig, config, overrides, dry_run=dry_run)
+    jobs.train(config, overrides, **options)
 
 
 @main.command()
@@ -166,15 +169,24 @@ def reward(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     is_flag=True,
     help="Go on although the run's config.toml or a reward function was edited since the start.",
 )
-def resume(run: Path, allow_config_change: bool) -> None:
+@click.option(
+    "overrides",
+    "--set",
+    metavar="SECTION.KEY=PATH",
+    multiple=True,
+    help="Where an input is now that was moved, e.g. --set model.path=~/models/m. May be given several times.",
+)
+def resume(run: Path, allow_config_change: bool, overrides: tuple[str, ...]) -> None:
     """Go on with a run from its last checkpoint.
 
     \b
-    Example: mlx-ppo resume runs/reviews
+    Examples:
+      mlx-ppo resume runs/reviews
+      mlx-ppo resume runs/reviews --set model.path=models/reviews
     """
     from mlx_ppo.cli import jobs
 
-    jobs.resume(run, allow_config_change=allow_config_change)
+    jobs.resume(run, overrides, allow_config_change=allow_config_change)
 
 
 @main.command()
@@ -198,7 +210,7 @@ def verify(run: Path) -> None:
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
 @click.option("--prompts", "file", type=_FILE, help="A JSONL file of prompts.")
 @click.option("--count", type=click.IntRange(1), default=4, show_default=True, help="Prompts taken from a file.")
-@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Completions a prompt.")
+@click.option("--samples", type=click.IntRange(1, 100_000), default=1, show_default=True, help="Completions a prompt.")
 @MAX_TOKENS
 @TEMPERATURE
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
@@ -219,16 +231,28 @@ def sample(model: Path, prompts: tuple[str, ...], file: Path | None, count: int,
 @click.argument("first", type=_FILE)
 @click.argument("second", type=_FILE)
 @click.option("--prompts", "file", type=_FILE, help="JSONL of prompts; by default those of a run's evaluations.")
-@click.option("--reward", type=_FILE, help="Reward model that judges; by default that of a run.")
+@click.option(
+    "--reward",
+    metavar="FOLDER|FILE.py:NAME|rule:NAME",
+    help="Judge; by default the run's reward model or rule.",
+)
+@click.option(
+    "--judge", type=_FILE, help="Model that is shown both completions, in both orders, and asked which is better."
+)
+@click.option("--criterion", help="What it is asked; by default which is the better one.")
 @click.option("--count", type=click.IntRange(2), default=128, show_default=True, help="Prompts taken.")
 @MAX_TOKENS
 @TEMPERATURE
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def compare(first: Path, second: Path, **options: Any) -> None:
-    """How often SECOND's completions win over FIRST's under a reward model, with a confidence interval.
+    """How often SECOND's completions win over FIRST's, with a confidence interval.
+
+    By a reward model, a reward function, or a model that is asked; with both, how often they agree as well.
 
     \b
-    Example: mlx-ppo compare models/reviews runs/reviews
+    Examples:
+      mlx-ppo compare models/reviews runs/reviews
+      mlx-ppo compare models/reviews runs/reviews --judge smollm2-135m --criterion "Which is kinder?"
     """
     from mlx_ppo.cli import look
 
@@ -241,9 +265,9 @@ def compare(first: Path, second: Path, **options: Any) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["adapters", "fused", "gguf"]),
+    type=click.Choice(["adapters", "peft", "fused", "gguf"]),
     required=True,
-    help="mlx-lm adapters, a model folder for mlx-lm and transformers, or one file for llama.cpp and Ollama.",
+    help="Adapters for mlx-lm or PEFT, a folder for mlx-lm and transformers, or one file for llama.cpp and Ollama.",
 )
 @click.option(
     "--dtype",
@@ -296,7 +320,9 @@ def import_(file: Path, directory: Path, dtype: str) -> None:
 )
 @click.option("--acceptance", is_flag=True, help="Try what the program promises: types, memory, kills, a long run.")
 @click.option(
-    "--minutes", type=click.FloatRange(0, min_open=True), help="Length of the long run of --acceptance. [default: 15]"
+    "--minutes",
+    type=click.FloatRange(0, 15, min_open=True),
+    help="Length of the long run of --acceptance, which takes four times that, or 20 minutes, at most. [default: 15]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(offline_proof: bool, acceptance: bool, minutes: float | None, as_json: bool) -> None:
@@ -318,3 +344,7 @@ def doctor(offline_proof: bool, acceptance: bool, minutes: float | None, as_json
     from mlx_ppo.cli.doctor import examine
 
     examine(offline_proof=offline_proof, as_json=as_json)
+
+
+for command in (data, pages.studio, pages.label, pages.watch, pages.report):
+    main.add_command(command)

@@ -1,9 +1,13 @@
 """Options that several commands have."""
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import click
+
+_COLDEST, _HOTTEST = 1e-3, 1e3  # as rollout.temperature has them
 
 
 class Number(click.FloatRange):
@@ -17,9 +21,42 @@ class Number(click.FloatRange):
         return number
 
 
+class Temperature(Number):
+    """0, or what logits can be divided by."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; click's own error for another."""
+        number = super().convert(value, param, ctx)
+        if number and not _COLDEST <= number <= _HOTTEST:
+            self.fail(f"{value!r} is neither 0 nor from {_COLDEST:g} to {_HOTTEST:g}.", param, ctx)
+        return number
+
+
+class Place(click.Path):
+    """A path, which needn't exist."""
+
+    def __init__(self) -> None:
+        """As pathlib has them."""
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; click's own error where no file can have such a name."""
+        try:
+            os.stat(value)
+        except ValueError as error:  # a null character, half a character
+            self.fail(f"{str(value)[:60]!r} can't be a path ({error}).", param, ctx)
+        except OSError:
+            pass
+        return super().convert(value, param, ctx)
+
+
 MAX_TOKENS = click.option(
-    "--max-tokens", type=click.IntRange(1), help="Longest completion; default: that of the run, 64 without one."
+    "--max-tokens",
+    type=click.IntRange(1, 1_000_000),
+    help="Longest completion; default: that of the run, 64 without one.",
 )
 TEMPERATURE = click.option(
-    "--temperature", type=Number(0), help="0: the most probable token; default: that of the run, 1 without one."
+    "--temperature", type=Temperature(0), help="0: the most probable token; default: that of the run, 1 without one."
 )
+PORT = click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the page; default: any free one.")
+NO_BROWSER = click.option("--no-browser", is_flag=True, help="Only print the page's address.")

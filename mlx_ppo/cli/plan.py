@@ -18,6 +18,7 @@ from mlx_ppo.data.model_files import json_object
 from mlx_ppo.errors import ConfigError, ModelError, UserError
 from mlx_ppo.memory.phases import Accountant, Phase
 from mlx_ppo.memory.plan import GIB, RESERVE, Plan, longest_response, make_plan, needed, plan_of, require_fit, smallest
+from mlx_ppo.memory.processes import most_processes
 from mlx_ppo.memory.starting import accountant_of, budget_of, require_countable
 
 _BAR = 18
@@ -61,11 +62,13 @@ def show(
         accountant = accountant_of(config, given, longest)
         plan = make_plan(accountant, config, budget)
         served, saved = accountant.shared()
+        processes = config.parallel.processes or most_processes(config, accountant)
         facts = {
             "engine": engine.name,
             "fits": plan.fits,
             "needs_gib": round(plan.process / GIB, 3),
             "budget_gib": round(budget / GIB, 3),
+            "processes": processes if given is None and device is None else 1,
             "prompt_tokens": longest,
             "longest_response_that_fits": longest_response(accountant, config, budget),
             "most_responses_in_a_pass": _most(accountant, config, budget),
@@ -88,7 +91,7 @@ def show(
 
 def longest_prompt(config: TrainConfig) -> int:
     """Tokens of the longest prompt; the configured bound where the tokenizer or the prompts aren't there."""
-    from mlx_ppo.train import load_data, tokenizer_of
+    from mlx_ppo.prompting import load_data, tokenizer_of
 
     try:
         data, held_out = load_data(config, tokenizer_of(config), _Silent())
@@ -159,6 +162,8 @@ def _print(plan: Plan, facts: Mapping[str, Any], measured: Measured | None) -> N
     served = facts["shared"]["by"]
     if len(served) > 1:
         console.print(f"one trunk serves {', '.join(served)}: {facts['shared']['saved_gib']:.2f} GiB of copies saved")
+    if facts["processes"] > 1:
+        console.print(f"`train` shares the run between {facts['processes']} processes; this is the plan of one alone")
     choices = plan.choices
     console.print(
         f"decoded together {choices.rollout_batch}, scored {choices.score_batch}, updated {choices.micro_batch}; "

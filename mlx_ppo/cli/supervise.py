@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlx_ppo.cli.display import Display
 
 JOURNAL = "journal.jsonl"
-_LAST = ("finished", "stopped", "failed", "crashed", "device")
+_LAST = ("finished", "stopped", "failed", "crashed", "device", "lost")
 _GIB = 1 << 30
 _END_SECONDS = 5.0
 
@@ -151,7 +151,8 @@ def supervise(order: Order, *, retries: int) -> list[str]:
 
     Args:
         order: what is to be done.
-        retries: how many times a run that is killed goes on by itself, each time with a smaller plan.
+        retries: how many times a run that is killed goes on by itself, each time with a smaller plan, or one of whose
+            processes is lost.
     Raises:
         UserError: as the job's.
         RunError: the child was killed.
@@ -161,16 +162,16 @@ def supervise(order: Order, *, retries: int) -> list[str]:
     journal = Journal(folder)
     adopt_orphans()
     with _relaying() as relay:
+        now = order
         for attempt in range(retries + 1):
             kills = memory_kills()
             journal.where, journal.first = "while it started", None
-            now = Order(str(folder), smaller=True) if attempt else order
             last, status = _attend(now._replace(supervisor=os.getpid()), relay, journal)
             if relay.second is not None:
                 _end_what_is_left()
                 journal.note(event="ended", by=signal.Signals(relay.second).name)
                 raise SystemExit(128 + relay.second)
-            refused = last is not None and last[0] == "device"
+            refused = last is not None and last[0] in ("device", "lost")
             if last is not None and not refused:
                 return _outcome(last, folder, journal)
             _end_what_is_left()
@@ -183,8 +184,10 @@ def supervise(order: Order, *, retries: int) -> list[str]:
             journal.note(event="died", status=status, why=said)
             if not (refused or status == -signal.SIGKILL) or relay.first is not None or attempt == retries:
                 break
-            click.echo(f"warning: {said}; going on with a smaller plan ({attempt + 1} of {retries})", err=True)
-    remedy = f" {last[1][1]}." if last is not None else ""
+            now = Order(str(folder), smaller=starved or last is None or last[0] != "lost")
+            how = "a smaller plan" if now.smaller else "new processes"
+            click.echo(f"warning: {said}; going on with {how} ({attempt + 1} of {retries})", err=True)
+    remedy = f" {last[1][1]}." if last is not None and last[1][1] else ""
     raise RunError(f"{said}.{remedy} {_mend(folder)}")
 
 
@@ -209,7 +212,7 @@ def _attend(order: Order, relay: Relay, journal: Journal) -> tuple[tuple[str, An
 
 def _show(display: "Display", name: str, values: list[Any]) -> None:
     if name == "before_and_after":
-        values = [Answers(*answers) for answers in values]
+        values = [*(Answers(*answers) for answers in values[:2]), values[2]]
     getattr(display, name)(*values)
 
 

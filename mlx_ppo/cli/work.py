@@ -13,14 +13,14 @@ import traceback
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import click
 
 import mlx_ppo
 from mlx_ppo.config.sections import Job, TrainConfig
 from mlx_ppo.config.supervised import RewardConfig, SFTConfig
-from mlx_ppo.errors import RunError, UserError
+from mlx_ppo.errors import ProcessLost, RunError, UnhealthyError, UserError
 from mlx_ppo.runs.folder import METRICS, Run, open_config
 from mlx_ppo.runs.provenance import device, engine
 from mlx_ppo.runtime.device_errors import device_failure
@@ -56,8 +56,8 @@ class JobReporter(Protocol):
     def step(self, done: int, total: int, figures: Mapping[str, float]) -> None:
         """An optimizer step of a supervised job is done."""
 
-    def before_and_after(self, before: Answers, after: Answers) -> None:
-        """The same prompts before and after the run."""
+    def before_and_after(self, before: Answers, after: Answers, unhealthy: list[str]) -> None:
+        """The same prompts before and after the run; first what is wrong with its policy."""
 
     def warn(self, text: str) -> None:
         """One line on standard error."""
@@ -91,7 +91,7 @@ def work(order: Order, reporter: JobReporter, interrupts: Interrupts) -> list[st
         if order.smaller:
             _make_smaller(folder, reporter)
         else:
-            reporter.message(f"run folder: {short(folder)}")
+            reporter = _announcing(reporter, f"run folder: {short(folder)}")
         if mlx_ppo.BLAS.problem and device().startswith("CPU"):
             reporter.message(f"warning: {mlx_ppo.BLAS.problem}")
         if "device" not in run.record():
@@ -102,6 +102,21 @@ def work(order: Order, reporter: JobReporter, interrupts: Interrupts) -> list[st
             if said:
                 reporter.message(said)
             return _do(config, run, reporter, interrupts)
+
+
+def _announcing(reporter: JobReporter, line: str) -> JobReporter:
+    """Say a line before the first thing that is computed: until then the run may turn out not to be possible."""
+
+    class Announcing:
+        said = False
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("phase", "step") and not self.said:
+                self.said = True
+                reporter.message(line)
+            return getattr(reporter, name)
+
+    return cast(JobReporter, Announcing())
 
 
 def _make_smaller(folder: Path, reporter: JobReporter) -> None:
@@ -126,6 +141,7 @@ def _do(config: Job, run: Run, reporter: JobReporter, interrupts: Interrupts) ->
         folder = train_reward_model(config, run, reporter, interrupts)
         return [f'finished: {short(folder)}  (give it to train as [[reward]] kind = "model", path)']
     assert isinstance(config, TrainConfig)
+    from mlx_ppo.runs.health import verdict
     from mlx_ppo.train import train
 
     result = train(config, run, reporter, interrupts)
@@ -133,12 +149,18 @@ def _do(config: Job, run: Run, reporter: JobReporter, interrupts: Interrupts) ->
         Answers(evaluation.figures(), [(c.prompt, c.text, c.score) for c in evaluation.completions])
         for evaluation in (result.before, result.after)
     )
-    reporter.before_and_after(before, after)
+    reporter.before_and_after(before, after, verdict(result.unhealthy))
+    if result.stopped is not None:
+        rule, sentence = result.stopped.rule, result.stopped.sentence
+        raise UnhealthyError(
+            f"stopped by health.{rule} after iteration {result.stopped.step}; saved in {short(result.checkpoint)}. "
+            f"{sentence[0].upper()}{sentence[1:]}. With that: mlx-ppo resume {short(run.folder)} --allow-config-change"
+        )
     from mlx_ppo.models.folder import check_model_folder
-    from mlx_ppo.models.gate import translations
+    from mlx_ppo.models.gate import misread
 
     lines = [f"policy: {short(result.checkpoint)}", f"try it: mlx-ppo sample {short(run.folder)}"]
-    if translations(check_model_folder(config.model.path)):
+    if misread(check_model_folder(config.model.path)):
         return [*lines, f"   or:  mlx-ppo export {short(run.folder)} DIR --format fused, for stock mlx-lm"]
     return [
         *lines,
@@ -205,9 +227,9 @@ class Sender:
         """An optimizer step of a supervised job is done."""
         self.send("step", done, total, dict(figures))
 
-    def before_and_after(self, before: Answers, after: Answers) -> None:
-        """The same prompts before and after the run."""
-        self.send("before_and_after", before, after)
+    def before_and_after(self, before: Answers, after: Answers, unhealthy: list[str]) -> None:
+        """The same prompts before and after the run; first what is wrong with its policy."""
+        self.send("before_and_after", before, after, unhealthy)
 
     def warn(self, text: str) -> None:
         """One line on standard error."""
@@ -219,7 +241,7 @@ def main(arguments: list[str]) -> None:
 
     Standard input ends with the parent. The last event is `finished` with the lines to print, `stopped` with the
     reason and the exit code, `failed` with the error's class and text, `device` with what a GPU refused and what helps,
-    or `crashed` with a traceback.
+    `lost` with what became of another process of the group, or `crashed` with a traceback.
     """
     refuse_connections()
     descriptor = int(arguments[0])
@@ -235,11 +257,18 @@ def main(arguments: list[str]) -> None:
                 sender.send("finished", work(order, sender, interrupts))
         except Interrupted as stop:
             sender.send("stopped", str(stop), stop.exit_code)
+        except ProcessLost as error:
+            sender.send("lost", str(error), "")
         except UserError as error:
             known = (kind.__name__ for kind in type(error).__mro__ if kind.__module__ == UserError.__module__)
             sender.send("failed", next(known), str(error))
         except NetworkRefused as error:
             sender.send("failed", RunError.__name__, str(error))
+        except MemoryError as error:
+            said = f" ({error})" if str(error) else ""
+            sender.send(
+                "failed", RunError.__name__, f"there isn't enough memory for this{said}; lower sizes and lengths"
+            )
         except BaseException as error:
             failure = device_failure(error)
             if failure is None:

@@ -4,7 +4,7 @@ Source: Hu et al. 2021, arXiv:2106.09685, eq. 3 (with mlx-lm's `scale` in place 
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -96,6 +96,11 @@ def make_noisy(inner: nn.Module, adapted: Mapping[str, nn.Module]) -> list[nn.Mo
             plain(module)
             found.append(module)
     return found
+
+
+def count_of(arrays: Iterable[mx.array]) -> int:
+    """Numbers in arrays; in those of quantised layers as many as 4 bits each make."""
+    return sum(array.size * (8 if array.dtype == mx.uint32 else 1) for array in arrays)
 
 
 def parameters_of(model: nn.Module) -> dict[str, mx.array]:

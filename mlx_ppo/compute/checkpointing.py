@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_ppo.compute.adapted import parameters_of
-from mlx_ppo.compute.needs import Inside, Work, is_traced, made_outside
+from mlx_ppo.compute.needs import Inside, Work, made_outside, planned, planned_gradient
 
 Function = Callable[..., mx.array]
 
@@ -56,16 +56,24 @@ def checkpointed(
 
 def twice_in_mlx(inside: Function) -> Function:
     """The same function of arrays, by `mx.checkpoint`."""
-    if is_traced():
-        return planned_twice(inside, copies=False)
-    found: Function = mx.checkpoint(inside)
-    return found
+
+    def gradient(
+        primals: Sequence[mx.array], cotangents: Sequence[mx.array], _: Sequence[mx.array]
+    ) -> Sequence[mx.array]:
+        found: Sequence[mx.array] = mx.vjp(inside, mx.depends(list(primals), list(cotangents)), list(cotangents))[1]
+        return found
+
+    def stand_in(*primals: mx.array) -> mx.array:
+        key = ("block", *((primal.shape, primal.dtype) for primal in primals))
+        return planned_gradient(lambda *given: [inside(*given)], gradient, primals, key)[0]
+
+    return planned(mx.checkpoint(inside), stand_in)
 
 
-def planned_twice(inside: Function, *, copies: bool) -> Function:
-    """What a checkpointed block allocates, for a planner: a block by itself, and again together with its gradient.
+def planned_twice(inside: Function) -> Function:
+    """What a block allocates that is evaluated at once, for a planner: by itself, and again with its gradient.
 
-    `copies`: it works on copies of what it is given.
+    It works on copies of what it is given.
     """
 
     def gradient(cotangent: mx.array, *primals: mx.array) -> Sequence[mx.array]:
@@ -76,7 +84,7 @@ def planned_twice(inside: Function, *, copies: bool) -> Function:
         states, *arrays = primals
         like = [mx.zeros(primal.shape, primal.dtype) for primal in primals]
         key = tuple((primal.shape, primal.dtype) for primal in primals)
-        beside = sum(primal.nbytes for primal in primals) if copies else 0
+        beside = sum(primal.nbytes for primal in primals)
         forward = Inside(inside, like, beside, ("block", key))
         backward = Inside(gradient, [like[0], *like], beside + states.nbytes, ("gradient", key))
         picked = [made_outside(array, 1, [array], Work(0, 0)).sum() for array in arrays]

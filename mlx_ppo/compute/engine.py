@@ -108,6 +108,7 @@ class Engine(Protocol):
 
     name: str
     why: str  # this one and not another
+    runs_ahead: bool  # mlx is handed whole passes, and begins their work until its limit makes it wait
 
     def prepare(self, model: nn.Module) -> None:
         """Lay this engine's own parts on a model that has just been made."""

@@ -13,9 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_ppo.algo.logprobs import entropy, token_logprobs
+from mlx_ppo.algo.logprobs import logprobs_and_entropy
 from mlx_ppo.compute.engine import Body
-from mlx_ppo.compute.needs import is_traced, with_gradient
+from mlx_ppo.compute.needs import is_traced, own_gradient
 
 _TOGETHER = 64_000_000  # bytes of float32 logits
 _LOWEST = -1e30  # in place of the minus infinity of a token that cannot be, whose mass 0 it is multiplied by
@@ -71,13 +71,9 @@ class OutputHead:
         entropies aren't read, and may be NaN.
         """
         if not summed:
-            logprobs = token_logprobs(logits[None], tokens[None], temperature=temperature)[0]
-            return logprobs, entropy(logits[None], temperature=temperature)[0]
+            return logprobs_and_entropy(logits, tokens, temperature=temperature)
         given = logits.astype(mx.float32), tokens, mx.array(1.0 / temperature)
-        if is_traced():
-            logprobs, entropies, gradient = map(mx.stop_gradient, _summed_forward(*given))
-            return with_gradient(given[0], gradient, logprobs), entropies
-        found: tuple[mx.array, ...] = _summed(*given)  # type: ignore[assignment]
+        found = _summed(*given)
         return found[0], found[1]
 
     def logits(self, body: Body, states: mx.array) -> mx.array:
@@ -96,12 +92,8 @@ class OutputHead:
     def planned_chunks(
         self, statistics: Statistics, size: int, ahead: bool, states: mx.array, tokens: mx.array, *arrays: mx.array
     ) -> Sequence[mx.array]:
-        """What `_by_chunks` allocates, for a planner; without `ahead`, a gradient keeps all logits: overestimated."""
-        found = self._forward(statistics, size, ahead, states, tokens, *arrays)
-        if not ahead:
-            return found
-        logprobs, entropies, gradient = map(mx.stop_gradient, found)
-        return with_gradient(states, gradient, logprobs), entropies
+        """What stands for `_by_chunks` while a planner traces: itself, unless an engine leaves mlx there."""
+        return self._by_chunks(statistics, size, ahead, states, tokens, *arrays)
 
     def _together(self, body: Body, states: mx.array) -> int:
         """How many positions to work on together: at most what is set, and about equally many each time."""
@@ -114,12 +106,10 @@ class OutputHead:
     ) -> Sequence[mx.array]:
         """What `statistics` gives for all states, and, `ahead`, d log-probability / d state; with gradients."""
 
-        @mx.custom_function
-        def function(states: mx.array, tokens: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+        def forward(states: mx.array, tokens: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
             return self._forward(statistics, size, ahead, states, tokens, *arrays)
 
-        @function.vjp
-        def _(
+        def gradient(
             primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
         ) -> tuple[mx.array, ...]:
             states, tokens, *arrays = primals
@@ -130,14 +120,13 @@ class OutputHead:
             totals: Sequence[mx.array] = ()
             for part, chunk in _chunks(self.apart(states), size, found):
                 by_part = [by_logprob[part], by_entropy[part]]
-                gradient, totals = self._pulled_back(_for(statistics, tokens[part]), [chunk, *arrays], by_part, totals)
-                found.append([gradient, *totals])
+                pulled, totals = self._pulled_back(_for(statistics, tokens[part]), [chunk, *arrays], by_part, totals)
+                found.append([pulled, *totals])
             by_states = mx.concatenate([parts[0] for parts in found])
             by_arrays = (total.astype(array.dtype) for total, array in zip(totals, arrays, strict=True))
             return by_states, mx.zeros_like(tokens), *by_arrays
 
-        found: Sequence[mx.array] = function(states, tokens, *arrays)  # type: ignore[assignment]
-        return found
+        return own_gradient(forward, gradient)(states, tokens, *arrays)
 
     def _forward(
         self, statistics: Statistics, size: int, ahead: bool, states: mx.array, tokens: mx.array, *arrays: mx.array
@@ -213,11 +202,10 @@ def _summed_forward(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tu
     return logprobs, entropies, gradient
 
 
-_summed = mx.custom_function(_summed_forward)
-
-
-@_summed.vjp
-def _summed_vjp(
-    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+def _summed_gradient(
+    primals: Sequence[mx.array], cotangents: Sequence[mx.array], results: Sequence[mx.array]
 ) -> tuple[mx.array, ...]:
-    return outputs[2], mx.zeros_like(primals[1]), mx.zeros_like(primals[2])
+    return results[2], mx.zeros_like(primals[1]), mx.zeros_like(primals[2])
+
+
+_summed = own_gradient(_summed_forward, _summed_gradient)

@@ -18,7 +18,7 @@ from mlx_ppo.compute.checkpointing import checkpointed, twice_in_mlx
 from mlx_ppo.compute.device import multiplies_coarsely
 from mlx_ppo.compute.engine import Arrays, Body, Capabilities, Numbers, Reader, Step
 from mlx_ppo.compute.kv_cache import share_offsets
-from mlx_ppo.compute.needs import is_traced
+from mlx_ppo.compute.needs import in_gradient, is_traced
 from mlx_ppo.compute.output_head import OutputHead
 from mlx_ppo.compute.probes import joins, reads_batches, shares_prompts, takes_batches
 from mlx_ppo.compute.sequences import Sequences
@@ -35,6 +35,7 @@ class PortableEngine:
     """All in mlx."""
 
     name = "portable"
+    runs_ahead = True
     head = OutputHead()
 
     def __init__(self, why: str = "", *, remark: str = "", fused: bool = False) -> None:
@@ -242,6 +243,7 @@ def _adamw() -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
 def _rows(part: nn.Module) -> Iterator[None]:
     """Around passes over whole rows: the operations that have a gradient, where mlx-lm has others for decoding."""
     before, mode = _in_rows.set(True), part.training
+    in_gradient()
     part.train()
     try:
         yield

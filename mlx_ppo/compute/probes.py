@@ -12,7 +12,8 @@ from mlx_ppo.compute.sequences import Sequences, make_sequences
 
 REFUSALS = (ValueError, AttributeError, TypeError)  # of an architecture that can't do what is tried
 _ALIKE = {mx.float32: 0.02, mx.bfloat16: 0.2, mx.float16: 0.1}
-_ROWS = ((1, 2, 3, 2), (3, 1, 2, 2, 1, 3), (2, 2, 1), (1, 3, 3, 2, 1, 1, 2, 3))
+_ROWS = ((1, 2, 3, 2), (3, 1, 2, 2, 1, 3), (2, 2, 1), (1, 3, 3, 2, 1, 1, 2, 3))  # see `_token`
+_TOKENS = 6
 
 
 def reads_batches(body: Body) -> bool:
@@ -55,7 +56,7 @@ def _decodes_alike(body: Body, turns: Sequence[Sequence[int]]) -> bool:
 
 def starts_from_kept(body: Body) -> bool:
     """Whether starting from the states that enter block `split` gives what the whole pass gives."""
-    probe = mx.array([[1, 2, 3, 1]]) % body.vocab_size
+    probe = mx.array([[_token(body, number) for number in (1, 2, 3, 1)]])
     try:
         wanted, started = body.hidden(probe), body.hidden(probe, kept=body.entering(probe))
     except (*REFUSALS, KeyError):
@@ -69,7 +70,16 @@ def whole(body: Body, turns: Sequence[Sequence[int]]) -> mx.array:
 
 
 def _row(body: Body, number: int) -> mx.array:
-    return mx.array(_ROWS[number]) % body.vocab_size
+    return mx.array([_token(body, token) for token in _ROWS[number]])
+
+
+def _token(body: Body, number: int) -> int:
+    """One of a few tokens from all over the vocabulary.
+
+    Its first ones are special in most models, and rows of them nothing that a model was trained on: on SmolLM2's,
+    bfloat16's rounding alone changes a state by 1.7, on others by 0.03 at most.
+    """
+    return number * body.vocab_size // _TOKENS
 
 
 def decoded(
@@ -118,9 +128,8 @@ def shares_prompts(body: Body, read: Callable[[Sequences], mx.array] | None) -> 
 
 def short_rows(body: Body) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts, some of them the same, and responses."""
-    size = body.vocab_size
-    prompts = [[token % size for token in row] for row in ([1, 2, 3], [2, 1], [1, 2, 3], [2, 1], [1, 2, 3])]
-    return prompts, [[row % size, 3 % size] for row in range(len(prompts))]
+    prompts = [[_token(body, token) for token in row] for row in ([1, 2, 3], [2, 1], [1, 2, 3], [2, 1], [1, 2, 3])]
+    return prompts, [[_token(body, row + 1), _token(body, 3)] for row in range(len(prompts))]
 
 
 def alike(states: mx.array, wanted: mx.array) -> bool:

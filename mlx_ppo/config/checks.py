@@ -1,8 +1,22 @@
 """Keys of a configuration that are right alone and wrong together."""
 
-from mlx_ppo.config.sections import Job, RewardSource, TrainConfig
-from mlx_ppo.config.supervised import RewardConfig, SFTConfig, TrainableModelSection
+import re
 
+from mlx_ppo.config.sections import Job, RewardSource, TrainConfig
+from mlx_ppo.config.supervised import RewardConfig, RewardTrainingSection, SFTConfig, TrainableModelSection
+
+# What each rule reads, beside `limit`.
+RULE_KEYS: dict[str, tuple[str, ...]] = {
+    "exact": ("field", "pattern"),
+    "number": ("field", "pattern", "tolerance"),
+    "regex": ("pattern",),
+    "length": ("unit", "least", "most"),
+    "format": ("tags",),
+    "json": ("pattern", "json_schema"),
+    "math": ("field", "pattern"),
+    "code": ("field", "pattern"),
+}
+_TAG = re.compile(r"[A-Za-z0-9_-]{1,100}")
 Problem = tuple[str, str]  # `section.key`; what is wrong and the mend
 
 
@@ -10,11 +24,11 @@ def contradictions(config: Job) -> list[Problem]:
     """Keys that don't go together."""
     if isinstance(config, TrainConfig):
         sources = enumerate(config.reward)
-        by_source = [(f"reward.{i}.{key}", text) for i, source in sources for key, text in _source_problems(source)]
-        return [*_train_problems(config), *by_source]
-    if isinstance(config, SFTConfig | RewardConfig):
-        return _trainable_problems(config.model)
-    return []
+        by_source = [(f"reward.{i}.{key}", text) for i, source in sources for key, text in source_problems(source)]
+        return [*_train_problems(config), *_health_problems(config), *by_source]
+    if isinstance(config, RewardConfig):
+        return [*_trainable_problems(config.model), *_feedback_problems(config.reward_training)]
+    return _trainable_problems(config.model) if isinstance(config, SFTConfig) else []
 
 
 def _train_problems(config: TrainConfig) -> list[Problem]:
@@ -62,16 +76,63 @@ def _train_problems(config: TrainConfig) -> list[Problem]:
     return [(key, text) for wrong, key, text in checks if wrong]
 
 
-def _source_problems(source: RewardSource) -> list[Problem]:
-    wanted, other = ("path", "function") if source.kind == "model" else ("function", "path")
+def _health_problems(config: TrainConfig) -> list[Problem]:
+    back = [key for key, level in config.health if level == "best" and not config.run.evaluate_every]
+    return [(f"health.{key}", "'best' goes back to an evaluation; set run.evaluate_every above 0") for key in back]
+
+
+def source_problems(source: RewardSource) -> list[Problem]:
+    """What is wrong with one source of scores; the keys without section."""
+    wanted = {"model": "path", "function": "function", "rule": "rule"}[source.kind]
     problems: list[Problem] = []
     if getattr(source, wanted) is None:
         problems.append((wanted, f"missing: a reward of kind {source.kind!r} needs it"))
-    if getattr(source, other) is not None:
-        problems.append((other, f"belongs to another kind of reward, not {source.kind!r}"))
+    for other in ("path", "function", "rule"):
+        if other != wanted and getattr(source, other) is not None:
+            problems.append((other, f"belongs to another kind of reward, not {source.kind!r}"))
+    if source.gate and source.kind == "model":
+        problems.append(("gate", "a reward model's 0 is a score like any other; a rule or a function can be a gate"))
+    problems += _rule_problems(source)
     if source.function is not None and not all(source.function.rpartition(":")[::2]):
         problems.append(("function", f"must be 'file.py:name', not {source.function!r}"))
     return problems
+
+
+def _rule_problems(source: RewardSource) -> list[Problem]:
+    """Keys that the rule doesn't read, or lacks; where there is no rule, keys of any."""
+    read = RULE_KEYS.get(source.rule or "", ())
+    of = f"rule {source.rule!r}" if source.rule else f"a reward of kind {source.kind!r}"
+    others = dict.fromkeys(key for keys in (*RULE_KEYS.values(), ("limit",)) for key in keys)
+    if source.rule is not None:
+        others.pop("limit")
+    unread = [key for key in others if key not in read and getattr(source, key) != _default(key)]
+    problems = [(key, f"isn't read by {of}") for key in unread]
+    if source.rule is not None and source.timeout != _default("timeout"):
+        problems.append(("timeout", "is for functions; a rule has 'limit', for each completion"))
+    if source.rule == "regex" and source.pattern is None:
+        problems.append(("pattern", "missing: rule 'regex' needs it"))
+    if source.pattern is not None:
+        try:
+            re.compile(source.pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            problems.append(("pattern", f"isn't a regular expression: {error}"))
+    if source.rule == "length" and not source.least and not source.most:
+        problems.append(("most", "missing: rule 'length' needs 'least', 'most' or both"))
+    if source.most and source.least > source.most:
+        problems.append(("least", f"more than the {source.most} of 'most'"))
+    if not source.tags or len({*source.tags}) < len(source.tags) or not all(map(_TAG.fullmatch, source.tags)):
+        problems.append(("tags", "must be different names of letters, digits, '_' or '-'"))
+    return problems
+
+
+def _default(key: str) -> object:
+    return RewardSource.model_fields[key].default
+
+
+def _feedback_problems(section: RewardTrainingSection) -> list[Problem]:
+    if section.objective != "regression" and section.min_difference == 0:
+        return [("reward_training.min_difference", "must be above 0: texts of equal ratings make no pair")]
+    return []
 
 
 def _trainable_problems(model: TrainableModelSection) -> list[Problem]:

@@ -7,30 +7,21 @@ which keys don't go together.
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-
-def _named(value: object) -> object:
-    """An empty text would be the working folder; no system has a null character in a path."""
-    if value == "" or (isinstance(value, str) and "\0" in value):
-        raise ValueError("must name a file or folder")
-    return value
-
-
-InputPath = Annotated[Path, BeforeValidator(_named), Field(strict=False, json_schema_extra={"path": "input"})]
-OutputPath = Annotated[Path, BeforeValidator(_named), Field(strict=False, json_schema_extra={"path": "output"})]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-Length = Annotated[int, Field(ge=2)]  # tokens: one more than BOS
-
-
-class Section(BaseModel):
-    """One table of the TOML file: frozen, no unknown keys, no silent conversions, no NaN."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+from mlx_ppo.config.fields import (
+    Columns,
+    Count,
+    CountOrZero,
+    InputPath,
+    Length,
+    NonNegative,
+    OutputPath,
+    Positive,
+    Section,
+    Share,
+)
+from mlx_ppo.config.parallel import ParallelSection
 
 
 class RunSection(Section):
@@ -42,7 +33,7 @@ class RunSection(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="the run's folder is `folder/name`, or `name-2`, `name-3`, ... where that is taken",
     )
-    seed: CountOrZero = Field(0, description="every random choice derives from it")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="every random choice derives from it")
     save_every: Count = Field(10, description="iterations (or optimizer steps) between checkpoints")
     keep_last: Count = Field(2, description="checkpoints kept besides the best")
     stay_awake: bool = Field(False, description="keep a Mac from sleeping while the run lasts (caffeinate)")
@@ -66,7 +57,7 @@ class ModelSection(Section):
 
     path: InputPath = Field(description="model folder")
     train: Literal["lora", "full"] = Field("lora", description="train LoRA adapters or all weights")
-    adapter: InputPath | None = Field(None, description="mlx-lm adapter folder to start from")
+    adapter: InputPath | None = Field(None, description="folder of LoRA adapters to start from, mlx-lm's or PEFT's")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="compute type; auto: float32 on a CPU, and on a GPU below half a billion parameters, else bfloat16",
@@ -76,7 +67,7 @@ class ModelSection(Section):
 class LoraSection(Section):
     """Low-rank adapters, in mlx-lm's terms."""
 
-    rank: Count = Field(8, description="rank of each adapter")
+    rank: Annotated[int, Field(ge=1, le=10**9)] = Field(8, description="rank of each adapter")
     scale: Positive = Field(2.0, description="factor on the adapter's output (mlx-lm's scale: alpha / rank)")
     layers: CountOrZero = Field(0, description="adapt this many of the uppermost layers; 0: all")
     targets: Annotated[tuple[str, ...], Field(strict=False)] = Field(
@@ -111,6 +102,7 @@ class PromptDataSection(Section):
     overlong: Literal["drop", "truncate", "error"] = Field(
         "drop", description="what happens to longer ones (counted and shown)"
     )
+    columns: Columns = ()
 
 
 class RolloutSection(Section):
@@ -121,7 +113,7 @@ class RolloutSection(Section):
         1, description="responses for each prompt (2 or more for the critic-free estimators)"
     )
     max_tokens: Count = Field(64, description="a response's bound in tokens")
-    temperature: Positive = Field(
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = Field(
         1.0, description="sampling temperature; every log-probability is of this distribution"
     )
     batch_size: CountOrZero = Field(
@@ -135,18 +127,38 @@ class RolloutSection(Section):
     )
 
 
+Rule = Literal["exact", "number", "regex", "length", "format", "json", "math", "code"]
+
+
 class RewardSource(Section):
     """One source of scores; several are added by weight."""
 
-    kind: Literal["model", "function"] = Field(description="a trained reward model's folder, or a Python function")
+    kind: Literal["model", "function", "rule"] = Field(
+        description="a reward model's folder, a Python function, or a rule"
+    )
     path: InputPath | None = Field(None, description="folder written by `mlx-ppo reward` (kind = model)")
     function: str | None = Field(
         None,
         description="`file.py:name` (kind = function), run in a process of its own; its parameters get lists by their "
         "names: `prompts`, `completions`, `records` (the prompts' JSON objects), or a field of these",
     )
-    weight: float = Field(1.0, description="factor on the source's score")
+    weight: float = Field(1.0, description="factor on the source's score; 0: it only judges, see `health.judge`")
+    gate: bool = Field(
+        False, description="where this function or rule gives 0, the score is 0 whatever the others give"
+    )
     timeout: Positive = Field(60.0, description="seconds a call of the function may take")
+    rule: Rule | None = Field(None, description="what is checked of a completion, 1 or 0 (kind = rule, as all below)")
+    field: str = Field("answer", description="field of the prompts with what is right, or a list of it, for the rule")
+    pattern: str | None = Field(None, description="regex: what is sought; others: read what its last match holds")
+    tolerance: NonNegative = Field(0.0, description="number: how far from the right one counts as equal")
+    unit: Literal["words", "characters", "lines"] = Field("words", description="length: what is counted")
+    least: CountOrZero = Field(0, description="length: fewest")
+    most: CountOrZero = Field(0, description="length: most; 0: no bound")
+    tags: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        ("think", "answer"), description="format: `<think>...</think>`, then `<answer>...</answer>`, and nothing else"
+    )
+    json_schema: InputPath | None = Field(None, description="json: file of a JSON Schema; without: any JSON will do")
+    limit: Positive = Field(2.0, description="seconds for a completion; one that takes longer scores 0 and is counted")
 
 
 class ScoreSection(Section):
@@ -268,6 +280,39 @@ class MemorySection(Section):
     )
 
 
+Level = Literal["off", "warn", "stop", "best"]
+
+
+class HealthSection(Section):
+    """What happens when a rule finds a run unhealthy: nothing, a line, the run stops, or it goes back to its best."""
+
+    entropy: Level = Field("warn", description="the policy's entropy falls below a quarter of what it was at first")
+    kl: Level = Field("warn", description="the KL to the reference exceeds `kl_limit`, or stays below 0")
+    length: Level = Field("warn", description="responses become longer or shorter by `length_factor`")
+    unfinished: Level = Field("warn", description="below 5 % of the responses end by themselves")
+    repetition: Level = Field("warn", description="30 % more 4-grams than at first are repeated in their response")
+    diversity: Level = Field("warn", description="the share of different pairs of tokens halves")
+    beyond: Level = Field("warn", description="a quarter of the scores are above all of the reward model's training")
+    judge: Level = Field("warn", description="the score rises while that of a [[reward]] with weight 0 falls")
+    critic: Level = Field("warn", description="the critic explains below 1 % of the returns for 8 iterations")
+    ratio: Level = Field("warn", description="an update moves too far from the policy that sampled")
+    gradient: Level = Field("warn", description="a gradient is above ten times its bound for 8 iterations")
+    signal: Level = Field("warn", description="scores that are compared are equal")
+    controller: Level = Field("warn", description="the KL stays above 1.5 times `kl.target` (adaptive)")
+    kl_limit: Positive = Field(1.0, description="nats a token from the reference at which the KL has run away")
+    length_factor: Annotated[float, Field(gt=1)] = Field(
+        3.0, description="how many times longer or shorter than at first responses may become"
+    )
+
+
+class LogSection(Section):
+    """Where a run's numbers go beside its own logs."""
+
+    tensorboard: bool = Field(
+        False, description="into `tensorboard` in the run's folder as well; TensorBoard has to be installed"
+    )
+
+
 class TrainConfig(Job):
     """`mlx-ppo train`."""
 
@@ -283,7 +328,10 @@ class TrainConfig(Job):
     ppo: PPOSection = PPOSection()
     kl: KLSection = KLSection()
     optimizer: OptimizerSection = OptimizerSection()
+    health: HealthSection = HealthSection()
+    log: LogSection = LogSection()
     memory: MemorySection = MemorySection()
+    parallel: ParallelSection = ParallelSection()
 
     @property
     def critic_warmup(self) -> int:

@@ -4,20 +4,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from mlx_ppo.config.sections import (
-    Count,
-    CountOrZero,
-    InputPath,
-    Job,
-    Length,
-    LoraSection,
-    ModelSection,
-    NonNegative,
-    OptimizerSection,
-    RunSection,
-    Section,
-    TrainConfig,
-)
+from mlx_ppo.config.fields import Columns, Count, CountOrZero, InputPath, Length, NonNegative, Section
+from mlx_ppo.config.sections import Job, LoraSection, ModelSection, OptimizerSection, RunSection, TrainConfig
+
+Epochs = Annotated[int, Field(ge=1, le=10_000)]
 
 
 class TrainableModelSection(ModelSection):
@@ -46,12 +36,13 @@ class ExampleDataSection(Section):
     overlong: Literal["drop", "truncate", "error"] = Field(
         "truncate", description="what happens to longer ones (counted and shown)"
     )
+    columns: Columns = ()
 
 
 class SFTSection(Section):
     """Supervised fine-tuning."""
 
-    epochs: Count = Field(3, description="passes over the examples")
+    epochs: Epochs = Field(3, description="passes over the examples")
     batch_size: Count = Field(16, description="examples an optimizer step")
     token_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of input tokens replaced by random ones while training (regularises small data)"
@@ -88,6 +79,7 @@ class FeedbackDataSection(Section):
     overlong: Literal["drop", "truncate", "error"] = Field(
         "truncate", description="what happens to longer ones (counted and shown)"
     )
+    columns: Columns = ()
 
 
 class RewardTrainingSection(Section):
@@ -102,9 +94,11 @@ class RewardTrainingSection(Section):
         "or the sum divided by the root of the length",
     )
     min_difference: NonNegative = Field(1.0, description="ratings make a pair where they differ by at least this much")
-    pairs_per_item: Count = Field(4, description="pairs drawn for each rated text and epoch")
+    pairs_per_item: Annotated[int, Field(ge=1, le=1000)] = Field(
+        4, description="pairs drawn for each rated text and epoch"
+    )
     centering: NonNegative = Field(0.0, description="factor on (chosen + rejected)^2, which keeps scores near 0")
-    epochs: Count = Field(5, description="passes over the feedback")
+    epochs: Epochs = Field(5, description="passes over the feedback")
     batch_size: Count = Field(32, description="texts (or pairs) an optimizer step")
     token_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of input tokens replaced by random ones while training"

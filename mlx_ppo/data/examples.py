@@ -1,10 +1,12 @@
 """Examples for supervised fine-tuning."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_ppo.data.chat import Messages, conversation
-from mlx_ppo.data.jsonl import Record, one_field, read_records, text_field
+from mlx_ppo.data.jsonl import Record, one_field, text_field
+from mlx_ppo.data.layouts import records_as
 from mlx_ppo.data.sequences import (
     LengthLimit,
     Overlong,
@@ -20,11 +22,16 @@ from mlx_ppo.errors import DataError
 
 @dataclass(frozen=True)
 class Example:
-    """A text to learn from; the loss counts on tokens[i] for i >= max(loss_from, 1)."""
+    """A text to learn from; the loss counts on tokens[start:]."""
 
     tokens: tuple[int, ...]
     loss_from: int
     where: str
+
+    @property
+    def start(self) -> int:
+        """The first token on which the loss counts: nothing foretells the very first of a text."""
+        return max(1, self.loss_from)
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,12 @@ class ExampleSet:
     examples: tuple[Example, ...]
     dropped: int
     truncated: int
+    said: str | None = None  # how the file was read, where that isn't plain
 
 
-def load_examples(path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong: Overlong) -> ExampleSet:
+def load_examples(
+    path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong: Overlong, columns: Sequence[str] = ()
+) -> ExampleSet:
     """Examples from lines with one of "text", "completion" (after a "prompt") and "messages".
 
     The loss counts everywhere on a text, on the completion with its EOS, or on the last assistant message with its
@@ -48,16 +58,21 @@ def load_examples(path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong
     """
     limit = LengthLimit(max_tokens, overlong)
     examples = []
-    for record in read_records(path):
-        tokens, start = _sequence(record, tokenizer)
+    records, said = records_as(path, "examples", columns=columns)
+    for record in records:
+        tokens, start = example_tokens(record, tokenizer)
         if limit.admits(len(tokens), record.where, useless_when_cut=start >= max_tokens):
             examples.append(Example(tuple(tokens[:max_tokens]), start, record.where))
     limit.require_some(examples, path)
-    return ExampleSet(tuple(examples), limit.dropped, limit.truncated)
+    return ExampleSet(tuple(examples), limit.dropped, limit.truncated, said)
 
 
-def _sequence(record: Record, tokenizer: Tokenizer) -> tuple[list[int], int]:
-    """Tokens, and from where the loss counts."""
+def example_tokens(record: Record, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """Tokens of a row, and from where the loss counts.
+
+    Raises:
+        DataError: the row is wrong.
+    """
     name = one_field(record, "text", "completion", "messages")
     if name == "text":
         return [*text_tokens(text_field(record, name), tokenizer, record.where), tokenizer.eos_id], 0

@@ -4,9 +4,10 @@ import difflib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
@@ -51,15 +52,32 @@ def read_records(path: Path) -> list[Record]:
         DataError: the file is missing, a folder, unreadable or without records; a line isn't UTF-8, isn't one JSON
             object, or holds NaN, Infinity, a key twice, or half of a surrogate pair.
     """
+    with opened(path) as stream:
+        refuse_binary(stream.read(8), path)
+        stream.seek(0)
+        return parse_lines(stream, path)
+
+
+def parse_lines(stream: BinaryIO, path: Path, bad: list[DataError] | None = None) -> list[Record]:
+    """The objects of a stream of lines; what is wrong with a line goes into `bad` or, without it, is raised.
+
+    Raises:
+        DataError: as `read_records`.
+    """
     records, start, empty = [], 0, True
-    for line, raw in enumerate(_lines(path), start=1):
+    for line, raw in enumerate(_lines(stream, path), start=1):
         bom = len(_BOM) if line == 1 and raw.startswith(_BOM) else 0
         empty = empty and len(raw) == bom
         content = raw[bom:].removesuffix(b"\n")
         if content.strip():
-            records.append(Record(path, line, _parse(content, f"{path}:{line}", start + bom)))
+            try:
+                records.append(Record(path, line, _parse(content, f"{path}:{line}", start + bom)))
+            except DataError as error:
+                if bad is None:
+                    raise
+                bad.append(error)
         start += len(raw)
-    if not records:
+    if not records and not bad:
         what = "is empty" if empty else "has only blank lines"
         raise DataError(f"{path}: the file {what}; give it one JSON object per line")
     return records
@@ -129,23 +147,29 @@ def _quoted(names: Iterable[str], separator: str) -> str:
     return separator.join(repr(name if len(name) <= 40 else name[:39] + "…") for name in names)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(stream: BinaryIO, path: Path) -> Iterator[bytes]:
     """Each line with its end, which only \\n is: JSON strings may hold U+2028 and the like."""
+    number = 0
+    while raw := stream.readline(_LONGEST_LINE + 1):
+        number += 1
+        if len(raw) > _LONGEST_LINE:
+            raise DataError(f"{path}:{number}: a line of more than {_LONGEST_LINE >> 20} MiB; give each object a line")
+        yield raw
+
+
+def refuse_binary(start: bytes, path: Path) -> None:
+    """DataError where a file that begins like this is no text."""
+    found = next((what for marks, what in _BINARY.items() if start.startswith(marks)), None)
+    if found is not None:
+        raise DataError(f"{path}: this is {found}; data are JSONL: a JSON object on each line of a text file")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A data file for reading; what the system refuses becomes a DataError that says where to look."""
     try:
         with open_regular(path) as stream:
-            start = stream.read(8)
-            found = next((what for marks, what in _BINARY.items() if start.startswith(marks)), None)
-            if found is not None:
-                raise DataError(f"{path}: this is {found}; data are JSONL: a JSON object on each line of a text file")
-            stream.seek(0)
-            number = 0
-            while raw := stream.readline(_LONGEST_LINE + 1):
-                number += 1
-                if len(raw) > _LONGEST_LINE:
-                    raise DataError(
-                        f"{path}:{number}: a line of more than {_LONGEST_LINE >> 20} MiB; give each object a line"
-                    )
-                yield raw
+            yield stream
     except FileNotFoundError:
         nearest = difflib.get_close_matches(path.name, _names(path.parent), n=3)
         mend = f"did you mean {_quoted(nearest, ' or ')}?" if nearest else "check the path"
@@ -170,11 +194,9 @@ def _names(folder: Path) -> list[str]:
 def _parse(raw: bytes, where: str, start: int) -> dict[str, Any]:
     """The object of one line that starts `start` bytes into the file."""
     try:
-        value = json.loads(
-            raw.decode(), object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_int
-        )
+        value = STRICT.decode(raw.decode())
         if b"\\u" in raw and isinstance(value, dict):
-            _refuse_lone_surrogates(value)
+            refuse_lone_surrogates(value)
     except UnicodeDecodeError as error:
         offset, byte = start + error.start, raw[error.start]
         raise DataError(f"{where}: byte {offset} (0x{byte:02x}) isn't UTF-8; save the file as UTF-8") from None
@@ -182,10 +204,8 @@ def _parse(raw: bytes, where: str, start: int) -> dict[str, Any]:
         raise DataError(
             f"{where}: malformed JSON at column {error.colno} ({error.msg}); each line must be one whole JSON object"
         ) from None
-    except RecursionError:
-        raise DataError(f"{where}: the JSON is nested too deeply; flatten it") from None
-    except ValueError as error:
-        raise DataError(f"{where}: {error}") from None
+    except (RecursionError, ValueError) as error:
+        raise refused(error, where) from None
     if not isinstance(value, dict):
         raise DataError(f"{where}: each line must be a JSON object, not {kind(value)}; write {{...}}")
     return value
@@ -217,7 +237,14 @@ def _int(text: str) -> int:
         raise ValueError(f"the number {text[:40]}… is too large; write one that a float can hold") from None
 
 
-def _refuse_lone_surrogates(fields: dict[str, Any]) -> None:
+def refused(error: RecursionError | ValueError, where: str) -> DataError:
+    """What to say of a value that `STRICT` or `refuse_lone_surrogates` refused."""
+    deep = isinstance(error, RecursionError)
+    return DataError(f"{where}: {'the JSON is nested too deeply; flatten it' if deep else error}")
+
+
+def refuse_lone_surrogates(fields: dict[str, Any]) -> None:
+    """ValueError where a field has half of a surrogate pair."""
     for name, value in fields.items():
         try:
             json.dumps([name, value], ensure_ascii=False).encode()
@@ -226,3 +253,8 @@ def _refuse_lone_surrogates(fields: dict[str, Any]) -> None:
             raise ValueError(
                 f"{_quoted([name], '')} has {half}, half of a surrogate pair; write the whole character"
             ) from None
+
+
+STRICT = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_int
+)  # refuses with ValueError what JSON doesn't have

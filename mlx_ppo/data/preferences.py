@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mlx_ppo.data.jsonl import Record, kind, number, one_field, read_records, text_field
+from mlx_ppo.data.jsonl import Record, kind, number, one_field, text_field
+from mlx_ppo.data.layouts import records_as
 from mlx_ppo.data.random import philox
 from mlx_ppo.data.sequences import (
     LengthLimit,
@@ -40,6 +41,7 @@ class PairSet:
     pairs: tuple[Pair, ...]
     dropped: int
     truncated: int
+    said: str | None = None  # how the file was read, where that isn't plain
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,12 @@ class RatedSet:
     rated: tuple[Rated, ...]
     dropped: int
     truncated: int
+    said: str | None = None  # how the file was read, where that isn't plain
 
 
-def load_pairs(path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong: Overlong) -> PairSet:
+def load_pairs(
+    path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong: Overlong, columns: Sequence[str] = ()
+) -> PairSet:
     """Pairs from lines with "prompt", "chosen", "rejected" (strings or messages) and an optional "margin".
 
     An answer may be empty. Truncation keeps the first token (BOS) and the last `max_tokens` - 1 of either side, so
@@ -73,20 +78,21 @@ def load_pairs(path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong: O
     """
     limit = LengthLimit(max_tokens, overlong)
     pairs = []
-    for record in read_records(path):
-        chosen, rejected = _both_sides(record, tokenizer)
-        margin = number(record.fields.get("margin", 0), "margin", record.where)
-        if margin < 0:
-            raise DataError(f"{record.where}: 'margin' is {margin:g}, below 0; swap 'chosen' and 'rejected' instead")
+    records, said = records_as(path, "pairs", columns=columns)
+    for record in records:
+        chosen, rejected = both_sides(record, tokenizer)
+        margin = margin_of(record)
         short_chosen, short_rejected = limit.keep_end(chosen), limit.keep_end(rejected)
         longest = max(len(chosen), len(rejected))
         if limit.admits(longest, record.where, useless_when_cut=short_chosen == short_rejected):
             pairs.append(Pair(short_chosen, short_rejected, margin, record.where))
     limit.require_some(pairs, path)
-    return PairSet(tuple(pairs), limit.dropped, limit.truncated)
+    return PairSet(tuple(pairs), limit.dropped, limit.truncated, said)
 
 
-def load_rated(path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong: Overlong) -> RatedSet:
+def load_rated(
+    path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong: Overlong, columns: Sequence[str] = ()
+) -> RatedSet:
     """Rated texts from lines with "text" or "completion" (maybe after a "prompt"), and "rating" or "ratings".
 
     Truncation keeps the first token (BOS) and the last `max_tokens` - 1, so that the score is read at EOS.
@@ -96,16 +102,17 @@ def load_rated(path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong: O
     """
     limit = LengthLimit(max_tokens, overlong)
     rated = []
-    for record in read_records(path):
-        ratings = _ratings(record)
-        tokens = _rated_tokens(record, tokenizer)
+    records, said = records_as(path, "rated", columns=columns)
+    for record in records:
+        ratings = ratings_of(record)
+        tokens = rated_tokens(record, tokenizer)
         if not limit.admits(len(tokens), record.where):
             continue
         mean = math.fsum(ratings) / len(ratings)
         spread = math.sqrt(math.fsum((rating - mean) ** 2 for rating in ratings) / len(ratings))
         rated.append(Rated(limit.keep_end(tokens), mean, spread, len(ratings), record.where))
     limit.require_some(rated, path)
-    return RatedSet(tuple(rated), limit.dropped, limit.truncated)
+    return RatedSet(tuple(rated), limit.dropped, limit.truncated, said)
 
 
 def derive_pairs(ratings: Sequence[float], *, min_difference: float, per_item: int, seed: int) -> npt.NDArray[np.int64]:
@@ -150,7 +157,12 @@ def derive_pairs(ratings: Sequence[float], *, min_difference: float, per_item: i
     return np.unique(pairs[clear], axis=0).astype(np.int64)
 
 
-def _both_sides(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def both_sides(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Tokens of a row's prompt with the chosen answer, and with the rejected one.
+
+    Raises:
+        DataError: the row is wrong, or there is no difference.
+    """
     prompt = prompt_field(record, "prompt")
     chosen, rejected = (answer_field(record, name, prompt, allow_empty=True) for name in ("chosen", "rejected"))
     prefix = prompt_tokens(prompt, tokenizer, record.where)
@@ -163,7 +175,16 @@ def _both_sides(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[i
     return first, second
 
 
-def _rated_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
+def margin_of(record: Record) -> float:
+    """By how much the chosen answer should score higher, 0 where the row doesn't say; DataError where it is wrong."""
+    margin = number(record.fields.get("margin", 0), "margin", record.where)
+    if margin < 0:
+        raise DataError(f"{record.where}: 'margin' is {margin:g}, below 0; swap 'chosen' and 'rejected' instead")
+    return margin
+
+
+def rated_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a row's rated text; DataError where it is wrong."""
     name = one_field(record, "text", "completion")
     if name == "text" or "prompt" not in record.fields:
         return [*text_tokens(text_field(record, name), tokenizer, record.where), tokenizer.eos_id]
@@ -173,7 +194,8 @@ def _rated_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
     return answered_tokens(prompt, prefix, answer, tokenizer, record.where)[0]
 
 
-def _ratings(record: Record) -> list[float]:
+def ratings_of(record: Record) -> list[float]:
+    """A row's ratings, one or more; DataError where they are wrong."""
     name = one_field(record, "rating", "ratings")
     value = record.fields[name]
     if name == "rating":

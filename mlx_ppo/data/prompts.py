@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from mlx_ppo.data.chat import Messages, conversation
-from mlx_ppo.data.jsonl import Record, one_field, read_records
+from mlx_ppo.data.jsonl import Record, one_field
+from mlx_ppo.data.layouts import records_as
 from mlx_ppo.data.random import philox
 from mlx_ppo.data.sequences import LengthLimit, Overlong, prompt_field, prompt_tokens
 from mlx_ppo.data.tokenizer import Tokenizer
@@ -31,9 +32,12 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     dropped: int
     truncated: int
+    said: str | None = None  # how the file was read, where that isn't plain
 
 
-def load_prompts(path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong: Overlong) -> PromptSet:
+def load_prompts(
+    path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong: Overlong, columns: Sequence[str] = ()
+) -> PromptSet:
     """Prompts from lines with "prompt" (a string or messages) or, where that is missing, "messages".
 
     A truncated prompt keeps its first token (BOS) and its last `max_tokens` - 1.
@@ -43,8 +47,9 @@ def load_prompts(path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong:
     """
     limit = LengthLimit(max_tokens, overlong)
     prompts = []
-    for record in read_records(path):
-        prompt = _prompt(record)
+    records, said = records_as(path, "prompts", columns=columns)
+    for record in records:
+        prompt = asked(record)
         tokens = prompt_tokens(prompt, tokenizer, record.where)
         if not limit.admits(len(tokens), record.where):
             continue
@@ -52,7 +57,7 @@ def load_prompts(path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong:
         text = _shown(prompt) if len(kept) == len(tokens) else tokenizer.decode(kept)
         prompts.append(Prompt(kept, text, record.fields, record.where))
     limit.require_some(prompts, path)
-    return PromptSet(tuple(prompts), limit.dropped, limit.truncated)
+    return PromptSet(tuple(prompts), limit.dropped, limit.truncated, said)
 
 
 def _shown(prompt: str | Messages) -> str:
@@ -62,7 +67,12 @@ def _shown(prompt: str | Messages) -> str:
     return "".join(f"{message['role']}: {message['content']}\n" for message in prompt) + "assistant: "
 
 
-def _prompt(record: Record) -> str | Messages:
+def asked(record: Record) -> str | Messages:
+    """What a line asks: its "prompt" or, where that is missing, its "messages".
+
+    Raises:
+        DataError: it has neither, or they are wrong.
+    """
     if "prompt" not in record.fields and one_field(record, "prompt", "messages") == "messages":
         return conversation(record, "messages", last="user")
     return prompt_field(record, "prompt")

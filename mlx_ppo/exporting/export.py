@@ -15,12 +15,13 @@ from mlx_ppo.exporting.check import Floats, policy_logits, within
 from mlx_ppo.exporting.fuse import fused_arrays, stored_dtype, write_fused
 from mlx_ppo.exporting.gguf_writer import gguf_content, read_back, write_gguf
 from mlx_ppo.exporting.modelfile import modelfile
-from mlx_ppo.models.adapters import Weights, load_adapters
+from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.folder import ModelFolder, check_model_folder
-from mlx_ppo.models.gate import translations
+from mlx_ppo.models.gate import misread
 from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.peft import fill_with_peft, given_adapters
 from mlx_ppo.models.trunk import Trunk
-from mlx_ppo.models.write import write_adapters, write_folder
+from mlx_ppo.models.write import fill_with_adapters, write_folder
 from mlx_ppo.runs.targets import load_target
 
 FUSED_DTYPES = ("float32", "float16", "bfloat16")
@@ -44,7 +45,7 @@ def export(run: Path, target: Path, *, form: str, dtype: str | None, bits: int |
     Args:
         run: a run of `train` or `sft`, or a folder in its `checkpoints`.
         target: the folder to make; it appears complete and checked, or not at all.
-        form: "adapters", "fused" or "gguf".
+        form: "adapters", "peft", "fused" or "gguf".
         dtype: type to store, one of `FUSED_DTYPES` or `GGUF_DTYPES`; None: the source's own, or "f16".
         bits: quantise a fused model to 4 or 8 bits.
     Returns:
@@ -61,13 +62,15 @@ def export(run: Path, target: Path, *, form: str, dtype: str | None, bits: int |
         policy = _load(run)
         if form == "adapters":
             return _adapters(policy, target)
+        if form == "peft":
+            return _peft(policy, target)
         if form == "fused":
             return _fused(policy, target, dtype or stored_dtype(policy.source), bits)
         return _gguf(policy, target, dtype or "f16")
 
 
 def _check_options(form: str, dtype: str | None, bits: int | None) -> None:
-    known = {"adapters": (), "fused": FUSED_DTYPES, "gguf": GGUF_DTYPES}[form]
+    known = {"adapters": (), "peft": (), "fused": FUSED_DTYPES, "gguf": GGUF_DTYPES}[form]
     if dtype is not None and dtype not in known:
         mend = f"choose from {', '.join(known)}" if known else "adapters keep float32; leave it out"
         raise ConfigError(f"--dtype: {form} has no type {dtype!r}; {mend}")
@@ -101,22 +104,37 @@ def _load(run: Path) -> Policy:
 
 
 def _adapters(policy: Policy, target: Path) -> str:
-    trunk, weights = policy.trunk, policy.weights
-    if not any(name.endswith(".lora_a") for name in weights.arrays):
-        raise ConfigError("--format adapters: this run trained all weights, not adapters; use --format fused")
-
-    if misread := translations(policy.source):
+    if names := misread(policy.source):
         raise ModelError(
-            f"{policy.source.path}: stock mlx-lm misreads this folder ({', '.join(misread)}), so adapters alone would "
+            f"{policy.source.path}: stock mlx-lm misreads this folder ({', '.join(names)}), so adapters alone would "
             "give other numbers there; use --format fused"
         )
 
+    return _low_rank(
+        policy, target, "adapters", lambda folder: fill_with_adapters(folder, policy.weights, policy.trunk.blocks)
+    )
+
+
+def _peft(policy: Policy, target: Path) -> str:
+    source = policy.source
+
+    def fill(folder: Path) -> None:
+        fill_with_peft(folder, policy.weights, source.tensors, base=source.path.name)
+
+    return _low_rank(policy, target, "peft", fill)
+
+
+def _low_rank(policy: Policy, target: Path, form: str, fill: Callable[[Path], None]) -> str:
+    trunk = policy.trunk
+    count = sum(name.endswith(".lora_a") for name in policy.weights.arrays)
+    if not count:
+        raise ConfigError(f"--format {form}: this run trained all weights, not adapters; use --format fused")
+
     def check(folder: Path) -> str:
-        found = policy_logits(trunk, load_adapters(folder, trunk.adapted))
+        found = policy_logits(trunk, given_adapters(folder, trunk.adapted))
         return str(within(policy.logits, found, "float32"))
 
-    measured = _checked(target, lambda folder: write_adapters(folder, weights, trunk.blocks), check)
-    count = sum(name.endswith(".lora_a") for name in weights.arrays)
+    measured = _checked(target, fill, check)
     return f"{target}: {count} adapters for {trunk.name}; {measured}"
 
 

@@ -1,5 +1,6 @@
 """What a plan may choose for a run's shapes, and in which order it gives ground. Nothing heavy here."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,9 +18,10 @@ class Shapes(NamedTuple):
 
     prompt: int  # tokens of the longest prompt
     response: int  # tokens of the longest response
-    responses: int  # of an iteration
-    distinct: int  # prompts of an iteration
-    minibatch: int  # responses of an optimizer step
+    responses: int  # of an iteration, of one process
+    distinct: int  # prompts of an iteration, of one process
+    minibatch: int  # responses of an optimizer step, of one process
+    everywhere: int = 0  # responses of an iteration, of all processes; 0: there is one
 
 
 class Possible(NamedTuple):
@@ -29,16 +31,19 @@ class Possible(NamedTuple):
     compact: bool
 
 
-def shapes_of(config: TrainConfig, longest_prompt: int) -> Shapes:
-    """The largest arrays of a run, evaluations included."""
+def shapes_of(config: TrainConfig, longest_prompt: int, processes: int = 1) -> Shapes:
+    """The largest arrays of a run, evaluations included, in one of the processes that share it."""
     section = config.rollout
-    responses, evaluated = section.prompts * section.samples_per_prompt, config.data.eval_count
+    samples, evaluated = section.samples_per_prompt, config.data.eval_count
+    responses = section.prompts * samples
+    prompts, own_evaluated = math.ceil(section.prompts / processes), math.ceil(evaluated / processes)
     return Shapes(
         prompt=longest_prompt,
         response=section.max_tokens,
-        responses=max(responses, evaluated),
-        distinct=max(section.prompts, evaluated),
-        minibatch=-(-responses // config.ppo.minibatches),
+        responses=max(prompts * samples, own_evaluated),
+        distinct=max(prompts, own_evaluated),
+        minibatch=math.ceil(math.ceil(responses / config.ppo.minibatches) / processes),
+        everywhere=max(responses, evaluated),
     )
 
 
@@ -137,7 +142,7 @@ def one_smaller(record: PlanRecord, config: TrainConfig, first: Sequence[str] = 
     """
     sizes = {name: size["mlx_bytes"] + size["numpy_bytes"] for name, size in record.phases.items()}
     order: Iterable[str] = [*first, *sorted(sizes, key=lambda name: -sizes[name])]
-    shapes = shapes_of(config, record.longest_prompt)
+    shapes = shapes_of(config, record.longest_prompt, record.processes)
     for name in order:
         found = concede(name, record.latest, config, shapes, Possible(evict=False, compact=False))
         if found is not None:

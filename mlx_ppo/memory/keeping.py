@@ -1,17 +1,22 @@
 """A run held to its plan: phases measured, predictions corrected, passes made smaller where memory gets short."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from mlx_ppo.compute.cpu import threads
 from mlx_ppo.compute.device import arrays_are_resident
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.choices import Possible, Shapes
 from mlx_ppo.memory.phases import Phase
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, plan_of
+from mlx_ppo.memory.processes import LONG, Load, parameters_of
 from mlx_ppo.memory.starting import Planned
 from mlx_ppo.runs.plan_file import Choices, PlanChange, write_plan
 from mlx_ppo.runtime.phases import Limit, Meter
+from mlx_ppo.runtime.system import cores
 
 NEAR = 0.97  # of the budget; a plan ends at 0.95
 _STATES = "optimizer states"
@@ -33,10 +38,27 @@ class Keeper:
         self.iteration = self.step = 0
         self.said: list[str] = []
         self._states_before = 0
+        self._load = Load()
 
     def begin(self, iteration: int, states: int) -> None:
-        """An iteration begins, with so many bytes of optimizer states."""
+        """An iteration begins, with so many bytes of optimizer states; on as many threads as other programs leave."""
         self.iteration, self.step, self._states_before = iteration, 0, states
+        if self._load.seconds > LONG:
+            self._change_threads()
+            self._load = Load()
+
+    def _change_threads(self) -> None:
+        """Where large products compete with another program, each thread waits for the slowest at every one of them."""
+        choices, processes = self.now(), self.record.processes
+        most = threads.gaining(parameters_of(self.accountant), processes)
+        if self.config.parallel.hosts is not None:  # the others' processors aren't known here
+            return
+        if most == 1 or threads.given() is not None or choices != self.record.latest or not choices.threads:
+            return
+        count = min(most, self._load.left_for(processes))
+        if count != choices.threads:
+            why = f"other programs keep {self._load.others:.1f} of {cores()} processors busy"
+            self._change(PlanChange(self.iteration, 0, replace(choices, threads=count), why))
 
     def now(self) -> Choices:
         """The choices in effect; before this process's first iteration the latest, as a run that was killed needs."""
@@ -104,7 +126,8 @@ class Keeper:
     def _factors(self, lengths: Sequence[tuple[int, int]], states: int) -> dict[str, float]:
         """Measured over predicted, for the shapes that this iteration had."""
         accountant = self.accountant
-        actual = accountant.with_shapes(shapes_of_rows(accountant.shapes, lengths))
+        rows = math.ceil(len(lengths) / self.record.processes)
+        actual = accountant.with_shapes(shapes_of_rows(accountant.shapes, lengths)._replace(responses=rows))
         choices = self.record.at(self.iteration)
         planned = {phase.name: phase for phase in plan_of(accountant, choices, None).phases}
         expected = {phase.name: phase for phase in plan_of(actual, choices, None).phases} | {
@@ -131,13 +154,26 @@ def shapes_of_rows(shapes: Shapes, lengths: Sequence[tuple[int, int]]) -> Shapes
 
 
 def limits_of(phases: Sequence[Phase]) -> Mapping[str, Limit]:
-    """Where mlx is to wait for what it has begun: at a phase's predicted peak.
+    """Where mlx is to wait for what it has begun: at a phase's predicted peak, without what it begins ahead.
 
     By default mlx runs some hundred operations ahead, and peaks are up to twice as high as they need to be.
     """
-    return {phase.name: Limit(phase.peak, phase.transient) for phase in phases}
+    return {phase.name: Limit(phase.peak - phase.ahead, phase.transient - phase.ahead) for phase in phases}
 
 
 def is_tight(plan: Plan) -> bool:
     """Whether one phase's freed buffers are in the way of the next: the cache can't hold what the largest frees."""
     return plan.freed < max(phase.transient for phase in plan.phases)
+
+
+def opening(plan: Plan) -> dict[str, Any]:
+    """What the processes that follow a run need to know of its plan before they load anything; of what JSON has."""
+    return {
+        "threads": plan.choices.threads,
+        "compact": plan.choices.compact,
+        "evict": plan.choices.evict,
+        "cache": plan.freed,
+        "memory": plan.largest.peak,
+        "limits": limits_of(plan.phases),
+        "clearing": is_tight(plan),
+    }

@@ -21,11 +21,12 @@ from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Roles, evictable
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.runs.plan_file import Choices
-from mlx_ppo.stages.scoring import critic_values, policy_columns, raw_of
-from mlx_ppo.stages.update import CriticTargets, Pass, PolicyTargets, critic_loss, policy_loss
+from mlx_ppo.stages.losses import CriticTargets, Pass, PolicyTargets, critic_loss, policy_loss
+from mlx_ppo.stages.scoring import critic_values, logprob_column, policy_columns, raw_of
 
 Terms = dict[str, int]
 _CACHE = "keys and values (KV cache)"
+_AHEAD = "work that mlx begins ahead"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Phase:
     def transient(self) -> int:
         """What of the peak comes and goes."""
         return self.peak - sum(self.resident.values())
+
+    @property
+    def ahead(self) -> int:
+        """What of it mlx adds where it is to wait from the rest on: it waits for work only after having begun more."""
+        return self.passing.get(_AHEAD, 0)
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Accountant:
         self.possible = Possible(evict=bool(evictable(roles, config)), compact=compact is not None)
         self._compact = functools.cache(compact) if compact is not None else None
         self._width = trunk.width
-        self._dtype = next(array.dtype for array in trunk.base.values() if mx.issubdtype(array.dtype, mx.floating))
+        self._dtype = trunk.dtype
         state = mx.zeros((1, 1, self._width), self._dtype)
         self._vocabulary = shapes_of_call(trunk.logits, state).shape[-1]
         self._seen: dict[tuple[object, ...], Cost] = {}
@@ -109,7 +115,7 @@ class Accountant:
         away = evictable(self.roles, self.config) if choices.evict else []
         resident = self._resident(away)
         if self.roles.trunk.split and choices.kv_cache == FULL:
-            resident["states kept below the adapters"] = self._kept(self.shapes.responses)
+            resident["states kept below the adapters"] = self._kept(self.shapes.everywhere or self.shapes.responses)
         found = [self._load(away), _phase("rollout", resident, self._rollout(choices))]
         for name, trunk, cost in self._scores(choices):
             there, passing = (
@@ -216,7 +222,7 @@ class Accountant:
         roles, critic, temperature = self.roles, self.critic, self.config.rollout.temperature
         head = critic if roles.critic is not None and roles.critic.kind == "head" else None
         of_policy = policy_columns(roles, self.policy, head, temperature)
-        of_reference = policy_columns(roles, roles.reference, None, temperature)
+        of_reference = logprob_column(roles, roles.reference, temperature)
         sharing = roles.trunk.capabilities.shares
         functions: list[tuple[str, Trunk | None, Callable[[Sequences], list[mx.array]], bool]]
         functions = [("score policy", None, of_policy, sharing)]
@@ -239,7 +245,7 @@ class Accountant:
 
     def _update(self, resident: Terms, choices: Choices) -> list[Phase]:
         rows = min(choices.micro_batch, self.shapes.minibatch)
-        step, resident = resident, resident | self._taken(rows, choices)
+        resident = resident | self._taken(rows, choices)
         own, others = _bytes(self.policy.arrays), _bytes(self._critic_arrays())
         several = rows < self.shapes.minibatch
         before = {"gradients so far": own + others if several else 0}
@@ -250,7 +256,8 @@ class Accountant:
         largest = max((array.nbytes for array in {**self.policy.arrays, **self._critic_arrays()}.values()), default=0)
         transposed = not self.roles.trunk.capabilities.rows  # as mlx makes a matrix's gradient
         stepping = self.roles.trunk.engine.step_needs(own, others, largest, transposed=transposed)
-        return [*found, _phase("update step", step | {"gradients so far": own + others}, Cost(stepping))]
+        there = {"gradients so far": own + others, "policy's states": self._states(rows)}
+        return [*found, _phase("update step", resident | there, Cost(stepping))]
 
     def _policy(self, rows: int, choices: Choices) -> Cost:
         targets = PolicyTargets(present(rows, self.shapes.response), present(rows, self.shapes.response), 1.0)
@@ -286,8 +293,10 @@ class Accountant:
         trunks = {self.roles.trunk, *([self.roles.critic.trunk] if self.roles.critic is not None else [])}
         if not all(trunk.shares_learning(saving=choices.checkpointing) for trunk in trunks):
             return self._sequences(rows, choices, None)
-        left_out = 1 - minibatch / (section.prompts * section.samples_per_prompt)
+        whole = -(-section.prompts * section.samples_per_prompt // self.config.ppo.minibatches)
+        left_out = 1 - whole / (section.prompts * section.samples_per_prompt)
         prompts = section.prompts * (1 - left_out**section.samples_per_prompt)  # expected in a minibatch
+        prompts *= minibatch / whole  # rows of one prompt are side by side
         return self._sequences(rows, choices, math.ceil(prompts * rows / minibatch) + (rows < minibatch))
 
     def _sequences(self, rows: int, choices: Choices, distinct: int | None) -> Sequences:
@@ -320,8 +329,9 @@ class Accountant:
 
     def _predict(self, key: tuple[object, ...], function: Callable[..., Any], *arrays: Any) -> Cost:
         if key not in self._seen:
-            peak = predict(function, *arrays, thorough=False)
-            self._seen[key] = Cost(named(peak, self._vocabulary, self._trained), peak.outside)
+            peak = predict(function, *arrays, thorough=False, limited=self.roles.trunk.engine.runs_ahead)
+            passing = named(peak, self._vocabulary, self._trained) | {_AHEAD: peak.ahead}
+            self._seen[key] = Cost(passing, peak.outside)
         return self._seen[key]
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -105,28 +105,38 @@ def make_plan(
         overhead: bytes of the process beside arrays.
     """
     shapes = accountant.shapes
-    made: list[tuple[Choices, Choices, Concession]] = []
-    plan = plan_of(accountant, start or fastest(config, shapes), budget, factors=factors, overhead=overhead)
+    made: list[tuple[Choices, Choices, str]] = []
+    first = plan = plan_of(accountant, start or fastest(config, shapes), budget, factors=factors, overhead=overhead)
     while not plan.fits:
         smaller = concede(plan.largest.name, plan.choices, config, shapes, accountant.possible)
         if smaller is None:
             break
         before, plan = plan, plan_of(accountant, smaller[0], budget, factors=factors, overhead=overhead)
-        made.append((before.choices, plan.choices, Concession(smaller[1], before.process - plan.process)))
-    left = []
-    for faster, slower, concession in made:  # those that later ones made needless are taken back
+        made.append((before.choices, plan.choices, smaller[1]))
+    left: list[tuple[dict[str, Any], str]] = []
+    for faster, slower, what in made:  # those that later ones made needless are taken back
         undone = _taken_back(plan.choices, faster, slower) if plan.fits else None
         trial = plan_of(accountant, undone, budget, factors=factors, overhead=overhead) if undone is not None else None
         if trial is not None and trial.fits:
             plan = trial
         else:
-            left.append(concession)
-    return replace(plan, concessions=tuple(left))
+            left.append((_changed(faster, slower), what))
+    found, before = [], first
+    for changed, what in left:  # what each of the others saves on top of those before it
+        after = plan_of(accountant, replace(before.choices, **changed), budget, factors=factors, overhead=overhead)
+        found.append(Concession(what, before.process - after.process))
+        before = after
+    return replace(plan, concessions=tuple(found))
+
+
+def _changed(before: Choices, after: Choices) -> dict[str, Any]:
+    """What one concession made of the choices that it changed."""
+    return {name: value for name, value in vars(after).items() if value != getattr(before, name)}
 
 
 def _taken_back(choices: Choices, faster: Choices, slower: Choices) -> Choices | None:
     """Choices with what one concession changed taken back; None where a later one went further."""
-    changed = {name: value for name, value in vars(faster).items() if value != getattr(slower, name)}
+    changed = _changed(slower, faster)
     if any(getattr(choices, name) != getattr(slower, name) for name in changed):
         return None
     return replace(choices, **changed)

@@ -12,9 +12,11 @@ from mlx_ppo.memory.choices import one_smaller, shapes_of
 from mlx_ppo.memory.model import config_of, weightless_roles
 from mlx_ppo.memory.phases import Accountant
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, needed, plan_of, require_fit
+from mlx_ppo.memory.processes import first_threads, most_processes, parameters_of
 from mlx_ppo.models.load import is_quantised
 from mlx_ppo.runs.folder import open_config
 from mlx_ppo.runs.plan_file import PlanChange, PlanRecord, read_plan, write_plan
+from mlx_ppo.runtime.hosts import Place, placed
 
 _OF_TOKEN = 8  # bytes of a prompt's token, as a rollout keeps it
 _OF_SLOT = 28  # of a response's: token, four kinds of log-probability and entropy, value, advantage, mask
@@ -34,17 +36,20 @@ def budget_of(config: TrainConfig) -> int:
     return int(given * GIB) if given else default_budget()
 
 
-def accountant_of(config: TrainConfig, model_config: dict[str, Any] | None, longest_prompt: int) -> Accountant:
+def accountant_of(
+    config: TrainConfig, model_config: dict[str, Any] | None, longest_prompt: int, processes: int = 1
+) -> Accountant:
     """Predicts a configuration's phases from its models' configs, without their weights.
 
     Args:
         config: the run's.
         model_config: the content of another config.json for the policy, None for the one in its folder.
         longest_prompt: in tokens.
+        processes: that share the run.
     Raises:
         ModelError: a folder is damaged, or its architecture isn't known.
     """
-    shapes = shapes_of(config, longest_prompt)
+    shapes = shapes_of(config, longest_prompt, processes)
 
     def made(*, compact: bool) -> Accountant:
         return Accountant(config, *weightless_roles(config, model_config, compact=compact), shapes)
@@ -72,8 +77,14 @@ def require_countable(config: TrainConfig, longest_prompt: int, budget: int) -> 
         )
 
 
-def new_plan(config: TrainConfig, prompts: Sequence[int], budget: int) -> tuple[Plan, Accountant]:
-    """A plan that fits, and what it was made with.
+def _asked(config: TrainConfig) -> tuple[Place | None, int]:
+    """The machines that share a run, None where this one does it, and the processes asked for; 0 leaves them open."""
+    place = placed(config.parallel.hosts, rank=0)
+    return place, len(place.hosts) if place is not None else config.parallel.processes
+
+
+def new_plan(config: TrainConfig, prompts: Sequence[int], budget: int) -> tuple[Plan, Accountant, int]:
+    """A plan that fits, what it was made with, and how many processes it is for, which have the budget together.
 
     Raises:
         ConfigError: none does.
@@ -81,9 +92,17 @@ def new_plan(config: TrainConfig, prompts: Sequence[int], budget: int) -> tuple[
     """
     require_countable(config, max(prompts), budget)
     accountant = accountant_of(config, None, max(prompts))
-    plan = make_plan(accountant, config, budget)
-    require_fit(plan, accountant, config)
-    return plan, accountant
+    place, wanted = _asked(config)
+    processes = wanted or most_processes(config, accountant)
+    while True:
+        shared = accountant.with_shapes(shapes_of(config, max(prompts), processes))
+        here = processes if place is None else 1
+        plan = make_plan(shared, config, budget // here)
+        if plan.fits or processes == 1 or wanted:
+            require_fit(plan, shared, config)
+            count = first_threads(parameters_of(accountant), here)
+            return replace(plan, choices=replace(plan.choices, threads=count)), shared, processes
+        processes -= 1
 
 
 def plan_run(config: TrainConfig, prompts: Sequence[int], folder: Path) -> Planned:
@@ -100,14 +119,17 @@ def plan_run(config: TrainConfig, prompts: Sequence[int], folder: Path) -> Plann
     """
     record = read_plan(folder)
     budget = budget_of(config)
-    if record is not None:
-        accountant, overhead = accountant_of(config, None, max(prompts)), record.overhead or RUNTIME
-        plan = plan_of(accountant, record.latest, budget, factors=record.factors, overhead=overhead)
+    place, wanted = _asked(config)
+    if record is not None and wanted in (0, record.processes):
+        accountant = accountant_of(config, None, max(prompts), record.processes)
+        overhead, own = record.overhead or RUNTIME, budget // (record.processes if place is None else 1)
+        plan = plan_of(accountant, record.latest, own, factors=record.factors, overhead=overhead)
         return Planned(plan, accountant, record)
-    plan, accountant = new_plan(config, prompts, budget)
+    plan, accountant, processes = new_plan(config, prompts, budget)
     record = PlanRecord(
         choices=plan.choices,
-        budget=budget,
+        processes=processes,
+        budget=plan.budget,
         longest_prompt=accountant.shapes.prompt,
         phases={phase.name: {"mlx_bytes": phase.peak, "numpy_bytes": phase.outside} for phase in plan.phases},
         factors={},
@@ -117,13 +139,13 @@ def plan_run(config: TrainConfig, prompts: Sequence[int], folder: Path) -> Plann
     return Planned(plan, accountant, record)
 
 
-def said(plan: Plan) -> str:
+def said(plan: Plan, processes: int) -> str:
     """A plan in one line."""
     choices, largest = plan.choices, plan.largest
     budget = f" of {plan.budget / GIB:.1f}" if plan.budget is not None else ""
-    text = (
-        f"memory: up to {plan.process / GIB:.2f} GiB{budget} expected ({largest.name}: {needed(largest) / GIB:.2f}); "
-    )
+    each = f"{processes} processes, each of them " if processes > 1 else ""
+    text = f"memory: {each}up to {plan.process / GIB:.2f} GiB{budget} expected "
+    text += f"({largest.name}: {needed(largest) / GIB:.2f}); "
     text += f"together decoded {choices.rollout_batch}, scored {choices.score_batch}, updated {choices.micro_batch}"
     told = {
         "blocks computed again for the gradient": choices.checkpointing,

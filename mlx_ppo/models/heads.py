@@ -64,6 +64,7 @@ class RewardFacts:
 
     A raw output x becomes the normalised score (x - mean) / deviation: mean 0 and deviation 1 over reference texts.
     Where the feedback was ratings, slope * x + intercept is the rating that x predicts, in rating points.
+    Folders of earlier versions don't tell between which scores their training texts lie.
     """
 
     placement: Literal["adapters", "folder"]
@@ -73,6 +74,8 @@ class RewardFacts:
     slope: float | None = None
     intercept: float | None = None
     trunk: str | None = None  # fingerprint of the weights that adapters were trained on
+    lowest: float | None = None  # normalised scores of the training texts lie between these two
+    highest: float | None = None
     format: int = 1
 
     def write(self, folder: Path) -> None:
@@ -94,8 +97,8 @@ def read_reward_facts(folder: Path) -> RewardFacts:
         facts = RewardFacts(**content)
     except TypeError:
         raise ModelError(f"{file}: not a description this version understands") from None
-    rating = (facts.slope, facts.intercept)
-    numbers = (facts.mean, facts.deviation, *(value for value in rating if value is not None))
+    optional = (facts.slope, facts.intercept, facts.lowest, facts.highest)
+    numbers = (facts.mean, facts.deviation, *(value for value in optional if value is not None))
     finite = all(type(value) in (int, float) and abs(value) < _LARGEST_NUMBER for value in numbers)
     known = facts.placement in ("adapters", "folder") and facts.pooling in ("last", "mean", "sqrt")
     if not (finite and known and facts.deviation > 0 and facts.format == 1):

@@ -15,9 +15,10 @@ from mlx_ppo.compute.engine import Engine
 from mlx_ppo.data.model_files import read_arrays
 from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
+from mlx_ppo.models.corrections import naming, put_right
 from mlx_ppo.models.folder import ModelFolder, check_depth, check_model_folder
-from mlx_ppo.models.gate import positions_of, translated, translations
-from mlx_ppo.models.parts import Context
+from mlx_ppo.models.gate import translated, translations, unknown_keys
+from mlx_ppo.models.positions import context_of
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.runtime.device_errors import device_failure
 from mlx_ppo.runtime.open_files import open_files_limit_kept
@@ -26,7 +27,6 @@ from mlx_ppo.tokenizers.piece_tokenizer import PieceTokenizer
 
 _LONGEST_ERROR = 300  # characters
 _INITIAL_DEVIATION = 0.02
-_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "pos_emb")
 _FEW_TOKENS = 8  # so many can be named
 _EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
 
@@ -69,20 +69,11 @@ def load_trunk(
     _check_vocabulary(folder, model, tokenizer)
     with computing_with(str(path)):
         trunk = Trunk(model, tokenizer, str(path), engine)
-    trunk.remarks[:0] = remarks
-    trunk.context = _context(trunk, folder.config)
+    trunk.remarks[:0] = [*remarks, *unknown_keys(folder.config, path.name)]
+    trunk.context = context_of(trunk.inner, folder.config, trunk.name)
     if random_seed is None:
         trunk.reload = _reload(folder, engine, form)
     return trunk
-
-
-def _context(trunk: Trunk, config: dict[str, Any]) -> Context | None:
-    """By the table of learned positions, or by what config.json says."""
-    for name in _POSITIONS:
-        table = trunk.inner.get(name)
-        if isinstance(table, nn.Embedding):
-            return Context(int(table.weight.shape[0]), learned=True)
-    return positions_of({**config, **translated(config, trunk.name)})
 
 
 class _Form(NamedTuple):
@@ -120,12 +111,17 @@ def _read(
     """
     path = folder.path
     with open_files_limit_kept():
-        from mlx_lm.utils import load_model
+        from mlx_lm.utils import _get_classes, load_model
     given = translations(folder, classifier=form.classifier)
     given = {**given, **({"tie_word_embeddings": True} if form.classifier else {})}
     try:
         model, config = load_model(
-            path, lazy=True, strict=strict and not form.classifier, model_config=given, trust_remote_code=False
+            path,
+            lazy=True,
+            strict=strict and not form.classifier,
+            model_config=given,
+            get_model_classes=naming(_get_classes),
+            trust_remote_code=False,
         )
     except Exception as error:
         raise ModelError(f"{path}: mlx-lm cannot load this model ({_said(error)})") from None
@@ -133,6 +129,7 @@ def _read(
     if missing:
         raise ModelError(f"{path}: tensor {missing[0]!r} is missing")
     model, remark = engine.unpacked(model, form.dtype, compact=form.compact)
+    put_right(model, config)
     return model, config, [f"{path.name}: {remark}"] if remark else []
 
 
@@ -187,8 +184,11 @@ def empty_model(config: dict[str, Any], name: str) -> nn.Module:
             nn.quantize(
                 model, group_size=group, bits=bits, mode=quantisation.get("mode", "affine"), class_predicate=chosen
             )
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"{name}: mlx-lm cannot make this model ({_said(error)})") from None
+    put_right(model, config)
     return model
 
 

@@ -10,11 +10,15 @@ import mlx.core as mx
 from mlx_ppo.compute.sequences import Sequences
 from mlx_ppo.config.sections import CriticSection, LoraSection, ModelSection, RewardSource, TrainConfig
 from mlx_ppo.errors import ModelError
-from mlx_ppo.models.adapters import HEAD, Weights, load_adapters, new_adapters
+from mlx_ppo.models.adapters import HEAD, Weights, new_adapters
 from mlx_ppo.models.heads import RewardModel, apply_head, load_reward_model, new_head, read_reward_facts
 from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.peft import given_adapters
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.rewards.functions import RewardFunction, parse_reference
+from mlx_ppo.rewards.rules import RewardRule
+from mlx_ppo.rewards.scorer import TextScorer
+from mlx_ppo.runtime.group import ALONE, Group
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,14 @@ class Source:
 
     name: str
     weight: float
-    scorer: RewardModel | RewardFunction | None  # None: a function that a plan doesn't start
+    scorer: RewardModel | TextScorer | None  # None: a function that a plan doesn't start
     own_tokens: bool = False  # a model with another tokenizer than the policy's: it reads the text anew
+    gate: bool = False  # where it gives 0 the others count nothing
+
+    @property
+    def judges(self) -> bool:
+        """Whether it is only logged, for the health rules."""
+        return not self.weight and not self.gate
 
 
 @dataclass
@@ -56,6 +66,7 @@ class Roles:
     critic: Critic | None
     sources: list[Source] = field(default_factory=list)
     evictable: list[Trunk] = field(default_factory=list)  # their frozen weights are in memory only while they are read
+    group: Group = ALONE  # the processes that share the rows
 
     def bring(self, trunk: Trunk) -> None:
         """Have a trunk's frozen weights in memory; of the evictable ones, only one is there at a time.
@@ -80,18 +91,37 @@ class Roles:
             ConfigError: names it.
         """
         for source in self.sources:
-            if isinstance(source.scorer, RewardFunction):
+            if isinstance(source.scorer, TextScorer):
                 source.scorer.require_fields(records)
+
+    def remarks(self, longest: int) -> list[str]:
+        """What a person should know of the models, and of texts of so many tokens in them.
+
+        Raises:
+            ModelError: a model has no such positions.
+        """
+        models = [source.scorer.trunk for source in self.sources if isinstance(source.scorer, RewardModel)]
+        others = {id(trunk): trunk for trunk in (*models, *([self.critic.trunk] if self.critic else []))}
+        others.pop(id(self.trunk), None)
+        found = [*self.trunk.remarks, *self.trunk.within(longest)]
+        for trunk in others.values():
+            found += [line for line in trunk.remarks if line.startswith("warning")] + trunk.within(longest)
+        return list(dict.fromkeys(found))
 
     def reward_files(self) -> dict[str, str]:
         """SHA-256 of the files that reward functions have read so far, beside their own."""
         functions = [source.scorer for source in self.sources if isinstance(source.scorer, RewardFunction)]
         return {name: digest for function in functions for name, digest in function.files.items()}
 
+    def news(self) -> list[str]:
+        """What functions and rules have to say of the completions since they were asked last."""
+        scorers = [source.scorer for source in self.sources if isinstance(source.scorer, TextScorer)]
+        return [line for scorer in scorers for line in scorer.news()]
+
     def close(self) -> None:
-        """End the processes of reward functions."""
+        """End the processes of reward functions and rules."""
         for source in self.sources:
-            if isinstance(source.scorer, RewardFunction):
+            if isinstance(source.scorer, TextScorer):
                 source.scorer.close()
 
 
@@ -108,8 +138,10 @@ def token_statistics(
     return sequences.spread(logprobs), sequences.spread(entropies)
 
 
-def _started(source: RewardSource) -> RewardFunction:
-    """A reward function in its process."""
+def _started(source: RewardSource) -> TextScorer:
+    """A reward function or a rule in its process."""
+    if source.kind == "rule":
+        return RewardRule(source).__enter__()
     assert source.function is not None
     file, name = parse_reference(source.function)
     return RewardFunction(Path(file), name, timeout=source.timeout).__enter__()
@@ -120,7 +152,7 @@ class Loading(NamedTuple):
 
     trunk: Callable[..., Trunk] = load_trunk
     reward: Callable[..., RewardModel] = load_reward_model
-    function: Callable[[RewardSource], RewardFunction | None] = _started
+    function: Callable[[RewardSource], TextScorer | None] = _started
     compact: bool = False  # quantised models stay so on a CPU
     evict: bool = False  # weights that only some phases read are in memory only while they are read
 
@@ -189,7 +221,7 @@ def initial_weights(trunk: Trunk, model: ModelSection, lora: LoraSection, *, key
     Raises:
         ModelError: given adapters that don't fit.
     """
-    given = load_adapters(model.adapter, trunk.adapted) if model.adapter is not None else None
+    given = given_adapters(model.adapter, trunk.adapted) if model.adapter is not None else None
     if model.train == "full":
         if given is not None:
             raise ModelError(f"{model.adapter}: model.adapter goes with model.train = 'lora'; fuse the adapters first")
@@ -219,8 +251,8 @@ def _load_source(source: RewardSource, trunk: Trunk, config: TrainConfig, loadin
         assert source.path is not None
         model = loading.reward(source.path, trunk, dtype=config.model.dtype)
         return Source(source.path.name, source.weight, model, own_tokens=not _same_tokens(model.trunk, trunk))
-    assert source.function is not None
-    return Source(parse_reference(source.function)[1], source.weight, loading.function(source))
+    name = source.rule or parse_reference(source.function or "")[1]
+    return Source(name, source.weight, loading.function(source), gate=source.gate)
 
 
 def _same_tokens(other: Trunk, trunk: Trunk) -> bool:

@@ -72,6 +72,11 @@ class Trunk:
         self.remarks = [*filter(None, [left_out]), *self.capabilities.remarks]  # what a person should know, a line each
         self.width = self._find_width()  # the size D of a hidden state
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of its states."""
+        return next(array.dtype for array in self.base.values() if mx.issubdtype(array.dtype, mx.floating))
+
     def shares_learning(self, *, saving: bool) -> bool:
         """Whether a pass with a gradient may share prompts; `saving`: with gradient checkpointing."""
         return self.engine.shares_learning(self, saving=saving)

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from mlx_ppo.compute.portable import DTYPES
 from mlx_ppo.errors import RunError
+from mlx_ppo.files import room
 from mlx_ppo.models.adapters import HEAD, Weights, adapter_config
 from mlx_ppo.models.trunk import Trunk
 
@@ -78,7 +79,8 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
             shutil.rmtree(target)
         os.rename(temporary, target)
     except (OSError, RuntimeError) as error:
-        raise RunError(f"{target}: cannot be written ({error})") from None
+        why = f"{error}; {room(target.parent)}" if isinstance(error, RuntimeError) else error
+        raise RunError(f"{target}: cannot be written ({why})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target

@@ -1,1 +1,1 @@
-"""Where scores come from beside models: a person's own functions."""
+"""Where scores come from beside models: a person's own functions, and rules."""

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from mlx_ppo.errors import ConfigError, RunError
+from mlx_ppo.errors import ConfigError, RunError, printable
+from mlx_ppo.rewards.scorer import TextScorer
 from mlx_ppo.runtime.child import Child, DiedError, HungError
 
 LOAD_SECONDS = 60.0  # at least this long for loading the user's file: it may import large libraries
@@ -35,7 +35,7 @@ def parse_reference(text: str) -> tuple[str, str]:
     return file, name
 
 
-class RewardFunction:
+class RewardFunction(TextScorer):
     """Scores of a user's function, whose parameters get what their names say.
 
     Those are `prompts`, `completions`, `records`, and fields of the records: `(completions, answer, **others)`.
@@ -67,14 +67,10 @@ class RewardFunction:
         self._needs: tuple[str, ...] = ()
         self._closed = ""
 
-    def __enter__(self) -> Self:
-        """Start the child and load the user's file."""
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """End the child."""
-        self.close()
+    @property
+    def described(self) -> str:
+        """What judges, in words."""
+        return printable(f"the function {self.name} of {self.file}")
 
     @property
     def pid(self) -> int | None:

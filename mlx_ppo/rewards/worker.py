@@ -15,6 +15,8 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence, Set
 from difflib import get_close_matches
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from queue import SimpleQueue
 from types import ModuleType, TracebackType
@@ -74,10 +76,39 @@ def _seed(content: bytes) -> None:
     """Have the usual generators start anew, so that the same batch gets the same scores, also in a resumed run."""
     seed = int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
     random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(seed)
+    for name, start in _GENERATORS.items():
+        if name in sys.modules:
+            start(sys.modules[name], seed)
+    sys.meta_path[:] = [_Seeding(seed), *(finder for finder in sys.meta_path if not isinstance(finder, _Seeding))]
+
+
+_GENERATORS: dict[str, Callable[[Any, int], Any]] = {  # modules with a generator of their own, and how it starts
+    "numpy.random": lambda module, seed: module.seed(seed),
+    "torch": lambda module, seed: module.manual_seed(seed),
+}
+
+
+class _Seeding(MetaPathFinder):
+    """Starts the generators of modules that the user's code imports later, such as inside the function."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        """What the other finders find, with a loader that starts the generator as well."""
+        if name not in _GENERATORS:
+            return None
+        others = (finder for finder in sys.meta_path if not isinstance(finder, _Seeding))
+        found = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if found is not None and found.loader is not None:
+            executed = found.loader.exec_module
+
+            def execute(module: ModuleType) -> None:
+                executed(module)
+                _GENERATORS[name](module, self._seed)
+
+            found.loader.exec_module = execute  # type: ignore[method-assign]
+        return found
 
 
 class Seen:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ import mlx.core as mx
 
 from mlx_ppo.data.model_files import read_arrays
 from mlx_ppo.errors import ModelError, RunError
-from mlx_ppo.runs.folder import remove, sync
+from mlx_ppo.files import room
+from mlx_ppo.runs.folder import read_record, remove, sync
 from mlx_ppo.runs.provenance import sha256
 
 FORMAT = 1
@@ -64,7 +65,7 @@ def save(run: Path, checkpoint: Checkpoint, *, keep_last: int, best: int | None)
         _put(temporary, target, aside)
         sync(target.parent)
     except (OSError, RuntimeError) as error:
-        why = f"{error}; {_room(target.parent)}" if isinstance(error, RuntimeError) else error
+        why = f"{error}; {room(target.parent)}" if isinstance(error, RuntimeError) else error
         raise RunError(f"{target}: the checkpoint cannot be written ({why}); earlier ones are untouched") from None
     finally:
         remove(temporary)
@@ -72,13 +73,6 @@ def save(run: Path, checkpoint: Checkpoint, *, keep_last: int, best: int | None)
             remove(aside)
     _rotate(run, keep_last, best)
     return target
-
-
-def _room(folder: Path) -> str:
-    """Mlx doesn't say why a file can't be written; mostly the disk is full."""
-    with suppress(OSError):
-        return f"the disk has {shutil.disk_usage(folder).free / 1e6:.1f} MB free"
-    return "the disk can't be asked how much is free"
 
 
 def _beside(target: Path, kind: str) -> Path:
@@ -264,12 +258,32 @@ def alike(arrays: Arrays, wanted: Arrays) -> bool:
     return shapes == others
 
 
+def chosen(run: Path) -> int | None:
+    """The step that a health rule went back to, None where the newest checkpoint is the run's policy.
+
+    Raises:
+        RunError: `run.json` can't be read.
+    """
+    step = read_record(run).get("policy")
+    return step if step in steps(run) else None
+
+
+def remove_after(run: Path, step: int) -> None:
+    """Remove the checkpoints after a step."""
+    _remove(run, [later for later in steps(run) if later > step])
+
+
 def _rotate(run: Path, keep_last: int, best: int | None) -> None:
-    """Remove older checkpoints. Each first loses its name: a kill leaves no half of one that looks whole."""
-    for step in steps(run)[:-keep_last]:
-        if step != best:
-            folder = folder_of(run, step)
-            with suppress(OSError):
-                os.rename(folder, _beside(folder, "gone"))
+    """Remove older checkpoints."""
+    _remove(run, [step for step in steps(run)[:-keep_last] if step != best])
     for left in (run / "checkpoints").glob(".[0-9]*"):
         remove(left)
+
+
+def _remove(run: Path, unwanted: Sequence[int]) -> None:
+    """Remove checkpoints. Each first loses its name: a kill leaves no half of one that looks whole."""
+    for step in unwanted:
+        folder = folder_of(run, step)
+        with suppress(OSError):
+            os.rename(folder, _beside(folder, "gone"))
+            remove(_beside(folder, "gone"))

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -16,13 +17,16 @@ from mlx_ppo.config.file import nearest, read_config
 from mlx_ppo.config.sections import Job
 from mlx_ppo.config.supervised import JOBS
 from mlx_ppo.errors import ConfigError, RunError
+from mlx_ppo.files import parse_json, read_json
 from mlx_ppo.runs.provenance import Moved, describe, hashes
+from mlx_ppo.runs.toml import to_toml
 from mlx_ppo.runtime.system import flush
 
 CONFIG, RECORD, METRICS, SAMPLES, LOCK = "config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "lock"
-MEMORY, RESPONSES = "memory.jsonl", "responses.jsonl"
+MEMORY, RESPONSES, HEALTH = "memory.jsonl", "responses.jsonl", "health.jsonl"
+LOGS = (METRICS, SAMPLES, MEMORY, RESPONSES, HEALTH)
 RESULTS = ("adapters", "model", "reward")  # finished folders of `sft` and `reward`
-_REPLACED = (RECORD, METRICS, SAMPLES, MEMORY, RESPONSES, "plan.json", "report.json", *RESULTS)
+_REPLACED = (RECORD, *LOGS, "plan.json", "report.json", *RESULTS)
 _ENDING_SECONDS = 60.0
 
 
@@ -79,11 +83,10 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.folder / name}: cannot be written ({error.strerror})") from None
 
-    def has(self, name: str, **values: Any) -> bool:
-        """Whether one of the logs has a row with these values."""
+    def rows(self, name: str) -> Iterator[dict[str, Any]]:
+        """The complete rows of one of the logs."""
         path = self.folder / name
-        rows = map(json.loads, path.read_text("utf-8").split("\n")[:-1]) if path.exists() else []
-        return any(all(row.get(key) == value for key, value in values.items()) for row in rows)
+        yield from map(json.loads, path.read_text("utf-8").split("\n")[:-1]) if path.exists() else ()
 
     def secure(self) -> None:
         """To be called before a checkpoint: what was logged is on the disk, so that no checkpoint is ahead of it.
@@ -99,9 +102,8 @@ class Run:
         if there is None or (there.st_ino, there.st_dev) != (held.st_ino, held.st_dev):
             raise RunError(f"{self.folder}: was removed or replaced while this process worked in it; nothing is saved")
         try:
-            for name in (METRICS, SAMPLES, MEMORY, RESPONSES):
-                if (self.folder / name).exists():
-                    sync(self.folder / name)
+            for name in filter(lambda log: (self.folder / log).exists(), LOGS):
+                sync(self.folder / name)
         except OSError as error:
             raise RunError(f"{self.folder / name}: cannot be written ({error.strerror})") from None
 
@@ -131,7 +133,7 @@ class Run:
 
         That is half a line, and an evaluation without the summary that is logged after its completions.
         """
-        for name in (METRICS, SAMPLES, MEMORY, RESPONSES):
+        for name in LOGS:
             path = self.folder / name
             if not path.exists():
                 continue
@@ -151,9 +153,9 @@ class Run:
 def log_row(line: bytes) -> dict[str, Any] | None:
     """A line of a log; None where it isn't one."""
     try:
-        row = json.loads(line)
-        return row if isinstance(row, dict) and row["step"] == float(row["step"]) else None
-    except (ValueError, KeyError, TypeError):
+        row = parse_json(line)
+        return row if isinstance(row, dict) and row["step"] == float(row["step"]) < math.inf else None
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
 
 
@@ -257,29 +259,6 @@ def open_config(folder: Path) -> Job:
     return Moved.of(config, folder).config(config)
 
 
-def to_toml(config: Job) -> str:
-    """A configuration as TOML, every default written out."""
-    blocks: list[str] = []
-    for name, value in config.model_dump().items():
-        rows = value if isinstance(value, list | tuple) else [value]
-        header = f"[[{name}]]" if isinstance(value, list | tuple) else f"[{name}]"
-        for row in rows:
-            lines = [f"{key} = {_toml_value(item)}" for key, item in row.items() if item is not None]
-            blocks.append("\n".join([header, *lines]))
-    return "\n\n".join(blocks) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    if isinstance(value, int | float):
-        return repr(value)
-    # JSON's escapes are TOML's, but for DEL and for the surrogate pairs that ensure_ascii would write
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
 def replace_file(path: Path, text: str) -> None:
     """Replace a file's content in one step; a kill leaves the old or the new content.
 
@@ -329,12 +308,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What a run's `run.json` says; RunError where it cannot be read."""
     path = folder / RECORD
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read ({error})") from None
     if not isinstance(content, dict):
         raise RunError(f"{path}: cannot be read (not a JSON object)")
-    for key in ("inputs", "files", "versions", "reward_files"):
+    for key in ("inputs", "files", "versions", "reward_files", "surroundings"):
         if not isinstance(content.get(key, {}), dict):
             raise RunError(f"{path}: cannot be read ({key!r} is not a JSON object)")
     return content

@@ -16,7 +16,7 @@ _FIXED = ("evict", "compact")  # how models are loaded; all other choices may ch
 
 @dataclass(frozen=True)
 class Choices:
-    """What a plan may choose. None changes what is computed but for rounding, except `kv_cache`."""
+    """What a run may change as it goes. None changes what is computed but for rounding, except `kv_cache`."""
 
     rollout_batch: int
     score_batch: int
@@ -26,6 +26,7 @@ class Choices:
     compact: bool = False  # a quantised model stays quantised on a CPU
     positions: int = 0  # response positions whose logits are computed together; 0: as many as is fast
     kv_cache: str = "full"  # or "8-bit"
+    threads: int = 0  # of a process's products on a CPU; 0: as the engine says
 
     @classmethod
     def pinned(cls, config: TrainConfig) -> "Choices":
@@ -56,12 +57,13 @@ class PlanRecord:
     """What `plan.json` of a run says: enough to make every later start do the same at the same place."""
 
     choices: Choices
-    budget: int | None  # bytes of the process
+    budget: int | None  # bytes of a process
     longest_prompt: int
     phases: Mapping[str, Mapping[str, int]]  # name -> mlx_bytes, numpy_bytes
     factors: Mapping[str, float]  # measured over predicted, by phase, after the first iteration
     overhead: int | None  # bytes of the process beside arrays, measured; None: not yet
     changes: tuple[PlanChange, ...] = ()
+    processes: int = 1  # that share the run
 
     def __post_init__(self) -> None:
         """Refuse changes that can't be made.
@@ -110,6 +112,7 @@ def read_plan(folder: Path) -> PlanRecord | None:
                 PlanChange(change["iteration"], change["step"], Choices(**change["choices"]), change["why"])
                 for change in document["changes"]
             ),
+            processes=document.get("processes", 1),
         )
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(f"{file}: not a plan; remove it to have another one made") from None
@@ -119,6 +122,7 @@ def as_document(record: PlanRecord) -> dict[str, Any]:
     """The content of `plan.json`."""
     return {
         "choices": asdict(record.choices),
+        "processes": record.processes,
         "budget_bytes": record.budget,
         "longest_prompt": record.longest_prompt,
         "phases": record.phases,

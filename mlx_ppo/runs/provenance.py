@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -75,6 +76,7 @@ def describe(config: Job, text: str) -> dict[str, Any]:
         "format": 1,
         "command": config.command,
         **software(),
+        "surroundings": surroundings(),
         "config": hashlib.sha256(text.encode()).hexdigest(),
         "configuration": text,
         "inputs": {name: digest for found in hashes(input_paths(config)).values() for name, digest in found.items()},
@@ -86,6 +88,17 @@ def software() -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in ("mlx-ppo", "mlx", "mlx-lm", "numpy")},
         **facts(),
+    }
+
+
+def surroundings() -> dict[str, str]:
+    """What of this process's surroundings reaches a run: threads the sums of products, the rest reward functions."""
+    return {
+        "threads": os.environ.get("OPENBLAS_NUM_THREADS") or str(os.cpu_count()),
+        "working folder": os.getcwd(),
+        "locale": os.environ.get("LC_ALL") or os.environ.get("LANG") or "C",
+        "timezone": " ".join(time.tzname),
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
     }
 
 
@@ -109,6 +122,9 @@ def differences(record: Record) -> list[str]:
     now = {**software(), "device": device(), "engine": engine()}
     pairs = [(name, record.get("versions", {}).get(name), found) for name, found in now["versions"].items()]
     pairs += [(name, record.get(name), now[name]) for name in ("python", "machine", "device", "engine")]
+    has_functions = any(name.endswith(".py") for name in record.get("inputs", {}))
+    earlier = record.get("surroundings", {})
+    pairs += [(name, earlier.get(name), v) for name, v in surroundings().items() if name == "threads" or has_functions]
     return [f"{name} {before} -> {found}" for name, before, found in pairs if before is not None and before != found]
 
 
@@ -185,7 +201,32 @@ def reward_file_changes(record: Record, moved: Moved) -> list[Change]:
 
 def input_paths(config: Job) -> list[Path]:
     """Every file and folder that a configuration reads: models, adapters, data, reward models, reward code."""
-    return list(dict.fromkeys(_paths(config.model_dump(exclude={"run"}))))
+    return list(dict.fromkeys(_paths(config.model_dump(exclude={"run", "parallel"}))))
+
+
+def identity(config: Job) -> dict[str, Any]:
+    """Every key of a configuration but where runs are kept and who shares them; instead of a path what is there.
+
+    Raises:
+        RunError: an input cannot be read.
+    """
+    found: dict[str, Any] = {}
+
+    def add(key: str, value: Any) -> None:
+        if isinstance(value, Path):
+            found[key] = sorted(hashes([value]).get(value, {}).values())
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                add(f"{key}.{name}" if key else name, item)
+        elif isinstance(value, list | tuple):
+            for number, item in enumerate(value):
+                add(f"{key}.{number}", item)
+        else:
+            found[key] = value
+
+    add("", config.model_dump(exclude={"parallel": True, "memory": True, "run": {"folder", "name"}}))
+    versions: dict[str, Any] = software()["versions"]
+    return {key: value for key, value in found.items() if not key.endswith(".function")} | versions
 
 
 def _paths(value: Any) -> Iterator[Path]:

@@ -53,7 +53,8 @@ def _of_run(run: Path, chosen: Path | None) -> Target:
         steps = checkpoint.steps(run)
         if not steps:
             raise ModelError(f"{run}: has no checkpoint yet")
-        chosen = folder_of(run, steps[-1])
+        back = checkpoint.chosen(run)
+        chosen = folder_of(run, steps[-1] if back is None else back)
     trunk = load_trunk(config.model.path, dtype=config.model.dtype)
     return Target(trunk, _weights(chosen, trunk, full=config.model.train == "full"), config)
 

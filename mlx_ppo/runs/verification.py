@@ -13,10 +13,10 @@ from mlx_ppo.errors import ConfigError, RunError
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.folder import (
     CONFIG,
-    MEMORY,
+    HEALTH,
+    LOGS,
     METRICS,
     RECORD,
-    RESPONSES,
     RESULTS,
     SAMPLES,
     Run,
@@ -117,7 +117,7 @@ def verify_run(folder: Path) -> Findings:
         inquiry = _Inquiry(folder, read_record(folder))
         for line in (*inquiry.record_itself(), *inquiry.inputs(), *inquiry.checkpoints(), *inquiry.own_files()):
             inquiry.problems.append(line)
-        for name in (METRICS, MEMORY, RESPONSES, SAMPLES):
+        for name in LOGS:
             inquiry.problems += inquiry.log(name)
     return Findings(inquiry.files, tuple(inquiry.problems), tuple(inquiry.notes))
 
@@ -250,8 +250,8 @@ def _one_checkpoint(run: Path, folder: Path) -> Iterator[str]:
 
 
 def _misplaced(row: dict[str, Any], number: int, before: float, name: str) -> str:
-    """Why a row can't be where it is; samples have several rows a step, the other logs one for each step or epoch."""
-    if name == SAMPLES:
+    """Why a row can't be where it is; samples have several rows a step, health few, the others one a step or epoch."""
+    if name in (SAMPLES, HEALTH):
         return "" if row["step"] >= before else f"step {row['step']} after step {before:g}"
     key = "epoch" if "epoch" in row else "step"
     return "" if row[key] == number else f"{key} {json.dumps(row[key])} where {number} belongs"

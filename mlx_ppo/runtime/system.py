@@ -21,9 +21,19 @@ def is_mac() -> bool:
     return sys.platform == "darwin"
 
 
+def has_screen() -> bool:
+    """Whether a browser can be opened; elsewhere Python would look for one of the terminal."""
+    return is_mac() or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
 def is_linux() -> bool:
     """Whether this is Linux."""
     return sys.platform.startswith("linux")
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def facts() -> dict[str, str]:

@@ -8,6 +8,9 @@ import numpy as np
 from mlx_ppo.algo.diagnostics import explained_variance
 from mlx_ppo.algo.kl import kl_estimate
 from mlx_ppo.algo.masked import masked_mean, masked_sum
+from mlx_ppo.data.random import philox
+from mlx_ppo.models.heads import RewardModel
+from mlx_ppo.models.roles import Source
 from mlx_ppo.stages.records import PPOBatch, Rollout, Scored, number
 from mlx_ppo.stages.update import UpdateStats
 
@@ -25,13 +28,15 @@ def iteration_metrics(
         "step": step,
         "score": score_mean,
         "score_deviation": float(np.array(scored.scores).std()),
-        "reward": score_mean - kl_coef * kl,
+        "total_reward": score_mean - kl_coef * kl,
         "kl": kl,
         "kl_token": number(masked_mean(kl_estimate(scored.old_logprobs, scored.ref_logprobs, kind="k3"), mask)),
         "kl_coef": kl_coef,
         "entropy": number(masked_mean(scored.entropy, mask)),
         "length": number(mask.sum()) / count,
         "finished": number(rollout.finished.mean()),
+        "repetition": repetition(rollout.responses),
+        "distinct_2": distinct_pairs(rollout.responses),
         "clip_low": _mean(stats.clip_low),
         "clip_high": _mean(stats.clip_high),
         "kl_old": stats.kl_to_old[-1] if stats.kl_to_old else 0.0,
@@ -51,6 +56,45 @@ def iteration_metrics(
     metrics.update({f"points/{name}": number(values.mean()) for name, values in scored.points.items()})
     metrics.update({f"score/{name}": number(values.mean()) for name, values in scored.by_source.items()})
     return metrics
+
+
+def source_metrics(sources: Sequence[Source], scored: Scored) -> dict[str, float]:
+    """Of each source the deviation of its scores; of reward models that tell their range, the share beyond it.
+
+    Keys are `deviation/NAME`, and `beyond/NAME`: responses with a score above all of the model's own training texts.
+    """
+    found: dict[str, float] = {}
+    for source in sources:
+        values = np.array(scored.by_source[source.name])
+        found[f"deviation/{source.name}"] = float(values.std())
+        highest = source.scorer.facts.highest if isinstance(source.scorer, RewardModel) else None
+        if highest is not None:
+            found[f"beyond/{source.name}"] = float((values > highest).mean())
+    return found
+
+
+def repetition(responses: Sequence[Sequence[int]]) -> float:
+    """Share of the 4-grams of tokens that their own response had before; 0 where there are none."""
+    found = [_ngrams(response, 4) for response in responses]
+    count = sum(map(len, found))
+    return 1 - sum(len(set(grams)) for grams in found) / count if count else 0.0
+
+
+def distinct_pairs(responses: Sequence[Sequence[int]]) -> float:
+    """Share of different pairs of neighbouring tokens among those of all responses; 0 where there are none."""
+    found = [pair for response in responses for pair in _ngrams(response, 2)]
+    return len(set(found)) / len(found) if found else 0.0
+
+
+def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(tokens[at : at + n]) for at in range(len(tokens) - n + 1)]
+
+
+def kept_responses(scored: Scored, seed: int, step: int) -> dict[str, int]:
+    """Rows of the responses that are kept as texts: of the median ("rollout"), highest, lowest score, one by chance."""
+    order = np.argsort(np.array(scored.scores)).tolist()
+    by_chance = int(philox("sample", seed, step).integers(len(order)))
+    return {"rollout": order[len(order) // 2], "best": order[-1], "worst": order[0], "chance": by_chance}
 
 
 def response_columns(rollout: Rollout, scored: Scored) -> dict[str, list[float]]:

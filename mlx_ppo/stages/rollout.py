@@ -10,10 +10,11 @@ from mlx_ppo.compute.kv_cache import FULL
 from mlx_ppo.config.sections import RolloutSection
 from mlx_ppo.data.random import philox
 from mlx_ppo.models.adapters import Weights
+from mlx_ppo.models.roles import Roles
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.runtime.phases import phase
-from mlx_ppo.stages.decoding import Decoder, Request
+from mlx_ppo.stages.decoding import Decoder, Request, Response
 from mlx_ppo.stages.records import Rollout
 
 
@@ -87,19 +88,66 @@ def generate(
             with phase("rollout"):
                 decoder.refill()
                 decoder.decode(on_tokens)
-    return _joined(decoder, how, asked.records)
+    count = len(requests)
+    responses = [decoder.response(row) for row in range(count)]
+    prompts = [request.prompt for request in requests]
+    return _joined(prompts, responses, how, asked.records, decoder.kept.array(count))
 
 
-def _joined(decoder: Decoder, how: Sampling, records: Sequence[dict[str, Any]]) -> Rollout:
-    requests = decoder.requests
-    responses = [decoder.response(row) for row in range(len(requests))]
+def generate_together(
+    roles: Roles, weights: Weights, asked: Asked, how: Sampling, on_tokens: Callable[[int], None] = lambda _: None
+) -> Rollout:
+    """As `generate` on the shared trunk, by each process for its part of the prompts; all get all responses."""
+    group, samples = roles.group, how.samples_per_prompt
+    if group.size == 1:
+        return generate(roles.trunk, weights, asked, how, on_tokens)
+    own = group.part(len(asked.prompts))
+    at = slice(own.start, own.stop)
+    mine = Asked(asked.prompts[at], asked.positions[at], asked.records[at])
+    rollout = generate(roles.trunk, weights, mine, how, on_tokens) if own else None
+    given: list[np.ndarray[Any, Any]] = []
+    if rollout is not None:
+        logprobs, lengths = np.array(rollout.logprobs), [length for _, length in rollout.lengths]
+        given = [
+            np.array(lengths, np.int32),
+            np.array([token for response in rollout.responses for token in response], np.int32),
+            np.concatenate([row[:length] for row, length in zip(logprobs, lengths, strict=True)]),
+            np.array(rollout.finished),
+        ]
+        if rollout.kept is not None:
+            given.append(np.array([*rollout.kept.shape[1:]], np.int32))
+    parts = [part for part in group.gather(given) if part]
+    responses = [
+        Response(tuple(tokens[end - length : end].tolist()), tuple(logprobs[end - length : end].tolist()), bool(done))
+        for lengths, tokens, logprobs, finished, *_ in parts
+        for length, end, done in zip(lengths.tolist(), np.cumsum(lengths).tolist(), finished, strict=True)
+    ]
+    shapes = [part[4].tolist() for part in parts if len(part) > 4]
+    kept = None
+    if shapes:
+        width = max(width for width, _ in shapes)
+        own_kept = rollout.kept if rollout is not None else None
+        if own_kept is None:
+            own_kept = mx.zeros((0, width, shapes[0][1]), roles.trunk.dtype)
+        counts = [samples * len(group.part(len(asked.prompts), rank=rank)) for rank in range(group.size)]
+        kept = group.rows(mx.pad(own_kept, [(0, 0), (0, width - own_kept.shape[1]), (0, 0)]), counts)
+    return _joined([prompt for prompt in asked.prompts for _ in range(samples)], responses, how, asked.records, kept)
+
+
+def _joined(
+    prompts: Sequence[tuple[int, ...]],
+    responses: Sequence[Response],
+    how: Sampling,
+    records: Sequence[dict[str, Any]],
+    kept: mx.array | None,
+) -> Rollout:
     lengths = np.array([len(response.tokens) for response in responses])
     width = max(1, int(lengths.max()))
-    logprobs = np.zeros((len(requests), width), np.float32)
+    logprobs = np.zeros((len(prompts), width), np.float32)
     for row, response in enumerate(responses):
         logprobs[row, : len(response.logprobs)] = response.logprobs
     return Rollout(
-        prompts=tuple(request.prompt for request in requests),
+        prompts=tuple(prompts),
         responses=tuple(response.tokens for response in responses),
         logprobs=mx.array(logprobs),
         mask=mx.array(np.arange(width)[None, :] < lengths[:, None]),
@@ -108,5 +156,5 @@ def _joined(decoder: Decoder, how: Sampling, records: Sequence[dict[str, Any]]) 
         records=tuple(record for record in records for _ in range(how.samples_per_prompt)),
         temperature=how.temperature,
         max_tokens=how.max_tokens,
-        kept=decoder.kept.array(len(requests)),
+        kept=kept,
     )

@@ -1,6 +1,6 @@
 """A rollout into scores, old and reference log-probabilities, and values."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Critic, Roles, Source, token_statistics
 from mlx_ppo.runs.plan_file import Choices
+from mlx_ppo.runtime.group import Group
 from mlx_ppo.runtime.phases import phase
 from mlx_ppo.stages.records import Rollout, Scored, number
 from mlx_ppo.tokenizers.load import completion_text
@@ -32,24 +33,33 @@ def raw_scores(roles: Roles, rollout: Rollout, *, batch_size: int) -> RawScores:
 
     Raises:
         RunError: a score is not finite, or a reward function failed.
+        ModelError: a text is longer in its own tokens than a reward model has positions.
     """
     normalised: dict[str, mx.array] = {}
     points: dict[str, mx.array] = {}
+    parts, own, models = _parts(roles, rollout), list[mx.array](), list[str]()
     for source in sorted(roles.sources, key=lambda source: _on_shared_trunk(source, roles)):
         if isinstance(source.scorer, RewardModel):
             model = source.scorer
             read = _read_anew(model, roles, rollout) if source.own_tokens else rollout
+            model.trunk.within(max(map(sum, read.lengths), default=0))
             with phase("score reward"):
                 roles.bring(model.trunk)
-                raw = _by_rows(read, batch_size, raw_of(model), sharing=model.shares_prompts)[0]
-            values = model.normalised(raw)
-            in_points = model.points(raw)
+                rows = parts[roles.group.rank]
+                found = _by_rows(read, rows, batch_size, raw_of(model), sharing=model.shares_prompts)
+            own += found
+            models.append(source.name)
+        else:
+            asked = _ask_function(roles, source, rollout) if roles.group.leads else None
+            normalised[source.name] = mx.array(roles.group.told(asked), mx.float32)
+    whole = _of_all(roles.group, parts, models, own)
+    for source in roles.sources:
+        if isinstance(source.scorer, RewardModel):
+            normalised[source.name] = source.scorer.normalised(whole[source.name])
+            in_points = source.scorer.points(whole[source.name])
             if in_points is not None:
                 points[source.name] = in_points
-        else:
-            values = mx.array(_ask_function(roles, source, rollout), mx.float32)
-        _require_finite(values, f"a score of the reward {source.name!r}", rollout, roles)
-        normalised[source.name] = values
+        _require_finite(normalised[source.name], f"a score of the reward {source.name!r}", rollout, roles)
     return RawScores({source.name: normalised[source.name] for source in roles.sources}, points)
 
 
@@ -94,11 +104,11 @@ def _ask_function(roles: Roles, source: Source, rollout: Rollout) -> list[float]
 
 
 def combined_scores(raw: RawScores, roles: Roles, rollout: Rollout, section: ScoreSection, max_tokens: int) -> mx.array:
-    """One score [B] for each response: the sources by weight, penalties for length, clipping.
+    """One score [B] for each response: the sources by weight (0: only logged), gates, penalties for length, clipping.
 
     Source of the cautious combination: Coste et al. 2024, arXiv:2310.02743, section 3 (there the variance).
     """
-    columns = [source.weight * raw.normalised[source.name] for source in roles.sources]
+    columns = [source.weight * raw.normalised[source.name] for source in roles.sources if source.weight]
     weighted = mx.stack(columns or [mx.zeros((len(rollout.prompts),))])
     if section.combine == "worst":
         scores = weighted.min(axis=0)
@@ -106,6 +116,9 @@ def combined_scores(raw: RawScores, roles: Roles, rollout: Rollout, section: Sco
         scores = weighted.mean(axis=0) - section.caution * mx.sqrt(weighted.var(axis=0))
     else:
         scores = weighted.sum(axis=0)
+    for source in roles.sources:
+        if source.gate:
+            scores = mx.where(raw.normalised[source.name] == 0, 0.0, scores)
     scores = penalise_truncated(scores, rollout.finished, mode=section.truncated, value=section.truncated_value)
     if section.overlong_buffer:
         lengths = mx.array([len(response) for response in rollout.responses])
@@ -130,18 +143,26 @@ def score(
     roles.trunk.positions = choices.positions
     head = critic if roles.critic is not None and roles.critic.kind == "head" else None
 
+    parts = _parts(roles, rollout)
+    rows = parts[roles.group.rank]
     with phase("score policy"):
         columns = policy_columns(roles, policy, head, temperature)
-        old, entropy, *rest = _by_rows(rollout, size, columns, sharing=roles.trunk.capabilities.shares)
-    values = rest[0] if rest else None
+        names = ["old", "entropy"] + ["values"] * (head is not None)
+        own = _by_rows(rollout, rows, size, columns, sharing=roles.trunk.capabilities.shares)
     if roles.critic is not None and critic is not None and head is None:
         with phase("score critic"):
-            of_critic = critic_values(roles.critic, critic)
-            values = _by_rows(rollout, size, of_critic, sharing=roles.critic.trunk.capabilities.shares)[0]
+            sharing = roles.critic.trunk.capabilities.shares
+            own += _by_rows(rollout, rows, size, critic_values(roles.critic, critic), sharing=sharing)
+            names.append("values")
     raw = raw_scores(roles, rollout, batch_size=size)
     scores = combined_scores(raw, roles, rollout, section, rollout.max_tokens)
     with phase("score reference"):
-        reference = reference_logprobs(roles, rollout, temperature=temperature, batch_size=size)
+        roles.bring(roles.trunk)
+        column = logprob_column(roles, roles.reference, temperature)
+        own += _by_rows(rollout, rows, size, column, sharing=roles.trunk.capabilities.shares)
+        names.append("reference")
+    whole = _of_all(roles.group, parts, names, own)
+    old, reference, entropy, values = whole["old"], whole["reference"], whole["entropy"], whole.get("values")
     roles.evict()
     _require_finite(old, "a log-probability of the policy", rollout, roles)
     _require_finite(reference, "a log-probability of the reference", rollout, roles)
@@ -175,13 +196,20 @@ def policy_logprobs(
     roles: Roles, weights: Weights, rollout: Rollout, *, temperature: float, batch_size: int
 ) -> mx.array:
     """Log-probabilities [B, T] of the responses under some weights on the shared trunk, such as the reference's."""
+    parts, column = _parts(roles, rollout), logprob_column(roles, weights, temperature)
+    found = _by_rows(rollout, parts[roles.group.rank], batch_size, column, sharing=roles.trunk.capabilities.shares)
+    return _of_all(roles.group, parts, ["logprobs"], found)["logprobs"]
 
-    def under_weights(sequences: Sequences) -> list[mx.array]:
+
+def logprob_column(roles: Roles, weights: Weights, temperature: float) -> Callable[[Sequences], list[mx.array]]:
+    """Log-probabilities [B, T] alone."""
+
+    def column(sequences: Sequences) -> list[mx.array]:
         with roles.trunk.using(weights):
             states = roles.trunk.response_states(sequences)
             return [token_statistics(roles.trunk, states, sequences, temperature=temperature)[0]]
 
-    return _by_rows(rollout, batch_size, under_weights, sharing=roles.trunk.capabilities.shares)[0]
+    return column
 
 
 def reference_logprobs(roles: Roles, rollout: Rollout, *, temperature: float, batch_size: int) -> mx.array:
@@ -190,17 +218,38 @@ def reference_logprobs(roles: Roles, rollout: Rollout, *, temperature: float, ba
     return policy_logprobs(roles, roles.reference, rollout, temperature=temperature, batch_size=batch_size)
 
 
-def _by_rows(
-    rollout: Rollout, batch_size: int, function: Callable[[Sequences], list[mx.array]], *, sharing: bool
-) -> list[mx.array]:
-    """Apply a function to batches of rows of similar length, and put its results back in the rollout's order.
+def _parts(roles: Roles, rollout: Rollout) -> list[list[int]]:
+    """The rows that each process of the group reads; those of one prompt stay together where they may share it."""
+    group, count = roles.group, len(rollout.prompts)
+    if group.size == 1 or (roles.trunk.capabilities.shares and len(set(rollout.prompts)) < count):
+        return [list(group.part(count, rank=rank)) for rank in range(group.size)]
+    return group.deal([sum(pair) for pair in rollout.lengths])
 
-    `sharing`: the function may be given shared prompts.
+
+def _by_rows(
+    rollout: Rollout,
+    own: Sequence[int],
+    batch_size: int,
+    function: Callable[[Sequences], list[mx.array]],
+    *,
+    sharing: bool,
+) -> list[mx.array]:
+    """Apply a function to batches of rows of similar length, and put its results back in the order of the rows.
+
+    Args:
+        rollout: the rows.
+        own: those to look at, in their order.
+        batch_size: rows together, 0: all.
+        function: gives columns [B] or [B, T], in float32.
+        sharing: the function may be given shared prompts.
+    Returns:
+        The columns; none where there are no rows.
     """
     order: list[int] = []
     parts: list[list[mx.array]] = []
-    for rows in _row_batches(rollout, batch_size):
-        found = function(rollout.sequences(rows, sharing=sharing))
+    lengths = [sum(rollout.lengths[row]) for row in own]
+    for rows in length_batches(lengths, max_rows=batch_size or len(lengths), max_tokens=None, seed_parts=None):
+        found = function(rollout.sequences([own[row] for row in rows], sharing=sharing))
         mx.eval(found)
         parts.append(found)
         order.extend(rows)
@@ -208,9 +257,15 @@ def _by_rows(
     return [mx.concatenate(list(column))[back] for column in zip(*parts, strict=True)]
 
 
-def _row_batches(rollout: Rollout, batch_size: int) -> Iterator[list[int]]:
-    lengths = [sum(pair) for pair in rollout.lengths]
-    yield from length_batches(lengths, max_rows=batch_size or len(lengths), max_tokens=None, seed_parts=None)
+def _of_all(
+    group: Group, parts: Sequence[Sequence[int]], names: Sequence[str], own: Sequence[mx.array]
+) -> dict[str, mx.array]:
+    """Columns of all rows by name, from each process's of its own part; a process without rows gives none."""
+    if group.size == 1:
+        return dict(zip(names, own, strict=True))
+    given = [part for part in group.gather([np.asarray(column) for column in own]) if part]
+    back = np.argsort(np.array([row for part in parts for row in part]))
+    return {name: mx.array(np.concatenate([part[at] for part in given])[back]) for at, name in enumerate(names)}
 
 
 def _require_finite(values: mx.array, what: str, rollout: Rollout, roles: Roles) -> None:

@@ -1,7 +1,11 @@
 """Everything that PPO training changes, and its form as a checkpoint."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
+
+import mlx.core as mx
+import numpy as np
 
 from mlx_ppo.algo.kl import AdaptiveKL, FixedKL
 from mlx_ppo.config.sections import TrainConfig
@@ -47,6 +51,15 @@ class State:
             {"adapter_config.json": adapter_config(self.policy.weights, blocks)},
         )
 
+    def kept(self, blocks: int) -> Checkpoint:
+        """As `as_checkpoint`, of what the next update does not change."""
+        saved = self.as_checkpoint(blocks)
+        arrays = {
+            file: {name: mx.array(np.array(array)) for name, array in each.items()} if "optimizer" in file else each
+            for file, each in saved.arrays.items()
+        }
+        return replace(saved, arrays=arrays)
+
     def restore(self, saved: Checkpoint) -> None:
         """Go back to a checkpoint of the same configuration."""
         learners = {"policy": (self.policy, "adapters"), "critic": (self.critic, "critic")}
@@ -85,3 +98,15 @@ def initial_state(config: TrainConfig, policy: Weights, critic: Weights | None) 
     if config.kl.controller == "adaptive":
         kl = AdaptiveKL(config.kl.coef, config.kl.target, horizon_of(config))
     return State(Learner(policy, make["policy"]), Learner(critic, make["critic"]) if critic is not None else None, kl)
+
+
+def slow_controller(config: TrainConfig) -> str | None:
+    """A warning where the adaptive KL controller can't even double its coefficient in the whole run."""
+    samples = config.run.iterations * config.rollout.prompts * config.rollout.samples_per_prompt
+    factor = math.exp(min(0.2 * samples / horizon_of(config), 10.0))
+    if config.kl.controller == "fixed" or not config.kl.horizon or factor >= 2:
+        return None
+    return (
+        f"warning: kl.horizon = {config.kl.horizon:g} lets the run's {samples} samples change kl.coef by a factor of "
+        f"at most {factor:.2f}, so kl.target may never be reached; leave the key out, or lower it"
+    )

@@ -1,7 +1,7 @@
 """A scored rollout into new weights: epochs, minibatches, micro-batches, two optimizers."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.algo.diagnostics import approx_kl, clip_fractions, effective_sample_size
-from mlx_ppo.algo.losses import aggregate, clipped_policy_loss, clipped_value_loss
 from mlx_ppo.algo.masked import masked_mean
 from mlx_ppo.compute.engine import Engine
 from mlx_ppo.compute.sequences import Sequences
@@ -17,10 +16,10 @@ from mlx_ppo.config.sections import PPOSection
 from mlx_ppo.data.random import philox
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights
-from mlx_ppo.models.roles import Critic, Roles, token_statistics
-from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.models.roles import Roles
 from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.runtime.phases import phase
+from mlx_ppo.stages.losses import CriticTargets, Pass, PolicyTargets, critic_loss, policy_loss
 from mlx_ppo.stages.optimizer import Optimizer, finite_norm
 from mlx_ppo.stages.records import PPOBatch, Rollout, number
 
@@ -28,6 +27,7 @@ RATIO_TOLERANCE = 1e-4  # of |ratio - 1|, where everything is computed in float3
 # Nats a token, of the mean |log ratio| elsewhere: there single tokens are off by a hundredth or two where rows are
 # batched otherwise than they were for scoring, and rounded otherwise.
 _LOG_RATIO_TOLERANCE = 0.02
+_FEW = 16.0  # tokens whose mean may be twice that: it strays by the root of their number
 
 Gradients = dict[str, mx.array]
 
@@ -120,7 +120,8 @@ class _Step:
         size, sharing = choices.micro_batch or len(rows), self._sharing(saving=how.saving)
         if sharing:  # rows of one prompt side by side
             rows = sorted(rows, key=self.rollout.prompts.__getitem__)
-        micro = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+        parts = self._parts(rows, sharing=sharing)
+        own, rows = parts[self.roles.group.rank], [row for part in parts for row in part]
         mask = self.rollout.mask[mx.array(list(rows))]
         tokens = number(mask.sum())
         if tokens == 0:
@@ -130,29 +131,16 @@ class _Step:
             "sequence-mean": number(mask.any(axis=1).sum()),
             "constant": float(len(rows) * self.rollout.max_tokens),
         }[self.schedule.section.aggregate]
-        policy_gradients: Gradients = {}
-        critic_gradients: Gradients = {}
-        policy_loss = value_loss = 0.0
-        logprobs: list[mx.array] = []
-        ratios: list[mx.array] = []
-        for part in micro:
-            sequences = self.rollout.sequences(part, sharing=sharing)
-            with phase("update policy"):
-                loss, (now, ratio, states), gradients = self._policy(sequences, part, denominator, how)
-            policy_loss += loss
-            logprobs.append(now)
-            ratios.append(ratio)
-            _accumulate(policy_gradients, gradients)
-            del gradients  # they would stay in memory beside the sum
-            if critic is not None:
-                with phase("update critic"):
-                    loss, gradients = self._critic(critic, sequences, part, tokens, states, how)
-                value_loss += loss
-                _accumulate(critic_gradients, gradients)
-                del gradients
+        work = _Work(own, size, sharing, tokens, denominator)
+        passes, policy_gradients, critic_gradients = self._passes(work, how)
+        if self.roles.group.size > 1:
+            before = sum(map(len, parts[: self.roles.group.rank]))
+            found = self._of_all(passes, before, len(rows), policy_gradients, critic_gradients)
+            passes, policy_gradients, critic_gradients = found
+        policy_loss, value_loss = passes.policy_loss, passes.value_loss
         if not np.isfinite(policy_loss) or not np.isfinite(value_loss):
             raise RunError(f"the loss is not finite (policy {policy_loss}, critic {value_loss}); nothing was applied")
-        self._watch(rows, micro, mx.concatenate(logprobs), mx.concatenate(ratios), stats, first=first)
+        self._watch(rows, mx.concatenate(passes.logprobs), mx.concatenate(passes.ratios), stats, first=first)
         finite_norm(
             self._engine, critic_gradients, what="critic"
         )  # before the policy's step: both are applied, or neither
@@ -168,6 +156,70 @@ class _Step:
                 applied = critic.optimizer.step(self._engine, critic.weights, critic_gradients, what="critic")
             critic.weights, norm = applied
             stats.critic_norm.append(norm)
+
+    def _passes(self, work: "_Work", how: Pass) -> tuple["_Passes", Gradients, Gradients]:
+        """Losses and gradients of this process's rows of a minibatch, micro-batch by micro-batch."""
+        critic, own, size = self.learners.critic, work.rows, work.size
+        policy_gradients: Gradients = {}
+        critic_gradients: Gradients = {}
+        policy_loss = value_loss = 0.0
+        logprobs: list[mx.array] = []
+        ratios: list[mx.array] = []
+        for part in (own[start : start + size] for start in range(0, len(own), size)):
+            sequences = self.rollout.sequences(part, sharing=work.sharing)
+            with phase("update policy"):
+                loss, (now, ratio, states), gradients = self._policy(sequences, part, work.denominator, how)
+            policy_loss += loss
+            logprobs.append(now)
+            ratios.append(ratio)
+            _accumulate(policy_gradients, gradients)
+            del gradients  # they would stay in memory beside the sum
+            if critic is not None:
+                with phase("update critic"):
+                    loss, gradients = self._critic(critic, sequences, part, work.tokens, states, how)
+                value_loss += loss
+                _accumulate(critic_gradients, gradients)
+                del gradients
+        return _Passes(policy_loss, value_loss, logprobs, ratios), policy_gradients, critic_gradients
+
+    def _parts(self, rows: Sequence[int], *, sharing: bool) -> list[list[int]]:
+        """The rows of each process of the group; those of one prompt stay together where they share it."""
+        group = self.roles.group
+        if group.size == 1 or sharing:
+            return [[rows[at] for at in group.part(len(rows), rank=rank)] for rank in range(group.size)]
+        return [[rows[at] for at in part] for part in group.deal([sum(self.rollout.lengths[row]) for row in rows])]
+
+    def _of_all(
+        self, passes: "_Passes", before: int, count: int, policy: Gradients, critic: Gradients
+    ) -> tuple["_Passes", Gradients, Gradients]:
+        """What the processes of the group have found for their rows of a minibatch, put together by one exchange.
+
+        Args:
+            passes: of this process, whose rows come after so many of the others'.
+            before: how many.
+            count: rows of the minibatch.
+            policy: the policy's gradients, which are used up.
+            critic: the critic's.
+        """
+        learners = {"policy": (self.learners.policy, policy), "critic": (self.learners.critic, critic)}
+        given: Gradients = {"losses": mx.array([passes.policy_loss, passes.value_loss])}
+        for name, column in (("logprobs", passes.logprobs), ("ratios", passes.ratios)):
+            own = mx.concatenate(column) if column else mx.zeros((0, self.rollout.mask.shape[1]))
+            given[name] = mx.pad(own, [(before, count - before - len(own)), (0, 0)])
+        for role, (learner, gradients) in learners.items():
+            if learner is not None and (role == "critic" or self.schedule.train_policy):
+                arrays = gradients or {name: mx.zeros_like(array) for name, array in learner.weights.arrays.items()}
+                given |= {f"{role} {name}": array for name, array in arrays.items()}
+                del arrays
+            gradients.clear()
+        total = self.roles.group.total(given)
+        policy_loss, value_loss = np.array(total.pop("losses")).tolist()
+        found = _Passes(policy_loss, value_loss, [total.pop("logprobs")], [total.pop("ratios")])
+        of_role = {
+            role: {name.partition(" ")[2]: array for name, array in total.items() if name.startswith(f"{role} ")}
+            for role in learners
+        }
+        return found, of_role["policy"], of_role["critic"]
 
     @property
     def _engine(self) -> Engine:
@@ -215,13 +267,13 @@ class _Step:
         mx.eval(loss, gradients)
         return number(loss), gradients
 
-    def _check_itself(self, most: float, mean: float) -> None:
+    def _check_itself(self, most: float, mean: float, tokens: float) -> None:
         """Before anything is learned, the probabilities must be those that scored.
 
         By the largest |ratio - 1| in float32; by the mean |log ratio| where single tokens are rounded coarsely.
         """
         exact = self.roles.trunk.engine.exact(self.roles.trunk)
-        if most <= RATIO_TOLERANCE if exact else mean <= _LOG_RATIO_TOLERANCE:
+        if most <= RATIO_TOLERANCE if exact else mean <= log_ratio_tolerance(tokens):
             return
         raise RunError(
             f"self-check failed: the first minibatch's ratio to the old policy is off 1 by up to {most:.2g}, its "
@@ -231,7 +283,6 @@ class _Step:
     def _watch(
         self,
         rows: Sequence[int],
-        micro: list[list[int]],
         logprobs: mx.array,
         ratio: mx.array,
         stats: UpdateStats,
@@ -239,12 +290,12 @@ class _Step:
         first: bool,
     ) -> None:
         """Diagnostics before the step; in the very first minibatch the ratio must be 1."""
-        index = mx.array([row for part in micro for row in part])
+        index = mx.array(list(rows))
         mask = self.rollout.mask[index]
         if first:
             stats.first_ratio_error = number(mx.where(mask, mx.abs(ratio - 1), 0.0).max())
             off = number(masked_mean(mx.abs(logprobs - self.batch.old_logprobs[index]), mask))
-            self._check_itself(stats.first_ratio_error, off)
+            self._check_itself(stats.first_ratio_error, off, number(mask.sum()))
         low, high = clip_fractions(
             ratio,
             self.batch.advantages[index],
@@ -258,81 +309,9 @@ class _Step:
         stats.effective_samples.append(number(effective_sample_size(ratio, mask)))
 
 
-class PolicyTargets(NamedTuple):
-    """What the policy's loss compares with, for the rows of a micro-batch."""
-
-    old_logprobs: mx.array  # [B, T]
-    advantages: mx.array  # [B, T]
-    denominator: float  # of the whole minibatch
-
-
-class CriticTargets(NamedTuple):
-    """What the critic's loss compares with, for the rows of a micro-batch."""
-
-    old_values: mx.array  # [B, T]
-    returns: mx.array  # [B, T]
-    tokens: float  # of the whole minibatch
-
-
-class Pass(NamedTuple):
-    """How a micro-batch is read."""
-
-    section: PPOSection
-    temperature: float  # of the sampling distribution
-    saving: bool  # blocks are computed again for the gradient
-    learning: bool = True  # the policy's gradient will be taken; it can be without, but that is slower
-
-
-def policy_loss(
-    trunk: Trunk, weights: Weights, sequences: Sequences, targets: PolicyTargets, how: Pass
-) -> Callable[[Mapping[str, mx.array]], tuple[mx.array, mx.array, mx.array, mx.array]]:
-    """The loss as a function of the policy's arrays: loss [], log-probabilities and ratios [B, T], states [N, D]."""
-    section, temperature, learning = how.section, how.temperature, how.learning
-    by_logprobs = learning and not section.entropy_coef
-
-    def loss_of(arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        with trunk.using(weights.holding(arrays)), _saving_memory(trunk, how):
-            states = trunk.response_states(sequences, learning=learning)
-            now, entropy = token_statistics(trunk, states, sequences, temperature=temperature, learning=by_logprobs)
-        losses, ratio = clipped_policy_loss(
-            now,
-            targets.old_logprobs,
-            targets.advantages,
-            clip_low=section.clip_low,
-            clip_high=section.clip_high,
-            dual_clip=section.dual_clip or None,
-        )
-        if section.entropy_coef:
-            losses = losses - section.entropy_coef * entropy
-        total = aggregate(losses, sequences.mask, mode=section.aggregate, denominator=targets.denominator)
-        return total, now, ratio, mx.stop_gradient(states)
-
-    return loss_of
-
-
-def critic_loss(
-    critic: Critic,
-    weights: Weights,
-    sequences: Sequences,
-    targets: CriticTargets,
-    how: Pass,
-    policy_states: mx.array | None,
-) -> Callable[[Mapping[str, mx.array]], mx.array]:
-    """The loss [] as a function of the critic's arrays; it reads the policy's states [N, D] where they are given."""
-
-    def loss_of(arrays: Mapping[str, mx.array]) -> mx.array:
-        own = weights.holding(arrays)
-        with _saving_memory(critic.trunk, how):
-            states = policy_states if policy_states is not None else critic.states(own, sequences, learning=True)
-        values = sequences.spread(critic.values(own, states))
-        losses, _ = clipped_value_loss(values, targets.old_values, targets.returns, clip=how.section.value_clip or None)
-        return aggregate(losses, sequences.mask, mode="token-mean", denominator=targets.tokens)
-
-    return loss_of
-
-
-def _saving_memory(trunk: Trunk, how: Pass) -> AbstractContextManager[None]:
-    return trunk.checkpointing() if how.saving else nullcontext()
+def log_ratio_tolerance(tokens: float) -> float:
+    """Nats, of the mean |log ratio| of so many tokens."""
+    return _LOG_RATIO_TOLERANCE * (1 + math.sqrt(_FEW / tokens))
 
 
 def _accumulate(total: Gradients, part: Gradients) -> None:
@@ -340,3 +319,22 @@ def _accumulate(total: Gradients, part: Gradients) -> None:
     for name, gradient in part.items():
         total[name] = total[name] + gradient if name in total else gradient
     mx.eval(total)
+
+
+class _Work(NamedTuple):
+    """A process's part of a minibatch."""
+
+    rows: list[int]
+    size: int  # rows together
+    sharing: bool  # their prompts
+    tokens: float  # counted, of the whole minibatch
+    denominator: float  # of the policy's loss
+
+
+class _Passes(NamedTuple):
+    """What the micro-batches of a minibatch gave beside gradients."""
+
+    policy_loss: float
+    value_loss: float
+    logprobs: list[mx.array]  # [B, T] each, in the order of the minibatch
+    ratios: list[mx.array]  # the same

@@ -178,15 +178,16 @@ def test_by_default_as_many_as_make_64_megabytes(
     assert OutputHead()._together(trunk, states_for(trunk)) == 3
 
 
-def test_a_nan_stays_in_its_row(trunk: Trunk, tokens: mx.array, engine: Engine) -> None:
+def test_a_nan_stays_in_its_row(engine: Engine, trunk: Trunk, tokens: mx.array) -> None:
     states = mx.where(mx.arange(N)[:, None] == 5, mx.nan, states_for(trunk))
     found = mx.grad(lambda x: head_statistics(trunk, x, tokens, temperature=1.0, learning=True)[0].sum())(states)
     assert np.isnan(np.array(found)).any(axis=1).tolist() == [row == 5 for row in range(N)]
 
 
-def test_no_states_at_all(trunk: Trunk) -> None:
+@pytest.mark.parametrize("learning", [False, True])
+def test_no_states_at_all(engine: Engine, trunk: Trunk, learning: bool) -> None:
     """A batch of empty responses has none."""
-    found = head_statistics(trunk, mx.zeros((0, 32)), mx.zeros(0, mx.int32), temperature=1.0, learning=True)
+    found = head_statistics(trunk, mx.zeros((0, 32)), mx.zeros(0, mx.int32), temperature=1.0, learning=learning)
     assert [array.shape for array in found] == [(0,), (0,)]
 
 

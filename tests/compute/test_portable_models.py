@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_ppo.compute import probes
 from mlx_ppo.compute.choose import using
-from mlx_ppo.compute.portable import PortableEngine
+from mlx_ppo.compute.portable import PortableEngine, read_rows
 from mlx_ppo.compute.sequences import make_sequences
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.adapters import Weights
@@ -143,3 +144,40 @@ def test_types_of_auto(make_model: Models, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_gemma_is_never_computed_in_float16(make_model: Models) -> None:
     with pytest.raises(ModelError, match="leave float16's range"):
         load_trunk(make_model("gemma2"), dtype="float16")
+
+
+def probing(trunk: Trunk) -> tuple[Callable[[], object], ...]:
+    """All that is tried as a model is loaded."""
+    return (
+        lambda: probes.reads_batches(trunk),
+        lambda: probes.joins(trunk),
+        lambda: probes.shares_prompts(trunk, lambda rows: read_rows(trunk, rows)),
+        lambda: probes.starts_from_kept(trunk),
+    )
+
+
+def test_what_is_tried_are_tokens_from_all_over_the_vocabulary(trunk: Trunk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ones are special in most models, which bfloat16 rounds so coarsely that batches seem impossible."""
+    read: list[mx.array] = []
+    hidden = type(trunk).hidden
+
+    def reading(trunk: Trunk, tokens: mx.array, *given: Any, **named: Any) -> mx.array:
+        read.append(tokens)
+        return hidden(trunk, tokens, *given, **named)
+
+    monkeypatch.setattr(type(trunk), "hidden", reading)
+    for probe in probing(trunk):
+        read.clear()
+        assert probe()
+        tokens = {int(token) for array in read for token in np.array(array).ravel()} - {0}  # 0: padding
+        assert min(tokens) >= trunk.vocab_size // 6 and max(tokens) >= trunk.vocab_size // 2
+
+
+def test_a_devices_error_is_no_answer_of_a_model(trunk: Trunk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> mx.array:
+        raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+
+    monkeypatch.setattr(type(trunk), "hidden", failing)
+    for probe in probing(trunk):
+        with pytest.raises(RuntimeError, match="Insufficient Memory"):
+            probe()

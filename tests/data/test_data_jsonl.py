@@ -185,7 +185,7 @@ def test_number_errors(value, message):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (gzip.compress(b'{"a": 1}'), "compressed by gzip; unpack it"),
+        (gzip.compress(b'{"a": 1}', mtime=0), "compressed by gzip; unpack it"),
         (bz2.compress(b'{"a": 1}'), "compressed by bzip2; unpack it"),
         (lzma.compress(b'{"a": 1}'), "compressed by xz; unpack it"),
         (b"\x28\xb5\x2f\xfd\x04", "compressed by zstd; unpack it"),

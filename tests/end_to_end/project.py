@@ -105,10 +105,14 @@ class Project:
     def metrics(self, name: str = "a") -> list[dict[str, float]]:
         """The rows of `metrics.jsonl`, times left out."""
         lines = (self.run(name) / METRICS).read_text().splitlines()
-        return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+        return [
+            {key: value for key, value in json.loads(line).items() if key.partition("/")[0] not in TIMES}
+            for line in lines
+        ]
 
     def samples(self, name: str = "a") -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run(name) / SAMPLES).read_text().splitlines()]
+        lines = (self.run(name) / SAMPLES).read_text().split("\n")  # a text may have other separators of lines in it
+        return [json.loads(line) for line in lines if line]
 
     def checkpoints(self, name: str = "a") -> dict[str, bytes]:
         """Every file of every checkpoint, byte for byte."""

@@ -31,6 +31,21 @@ def test_without_a_signal_the_policy_stays_as_it_is(project, advantage):
     assert all(mx.array_equal(policies[0][name], policies[1][name]) for name in policies[0])
 
 
+@pytest.mark.parametrize("advantage", ["gae", "grpo"])
+def test_without_a_signal_a_policy_that_has_left_the_reference_goes_back(project, advantage):
+    """What it goes back by is tested in tests/stages/test_estimation.py."""
+    (project.folder / "rule.py").write_text(
+        "calls = []\n"
+        "def letters(prompts, completions):\n"
+        "    calls.append(1)\n"
+        "    return [len(c) if len(calls) <= 2 else 1 for c in completions]\n"
+    )
+    several = {"samples_per_prompt": 2, "prompts": 4, "max_tokens": 6}
+    shown = project.done("train", project.config(run={"iterations": 2}, ppo={"advantage": advantage}, rollout=several))
+    assert "of iteration 2 are equal: no signal to learn from, the policy only goes back towards the reference" in shown
+    assert project.metrics()[1]["kl"] != 0 and project.metrics()[1]["policy_norm"] > 0
+
+
 def test_empty_completions_are_scored_and_learned_from(project, model_folder):
     """The same state after every token, and an output layer for which that means the end."""
     arrays = dict(mx.load(str(model_folder / "model.safetensors")))

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 SMALL = ("--set", "rollout.prompts=4", "--set", "rollout.max_tokens=6", "--iterations", "2", "--prompt-tokens", "5")
@@ -18,7 +19,7 @@ def _quick_ceilings(monkeypatch):
     """The machine's own speed takes seconds to measure, and isn't what these tests look at."""
     from mlx_ppo.cli import bench
 
-    monkeypatch.setattr(bench, "gigaflops", lambda side: 100.0)
+    monkeypatch.setattr(bench, "gigaflops", lambda side, dtype: {mx.float32: 100.0, mx.bfloat16: 200.0}[dtype])
     monkeypatch.setattr(bench, "gigabytes", lambda: 10.0)
 
 
@@ -28,6 +29,14 @@ def kept(project):
     shown = json.loads(project.done("bench", "model", *SMALL, "--output", "kept.json", "--json"))
     assert json.loads((project.folder / "kept.json").read_text()) == shown
     return shown
+
+
+def test_the_peak_is_that_of_the_type_that_is_computed_in(project):
+    for dtype, peak in (("float32", 100.0), ("bfloat16", 200.0)):
+        result = json.loads(project.done("bench", "model", *SMALL, "--set", f"model.dtype={dtype}", "--json"))
+        assert result["shapes"]["computed in"] == dtype and result["ceilings"]["gigaflops"] == peak
+        row = result["phases"]["update policy"]
+        assert row["share_of_peak"] == pytest.approx(row["gflops_per_second"] / peak)
 
 
 def test_every_phase_has_its_seconds_tokens_operations_and_bytes(project, kept):

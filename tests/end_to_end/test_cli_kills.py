@@ -82,7 +82,7 @@ def result(run):
     files = {
         str(file.relative_to(run)): file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()
     }
-    figures = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    figures = [{key: value for key, value in row.items() if key.partition("/")[0] not in TIMES} for row in rows]
     return figures, (run / "samples.jsonl").read_text(), files
 
 

@@ -7,17 +7,17 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
-from mlx_ppo.cli.look import win_rate
 from mlx_ppo.cli.main import main
+from mlx_ppo.rewards.verdicts import Rate
 
 COMMANDS = {"init", "train", "sft", "reward", "resume", "sample", "compare", "import", "export"}
 
 
 def test_help_of_everything(project):
     shown = project.done("--help")
+    assert "..." not in shown.split("Commands:")[1]  # no sentence is cut
     assert all(f"  {name} " in shown for name in COMMANDS)
     assert set(main.commands) >= COMMANDS
     for name in main.commands:
@@ -178,13 +178,40 @@ def test_comparisons(project, reward_folders):
     project.refused(2, "give --prompt", "compare", "model", "model", "--reward", judge)
 
 
+def test_comparisons_by_a_function_and_by_a_model_that_is_asked(project):
+    given = ("compare", "model", "model", "--prompts", "prompts.jsonl", "--max-tokens", 5)
+    shown = project.done(*given, "--reward", "rule.py:letters")
+    assert shown.startswith("6 prompts, judged by the function letters of rule.py\n  model: mean +0.")
+    assert shown.endswith("model wins 50.0% (95 % interval 18.8% to 81.2%; ties count half)\n")
+    project.done("train", project.config(optimizer={"learning_rate": 0.1}))
+    both = ("compare", "model", "runs/a", "--judge", "model", "--criterion", "Which is longer?")
+    shown = project.done(*both, "--reward", "rule.py:letters")
+    assert "\n6 prompts, judged by model, asked in both orders: Which is longer?\n  the order alone decides " in shown
+    assert len(re.findall(r"\nruns/a wins \d+\.\d% \(95 % interval", shown)) == 2
+    assert re.search(r"\nboth judges prefer the same one in \d+\.\d% \(95 % interval .*\)\n$", shown)
+    alone = project.done(*both)
+    assert alone == "".join(shown.splitlines(keepends=True)[4:7]) and "wins 50.0%" not in alone
+
+
+def test_comparisons_that_cannot_be_made(project):
+    given = ("compare", "model", "model", "--prompts", "prompts.jsonl")
+    project.refused(3, "nothing: no such folder", *given, "--judge", "nothing")
+    project.refused(2, "nothing.py: no such file", *given, "--reward", "nothing.py:letters")
+    project.refused(2, "isn't a reward function; write it as", *given, "--reward", "rule.py:not a name")
+    (project.folder / "rule.py").write_text(
+        "def letters(completions, answer):\n    return [0.0 for _ in completions]\n"
+    )
+    project.refused(2, "has a parameter 'answer'", *given, "--reward", "rule.py:letters")
+
+
 def test_win_rates_against_known_values():
     """Wilson's interval for 7 of 10: 0.3968 to 0.8922 (Newcombe 1998's method 3)."""
-    share, low, high = win_rate(np.zeros(10), np.array([1.0] * 7 + [-1.0] * 3))
-    assert (share, round(low, 4), round(high, 4)) == (0.7, 0.3968, 0.8922)
-    assert win_rate(np.zeros(4), np.array([1.0, 0.0, 0.0, -1.0]))[0] == 0.5
-    share, low, high = win_rate(np.zeros(10), np.ones(10))
+    share, low, high, count = Rate.of([1.0] * 7 + [0.0] * 3)
+    assert (share, round(low, 4), round(high, 4), count) == (0.7, 0.3968, 0.8922, 10)
+    assert Rate.of([1.0, 0.5, 0.5, 0.0]).share == 0.5
+    share, low, high, _ = Rate.of([1.0] * 10)
     assert share == 1.0 and high == pytest.approx(1.0) and round(low, 4) == 0.7225
+    assert Rate.of([]) == (0.5, 0.0, 1.0, 0)
 
 
 def test_init_copies_the_example_once(project):

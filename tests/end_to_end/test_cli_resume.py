@@ -215,3 +215,43 @@ def test_resuming_a_finished_run_changes_nothing(project):
     before = project.metrics(), project.checkpoints()
     project.done("resume", "runs/a")
     assert (project.metrics(), project.checkpoints()) == before
+
+
+def test_inputs_that_were_moved_are_found_by_set_and_recognised_by_what_they_hold(project, model_folder):
+    config = project.config(run={"iterations": 1})
+    (project.folder / "model").unlink()
+    shutil.copytree(model_folder, project.folder / "model")
+    project.done("train", config)
+    text = (project.run() / "config.toml").read_text().replace("iterations = 1", "iterations = 2")
+    for old, new in (("model", "m"), ("prompts.jsonl", "p.jsonl"), ("rule.py", "r.py")):
+        (project.folder / old).rename(project.folder / new)
+    places = [f"--set=model.path={'m'}", "--set=data.prompts=p.jsonl", "--set=reward.0.function=r.py:letters"]
+    project.refused(4, "missing since the run was started", "resume", "runs/a", *places[1:2], left=True)
+    (project.run() / "config.toml").write_text(text.replace("/prompts.jsonl", "/p.jsonl"))
+    project.refused(4, "missing since the run was started", "resume", "runs/a", "--allow-config-change", left=True)
+    project.done("resume", "runs/a", *places[:1], *places[2:], "--allow-config-change")
+    assert project.steps() == [1, 2]
+    assert project.done("verify", "runs/a").startswith("everything is as recorded")
+
+
+MISTAKEN = {  # key: what is at the new place, and the words
+    "model.path": ("other", "differs"),
+    "data.prompts": ("texts.jsonl", "not what the run was started with"),
+    "reward.0.function": ("other.py:letters", "not what the run was started with"),
+    "run.iterations": ("9", "takes only the place of an input"),
+    "optimizer.learning_rate": ("1.0", "takes only the place of an input"),
+    "run.folder": ("elsewhere", "takes only the place of an input"),
+    "lora.rank": ("2", "takes only the place of an input"),
+}
+
+
+def test_something_else_at_the_new_place_is_refused(project, model_folder):
+    project.done("train", project.config(run={"iterations": 1}))
+    shutil.copytree(model_folder, project.folder / "other")
+    config = project.folder / "other/config.json"
+    config.write_text(config.read_text() + " ")
+    (project.folder / "other.py").write_text((project.folder / "rule.py").read_text() + "# other\n")
+    for key, (value, words) in MISTAKEN.items():
+        shown = project.refused(2, f"--set {key}: ", "resume", "runs/a", f"--set={key}={value}")
+        assert words in shown and len(shown.splitlines()) == 1
+    project.refused(2, "there is no such input", "resume", "runs/a", "--set=model.path=nowhere")

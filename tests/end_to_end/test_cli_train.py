@@ -47,15 +47,21 @@ def test_a_run_leaves_everything_that_is_promised(project):
         "plan.json",
         "memory.jsonl",
         "responses.jsonl",
+        "health.jsonl",  # the tiny model never ends a text
     }
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     for row in rows:
         assert row.keys() >= EXTRA and all(math.isfinite(value) for value in row.values())
-        assert {key for key in row if not key.startswith(("score/", "points/"))} <= BY_KEY.keys() | {"step"}
+        assert {
+            key for key in row if not key.startswith(("score/", "points/", "deviation/", "beyond/", "seconds/"))
+        } <= BY_KEY.keys() | {"step"}
+        phases = {key: value for key, value in row.items() if key.startswith("seconds/")}
+        assert {"seconds/rollout", "seconds/score policy", "seconds/update policy"} <= phases.keys()
+        assert all(value > 0 for value in phases.values()) and sum(phases.values()) <= row["seconds"]
         assert 0 < row["seconds"] < 100 and row["tokens_per_second"] > 0
         assert row["ratio_error"] < 1e-4 and row["logprob_error"] < 1e-4
-        assert row["reward"] == pytest.approx(row["score"] - row["kl_coef"] * row["kl"])
+        assert row["total_reward"] == pytest.approx(row["score"] - row["kl_coef"] * row["kl"])
         assert row["score_low"] <= row["score_median"] <= row["score_high"]
     assert [row["time"] for row in rows] == sorted(row["time"] for row in rows) and abs(
         rows[-1]["time"] - time.time()
@@ -71,7 +77,13 @@ def test_a_run_leaves_everything_that_is_promised(project):
     samples = project.samples()
     evaluations = {row["step"] for row in samples if row["kind"] == "summary"}
     assert evaluations == {0, 2, 4, 5}
-    assert [row["step"] for row in samples if row["kind"] == "rollout"] == [1, 2, 3, 4, 5]
+    for kind in ("rollout", "best", "worst", "chance"):
+        assert [row["step"] for row in samples if row["kind"] == kind] == [1, 2, 3, 4, 5]
+    for row in samples:
+        of = each[row["step"] - 1]["score"]
+        bound = {"best": max(of), "worst": min(of), "rollout": sorted(of)[2]}.get(row["kind"], row.get("score"))
+        assert row["kind"] == "summary" or row["score"] == pytest.approx(bound, rel=1e-3)
+        assert row["kind"] != "chance" or any(row["score"] == pytest.approx(value, rel=1e-3) for value in of)
     assert [row["prompt"] for row in samples if row["kind"] == "evaluation"] == [
         text for _ in range(4) for text in ("the film", "a very good story", "it was")
     ]

@@ -16,8 +16,8 @@ from mlx_ppo.runs import checkpoint
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from printed_commands import ROOT, parsed, printed, split
 
-# What takes minutes, or isn't about the example; each has tests of its own.
-_ELSEWHERE = {"bench", "doctor"}
+# What takes minutes, isn't about the example, or serves a page until Ctrl-C; each has tests of its own.
+_ELSEWHERE = {"bench", "doctor", "label", "studio", "watch"}
 _JOBS = {"train", "sft", "reward"}
 
 
@@ -50,7 +50,9 @@ def there(line: str, folder: Path) -> bool:
     """Whether a command's inputs are in the project."""
     context = parsed(line)
     inputs = [p.name for p in context.command.params if isinstance(p, click.Argument) and p.name != "directory"]
-    return all((folder / context.params[name]).exists() for name in inputs if name and context.params[name] is not None)
+    given = [context.params[name] for name in inputs if name and context.params[name] is not None]
+    paths = [path for value in given for path in (value if isinstance(value, tuple) else (value,))]
+    return all((folder / path).exists() for path in paths)
 
 
 @pytest.mark.slow
@@ -66,4 +68,5 @@ def test_printed_commands_that_can_run_do(tried: tuple[Path, str], monkeypatch: 
         result = CliRunner().invoke(main, [name, *arguments, *dry])
         assert result.exit_code == 0, (line, result.output)
         ran.append(name)
-    assert set(ran) == {"init", "train", "sft", "reward", "resume", "verify", "sample", "compare", "plan", "export"}
+    written = {"init", "export", "report"}
+    assert set(ran) == {"train", "sft", "reward", "data", "resume", "verify", "sample", "compare", "plan", *written}

@@ -152,6 +152,16 @@ def test_adapters_load_in_stock_mlx_lm(model_folder, make_run, tmp_path):
     assert stock(model_folder, adapter_path=str(tmp_path / "out"))[1] == greedy(run)
 
 
+def test_adapters_of_peft_are_written_and_start_another_run(model_folder, make_run, tmp_path):
+    run = make_run(model_folder)
+    assert "14 adapters for " in export(run, tmp_path / "out", form="peft", dtype=None, bits=None)
+    assert {item.name for item in (tmp_path / "out").iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    assert str(tmp_path) not in (tmp_path / "out" / "adapter_config.json").read_text()
+    order = ["train", str(tmp_path / "run.toml"), "--dry-run", "--set", f"model.adapter={tmp_path / 'out'}"]
+    shown = CliRunner().invoke(main, order)  # the planner reads them, too
+    assert shown.exit_code == 0, shown.output
+
+
 def test_refusals_leave_nothing(model_folder, make_run, tmp_path):
     run = make_run(model_folder, train="full")
     (tmp_path / "runs" / "there").mkdir()
@@ -159,6 +169,8 @@ def test_refusals_leave_nothing(model_folder, make_run, tmp_path):
         fused(run, tmp_path / "runs" / "there")
     with pytest.raises(ConfigError, match="trained all weights, not adapters; use --format fused"):
         export(run, tmp_path / "new" / "out", form="adapters", dtype=None, bits=None)
+    with pytest.raises(ConfigError, match="trained all weights, not adapters; use --format fused"):
+        export(run, tmp_path / "new" / "out", form="peft", dtype=None, bits=None)
     with pytest.raises(ConfigError, match="not a run of"):
         fused(model_folder, tmp_path / "out")
     with pytest.raises(ConfigError, match="fused has no type 'f16'; choose from float32"):

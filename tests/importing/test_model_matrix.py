@@ -22,9 +22,9 @@ pytestmark = [
 TOKENS = mx.array([[1, 5, 77, 1234, 9, 4021, 300, 7, 11, 4567, 12, 13]])
 SAME = (
     "llama", "llama3", "yarn", "linear", "mistral", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3",
-    "phi3long", "smollm3", "olmo2", "granite",
+    "phi3long", "smollm3", "olmo2", "granite", "gemma", "starcoder2", "gpt_neox", "gpt2", "gpt2gelu",
 )  # fmt: skip
-REFUSED = {"gelu": "'hidden_act'", "gpt2": "transformer.h.0"}  # names with a prefix that mlx-lm's gpt2 doesn't know
+REFUSED = {"gelu": "'hidden_act'", "qwen3_moe": "'rope_scaling'"}
 TOKENIZER = Path(__file__).parents[2] / "models" / "reviews"
 
 

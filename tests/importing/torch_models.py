@@ -29,6 +29,16 @@ base = dict(
 )
 rope = {"rope_type": "default", "rope_theta": 50.0}
 hd = dict(head_dim=8)
+gpt2 = dict(
+    vocab_size=8016,
+    n_embd=32,
+    n_head=4,
+    n_layer=2,
+    n_positions=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    initializer_range=0.3,
+)
 C = {
     "llama": T.LlamaConfig(**base, rope_parameters=rope),
     "llama3": T.LlamaConfig(
@@ -59,12 +69,31 @@ C = {
     "qwen3": T.Qwen3Config(**base, **hd, rope_parameters=rope),
     "gemma2": T.Gemma2Config(**base, **hd, rope_parameters=rope, query_pre_attn_scalar=8),
     "gemma3_text": T.Gemma3TextConfig(
-        **{**base, "hidden_size": 64},  # mlx-lm rounds the embedding's factor, the root of this, to bfloat16
+        **base,  # mlx-lm rounds the embedding's factor, the root of its size, to bfloat16
         **hd,
         query_pre_attn_scalar=8,
         sliding_window=4,
         layer_types=["sliding_attention", "full_attention"] * 2,
         rope_parameters={"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 20.0}},
+    ),
+    "gemma": T.GemmaConfig(**base, **hd, rope_parameters=rope),
+    "starcoder2": T.Starcoder2Config(**base, rope_parameters=rope, sliding_window=None),
+    "gpt_neox": T.GPTNeoXConfig(
+        **{key: value for key, value in base.items() if key != "num_key_value_heads"} | {"intermediate_size": 128},
+        rope_parameters={**rope, "partial_rotary_factor": 0.25},
+    ),
+    "qwen3_moe": T.Qwen3MoeConfig(
+        **base,
+        **hd,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 50.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
     ),
     "phi3": T.Phi3Config(**base, rope_parameters={**rope, "partial_rotary_factor": 1.0}),
     "phi3long": T.Phi3Config(
@@ -89,16 +118,8 @@ C = {
         residual_multiplier=0.5,
     ),
     "gelu": T.LlamaConfig(**base, rope_parameters=rope, hidden_act="gelu"),
-    "gpt2": T.GPT2Config(
-        vocab_size=8016,
-        n_embd=32,
-        n_head=4,
-        n_layer=2,
-        n_positions=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-    ),
+    "gpt2": T.GPT2Config(**gpt2),
+    "gpt2gelu": T.GPT2Config(**gpt2, activation_function="gelu"),
 }
 C["mistral3"] = T.Mistral3Config(
     text_config=dict(model_type="mistral", **base, **hd, rope_parameters=rope, sliding_window=None),

@@ -101,10 +101,14 @@ def measured(config: TrainConfig, turns: int = 2) -> tuple[Plan, list[Measured]]
     gc.collect()
     mx.synchronize()
     mx.clear_cache()
-    assert mx.get_active_memory() < 200_000
+    before = mx.get_active_memory()  # what other tests have left in this process is none of the run's
     own = accountant_of(config, None, PROMPT)
     plan = make_plan(own, config, None)
-    return plan, dry_run(config, plan, own.shapes, iterations=turns)
+    found = dry_run(config, plan, own.shapes, iterations=turns)
+    gc.collect()
+    mx.synchronize()
+    before = min(before, mx.get_active_memory())
+    return plan, [replace(one, peaks={name: peak - before for name, peak in one.peaks.items()}) for one in found]
 
 
 def errors(plan: Plan, found: Measured) -> dict[str, float]:
@@ -203,7 +207,7 @@ def test_a_smaller_budget_means_smaller_batches_and_then_a_refusal(make_config: 
     while (plan := make_plan(own, config, budget)).fits:
         assert plan.process <= budget
         seen.append(plan)
-        budget -= (budget - RUNTIME) // 6
+        budget -= (budget - RUNTIME) // 16
     assert len({plan.choices for plan in seen}) >= 3
     assert sum(saved for _, saved in seen[-1].concessions) == free.process - seen[-1].process
     assert seen[-1].choices.checkpointing

@@ -10,9 +10,11 @@ import pytest
 
 from mlx_ppo.errors import ModelError
 from mlx_ppo.exporting.fuse import fused_config
-from mlx_ppo.models.gate import positions_of, translated
+from mlx_ppo.models.folder import check_model_folder
+from mlx_ppo.models.gate import misread, translated, unknown_keys
 from mlx_ppo.models.load import load_trunk
-from mlx_ppo.models.parts import Context
+from mlx_ppo.models.parts import Context, InPlace
+from mlx_ppo.models.positions import positions_of
 
 TOKENS = mx.array([[1, 286, 288, 40, 7, 212, 9, 8, 30]])
 Copy = Callable[..., Path]
@@ -167,3 +169,137 @@ def test_a_trunk_knows_its_positions(copy: Copy) -> None:
 def test_a_fused_folder_has_the_translated_keys() -> None:
     config = {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}
     assert fused_config(config, {}, "float32")["rope_theta"] == 50.0
+
+
+UNREAD: dict[str, tuple[str, dict[str, Any]]] = {  # declared by mlx-lm's class, or hard-coded in it, and not computed
+    "rope_scaling": ("qwen3_moe", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
+    "norm_topk_prob": ("qwen2_moe", {"norm_topk_prob": True}),
+    "swiglu_limit": ("gpt_oss", {"swiglu_limit": 5.0}),
+    "final_logit_softcapping": ("nanochat", {"final_logit_softcapping": 30.0}),
+    "layer_norm_epsilon": ("mamba", {"layer_norm_epsilon": 1e-3}),
+    "rope_interleave": ("deepseek_v3", {"rope_interleave": False}),
+    "partial_rotary_factor": ("glm", {"partial_rotary_factor": 0.5}),
+    "clip_qkv": ("olmoe", {"clip_qkv": 8.0}),
+}
+
+
+@pytest.mark.parametrize("key", UNREAD)
+def test_what_a_class_declares_and_does_not_compute_is_refused(key: str) -> None:
+    kind, keys = UNREAD[key]
+    with pytest.raises(ModelError, match=f"'{key}'"):
+        translated({"model_type": kind, **keys}, "m")
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {  # as the models' makers wrote them, but for their sizes
+    "llama-3.2": {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": [2, 3], "head_dim": 64, "hidden_act": "silu", "initializer_range": 0.02, "mlp_bias": False,
+        "model_type": "llama", "pretraining_tp": 1, "rms_norm_eps": 1e-05, "tie_word_embeddings": True,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0", "use_cache": True,
+    },
+    "smollm2": {
+        "architectures": ["LlamaForCausalLM"], "is_llama_config": True, "model_type": "llama", "hidden_act": "silu",
+        "pad_token_id": 2, "pretraining_tp": 1, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "initializer_range": 0.041666666666666664,
+    },
+    "qwen2.5": {
+        "model_type": "qwen2", "hidden_act": "silu", "max_window_layers": 21, "sliding_window": 32768,
+        "use_mrope": False, "use_sliding_window": False, "rope_theta": 1000000.0, "tie_word_embeddings": True,
+    },
+    "gemma-3": {
+        "model_type": "gemma3_text", "attn_logit_softcapping": None, "cache_implementation": "hybrid",
+        "final_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+        "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
+        "sliding_window_pattern": 6, "_sliding_window_pattern": 6,
+    },
+    "phi-4-mini": {
+        "model_type": "phi3", "embd_pdrop": 0.0, "resid_pdrop": 0.0, "full_attn_mod": 1, "interpolate_factor": 1,
+        "lm_head_bias": False, "mlp_bias": False, "hidden_act": "silu", "partial_rotary_factor": 0.75,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}, "sliding_window": 262144,
+    },
+    "smollm3": {
+        "model_type": "smollm3", "layer_types": ["full_attention"] * 2, "max_window_layers": 28, "rope_scaling": None,
+        "no_rope_layer_interval": 4, "no_rope_layers": [1, 1], "sliding_window": None, "use_sliding_window": False,
+    },
+    "gpt2": {
+        "activation_function": "gelu_new", "attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1, "n_ctx": 1024,
+        "model_type": "gpt2", "summary_activation": None, "summary_first_dropout": 0.1, "summary_type": "cls_index",
+        "summary_proj_to_labels": True, "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    },
+    "pythia": {
+        "model_type": "gpt_neox", "hidden_act": "gelu", "rotary_emb_base": 10000, "rotary_pct": 0.25,
+        "use_parallel_residual": True, "tie_word_embeddings": False, "classifier_dropout": 0.1,
+    },
+    "granite-3": {
+        "model_type": "granite", "attention_multiplier": 0.0078125, "embedding_multiplier": 12.0, "hidden_act": "silu",
+        "logits_scaling": 8.0, "residual_multiplier": 0.22, "rope_theta": 10000000.0, "rope_scaling": None,
+    },
+    "olmo-2": {"model_type": "olmo2", "hidden_act": "silu", "rope_theta": 500000, "rope_scaling": None},
+    "qwen3, quantised by mlx-lm": {
+        "model_type": "qwen3", "quantization": {"group_size": 64, "bits": 4}, "max_window_layers": 28,
+        "quantization_config": {"group_size": 64, "bits": 4}, "use_sliding_window": False, "sliding_window": None,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_taken_without_a_word(name: str) -> None:
+    translated(PUBLISHED[name], name)
+    assert unknown_keys(PUBLISHED[name], name) == []
+
+
+@pytest.mark.parametrize("keys", [{"embedding_scale": 3.0}, {"norm_type": "layernorm"}, {"use_post_norm": True}])
+def test_a_key_that_nobody_knows_is_named(copy: Copy, keys: dict[str, Any]) -> None:
+    (line,) = [text for text in load_trunk(copy(**keys)).remarks if "warning" in text]
+    assert f"'{next(iter(keys))}'" in line
+    assert unknown_keys({"model_type": "llama", **dict.fromkeys(keys, False)}, "m") == [], "off is nothing"
+
+
+def test_gpt_neox_of_transformers_5_has_its_bases_where_mlx_lm_reads_them() -> None:
+    rope = {"rope_theta": 50.0, "partial_rotary_factor": 0.5}
+    for config in (rope, {"rope_parameters": rope}):
+        assert translated({"model_type": "gpt_neox", **config}, "m") == {"rotary_emb_base": 50.0, "rotary_pct": 0.5}
+
+
+def test_gpt2_with_the_names_of_transformers_is_the_same_model(copy: Copy) -> None:
+    plain, foreign = copy("gpt2"), copy("gpt2")
+    arrays = {f"transformer.{name.removeprefix('model.')}": array for name, array in arrays_of(plain).items()}
+    for name in arrays:  # a convolution's matrices lie the other way round, and so sanitised
+        if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+            arrays[name] = arrays[name].T
+    mx.save_safetensors(str(foreign / "model.safetensors"), arrays, metadata={"format": "pt"})
+    np.testing.assert_allclose(logits(foreign), logits(plain), rtol=0, atol=1e-5)  # transposed, so summed otherwise
+    assert misread(check_model_folder(plain)) == []
+    assert misread(check_model_folder(foreign)) == ["the tensors' names"], "stock mlx-lm can't read it"
+
+
+def test_the_gelu_is_that_of_the_configuration(copy: Copy) -> None:
+    exact, by_tanh = (logits(copy("gpt2", activation_function=name)) for name in ("gelu", "gelu_new"))
+    assert 1e-6 < np.abs(exact - by_tanh).max() < 1e-2
+    np.testing.assert_array_equal(logits(copy("gpt2")), by_tanh)
+
+
+def test_gemma3_scales_its_embeddings_by_the_exact_root(copy: Copy) -> None:
+    trunk = load_trunk(copy("gemma3_text"), dtype="float32")
+    first, entering = trunk.inner.layers[0], list[mx.array]()
+
+    def note(states: mx.array, *given: Any, **named: Any) -> mx.array:
+        entering.append(states)
+        return first(states, *given, **named)
+
+    trunk.inner.layers[0] = InPlace(first, note)
+    trunk.hidden(TOKENS)
+    factor = np.array(entering[0]) / np.array(trunk.inner.embed_tokens(TOKENS))
+    np.testing.assert_allclose(factor, np.sqrt(32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("keys", [
+    {"hidden_act": ["silu"]}, {"hidden_act": {"a": 1}}, {"rope_scaling": {"rope_type": "yarn", "factor": "x"}},
+    {"rope_parameters": {"rope_theta": [1]}}, {"layer_types": [1, None]}, {"rope_theta": "x"},
+])  # fmt: skip
+def test_values_of_a_kind_that_nobody_expects_are_refused(copy: Copy, keys: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="copy"):
+        load_trunk(copy(**keys))

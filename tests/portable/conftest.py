@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forms import FORMS, dtype_of
+from forms import FORMS, dtype_of, is_quantised
 
 from mlx_ppo.compute.choose import SWITCH, using
 from mlx_ppo.compute.portable import PortableEngine
@@ -30,7 +30,7 @@ def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest) -> str:
-    """A type to compute in; 4-bit matrices are with bfloat16."""
+    """What to compute in."""
     return str(request.param)
 
 
@@ -40,7 +40,7 @@ def folder_in(make_model: Callable[..., Path], quantised: Callable[..., Path]) -
 
     def make(form: str, *, seed: int = 0) -> Path:
         folder = make_model(seed=seed, eos_token_id=[2, *range(100, 179)])
-        return quantised(folder) if form == "4-bit" else folder
+        return quantised(folder) if is_quantised(form) else folder
 
     return make
 

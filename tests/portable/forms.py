@@ -4,12 +4,17 @@ import mlx.core as mx
 
 from mlx_ppo.models.trunk import Trunk
 
-FORMS = ("float32", "bfloat16", "float16", "4-bit")
+FORMS = ("float32", "bfloat16", "float16", "4-bit", "4-bit float16")  # 4-bit: with scales in bfloat16, or so
 
 
 def dtype_of(form: str) -> str:
     """The setting `model.dtype`."""
-    return "bfloat16" if form == "4-bit" else form
+    return form.removeprefix("4-bit").strip() or "bfloat16"
+
+
+def is_quantised(form: str) -> bool:
+    """Whether its matrices are in 4 bits."""
+    return form.startswith("4-bit")
 
 
 def rounded(trunk: Trunk) -> dict[str, mx.array]:

@@ -176,6 +176,30 @@ def test_the_same_batch_gets_the_same_scores_in_every_process(build, expression:
     assert "random" not in expression or runs[0][0] != runs[0][1]
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def score(prompts, completions):\n    import numpy\n    return [numpy.random.rand()]\n",
+        "def score(prompts, completions):\n    from numpy.random import normal\n    return [normal()]\n",
+        "def score(prompts, completions):\n    import torch\n    return [torch.draw()]\n",
+        "import importlib\ndef score(prompts, completions):\n"
+        "    return [importlib.import_module('numpy').random.permutation(99)[0]]\n",
+    ],
+)
+def test_generators_that_are_imported_in_a_batch_start_alike(build, tmp_path: Path, source: str) -> None:
+    """The first batch, in which the module is imported, too; `torch` is a small one of that interface."""
+    (tmp_path / "torch.py").write_text(
+        "import os\nstate = int.from_bytes(os.urandom(4), 'big')\n"
+        "def manual_seed(seed):\n    global state\n    state = seed\n"
+        "def draw():\n    return float(state)\n"
+    )
+    runs = []
+    for _ in range(2):
+        with build(source) as function:
+            runs.append([scored(function, [text])[0] for text in ("a", "b", "a")])
+    assert runs[0] == runs[1] and runs[0][0] == runs[0][2]
+
+
 def test_what_the_function_reads_is_told(build, tmp_path: Path) -> None:
     (tmp_path / "helper.py").write_text("words = open('/dev/null').read()\n")
     (tmp_path / "late.py").write_text("import json\n")
@@ -467,12 +491,16 @@ def test_an_interruption_while_waiting_leaves_no_child(build) -> None:
     function = build("import time\ndef score(prompts, completions):\n    time.sleep(60)\n")
     function.start()
     pid = function.pid
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        scored(function, ["x"])
-    timer.join()
-    assert is_gone(pid)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # parallel tests ignore it
+    try:
+        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            scored(function, ["x"])
+        timer.join()
+        assert is_gone(pid)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("in_thread", [False, True])

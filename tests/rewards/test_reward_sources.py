@@ -16,6 +16,7 @@ from mlx_ppo.errors import ModelError
 from mlx_ppo.models.adapters import HEAD, Weights
 from mlx_ppo.models.heads import RewardFacts, RewardModel, load_reward_model, new_head
 from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.parts import Context
 from mlx_ppo.models.roles import Roles, Source
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.stages.records import Rollout
@@ -138,3 +139,38 @@ def test_an_ensemble(
     raw = RawScores({"a": mx.array([1.0, -1.0]), "b": mx.array([0.5, 2.0])}, {})
     section = ScoreSection(combine=combine, caution=0.5)  # type: ignore[arg-type]
     assert np.array(combined_scores(raw, roles, two, section, 6)) == pytest.approx(expected)
+
+
+def test_a_reward_model_on_a_trunk_of_its_own_is_held_to_its_positions(
+    stopping_trunk: Trunk, other_family: RewardModel, rollout: Rollout
+) -> None:
+    """Before the start as many as the policy's, and in its own tokens whenever it reads."""
+    roles = Roles(stopping_trunk, Weights({}), None, [Source("other", 1.0, other_family, own_tokens=True)])
+    trunk = other_family.trunk
+    trunk.remarks, trunk.context = ["warning: a key", "slower"], Context(5, learned=False)
+    said = roles.remarks(6)
+    assert "warning: a key" in said and any("at most 5" in line for line in said) and "slower" not in said
+    raw_scores(roles, rollout, batch_size=3)
+    trunk.context = Context(5, learned=True)
+    assert roles.remarks(5)
+    with pytest.raises(ModelError, match="has 5 positions"):
+        roles.remarks(6)
+    with pytest.raises(ModelError, match="has 5 positions"):
+        raw_scores(roles, rollout, batch_size=3)
+
+
+@pytest.mark.parametrize("combine", ["sum", "worst", "cautious"])
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_where_a_gate_gives_0_the_others_count_nothing(
+    stopping_trunk: Trunk, other_family: RewardModel, rollout: Rollout, combine: str, weight: float
+) -> None:
+    two = rollout._replace(prompts=rollout.prompts[:2], finished=mx.array([True, True]))
+    sources = [Source("a", 1.0, other_family), Source("b", weight, None, gate=True)]
+    raw = RawScores({"a": mx.array([3.0, 3.0]), "b": mx.array([0.0, 2.0])}, {})
+    section = ScoreSection(combine=combine, caution=1.0)  # type: ignore[arg-type]
+    closed, opened = np.array(
+        combined_scores(raw, Roles(stopping_trunk, Weights({}), None, sources), two, section, 6)
+    ).tolist()
+    without = {"sum": 3 + 2 * weight, "worst": 2 * weight or 3, "cautious": 3 if not weight else 2 - 1}
+    assert closed == 0 and opened == pytest.approx(without[combine])
+    assert not any(source.judges for source in sources) and Source("c", 0.0, None).judges

@@ -6,10 +6,9 @@ import pytest
 
 from mlx_ppo.algo.kl import AdaptiveKL
 from mlx_ppo.config.sections import TrainConfig
-from mlx_ppo.stages.advantages import advantages, is_signal
+from mlx_ppo.stages.advantages import advantages, pulls_back, signal
 from mlx_ppo.stages.records import PPOBatch, Rollout, Scored
-from mlx_ppo.stages.state import horizon_of
-from mlx_ppo.train import slow_controller
+from mlx_ppo.stages.state import horizon_of, slow_controller
 
 LENGTHS = [4, 1, 3, 2, 4, 2]
 GROUP = [0, 0, 0, 1, 1, 1]
@@ -45,7 +44,7 @@ def estimated(kl_coef: float, given: list[float] | None, *, critic: bool = True,
     )
     scores = mx.array(SCORES if given is None else given, mx.float32)
     scored = Scored(scores, {"s": scores}, policy, reference, policy, values if critic else None)
-    return advantages(config, rollout, scored, kl_coef=kl_coef), is_signal(config, rollout, scored)
+    return advantages(config, rollout, scored, kl_coef=kl_coef), signal(config, rollout, scored) > 0
 
 
 def found(kl_coef: float, *, critic: bool = True, **ppo: Any) -> PPOBatch:
@@ -116,6 +115,51 @@ def test_whitening_makes_nothing_of_the_critics_error_alone(spread: float, large
 def test_a_signal_is_a_difference_between_scores_that_are_compared(scores: list[float], gae: bool, rloo: bool) -> None:
     assert estimated(0.1, scores)[1] is gae
     assert estimated(0.1, scores, critic=False, advantage="rloo")[1] is rloo
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+def test_with_equal_scores_the_kl_penalty_alone_is_learned_from_and_not_enlarged(whiten: bool) -> None:
+    batch, signal = estimated(0.01, [2.0] * B, whiten=whiten)
+    k1 = np.where(MASK, POLICY - REFERENCE, 0.0)
+    to_pay = -0.01 * np.cumsum(k1[:, ::-1], axis=1)[:, ::-1]
+    expected = np.where(MASK, to_pay - to_pay[MASK].mean(), 0.0)
+    np.testing.assert_allclose(np.array(batch.advantages), expected, atol=1e-6)
+    assert not signal
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
+def test_a_group_of_equal_scores_has_the_kl_penalty_in_its_own_size(kind: str) -> None:
+    """The other group has a signal, and is compared as always."""
+    scores = [1.0, 1.0, 1.0, 3.0, 2.0, 4.0]
+    batch, signal = estimated(0.01, scores, critic=False, advantage=kind)
+    paid = 0.01 * np.where(MASK, POLICY - REFERENCE, 0.0).sum(axis=1)[:3]
+    first = np.array(batch.advantages)[:3, 0]
+    np.testing.assert_allclose(first, (paid.mean() - paid) * (1.5 if kind == "rloo" else 1.0), atol=1e-6)
+    assert signal and np.abs(np.array(batch.advantages)[3:]).max() > 0.5
+
+
+def test_without_a_signal_the_gradient_is_that_of_the_kl_divergence() -> None:
+    """Four responses of a token each, as often as their probabilities say: the estimate is exact."""
+    policy, reference, drawn = np.array([0.5, 0.25, 0.25]), np.array([0.2, 0.3, 0.5]), [0, 0, 1, 2]
+    config = TrainConfig.model_validate(
+        {"model": {"path": "m"}, "data": {"prompts": "p"}, "reward": [{"kind": "model", "path": "r"}]}
+    )
+    old, frozen = (mx.array(np.log(p[drawn])[:, None], mx.float32) for p in (policy, reference))
+    mask, values = mx.ones((4, 1), mx.bool_), mx.array([[9.0], [-9.0], [5.0], [1.0]])  # the critic's error has no part
+    rollout = Rollout(((1,),) * 4, ((5,),) * 4, old, mask, mx.ones(4), mx.arange(4), ({},) * 4, 1.0, 8)
+    batch = advantages(config, rollout, Scored(mx.ones(4), {}, old, frozen, old, values), kl_coef=0.1)
+    by_logits = np.array(batch.advantages).T @ (np.eye(3)[drawn] - policy) / 4
+    apart = np.log(policy / reference)
+    expected = -0.1 * policy * (apart - (policy * apart).sum())
+    np.testing.assert_allclose(by_logits[0], expected, atol=1e-7)
+
+
+@pytest.mark.parametrize(("kl_coef", "apart", "pulls"), [(0.05, 1.0, True), (0.0, 1.0, False), (0.05, 1e-5, False)])
+def test_the_penalty_pulls_back_a_policy_that_has_left_the_reference(kl_coef: float, apart: float, pulls: bool) -> None:
+    policy = mx.array(np.where(MASK, REFERENCE + apart * (POLICY - REFERENCE), np.nan), mx.float32)
+    scored = Scored(mx.zeros(B), {}, policy, mx.array(REFERENCE, mx.float32), policy, None)
+    rollout = Rollout(((1,),) * B, ((5,),) * B, policy, mx.array(MASK), mx.ones(B), mx.array(GROUP), ({},) * B, 1.0, 8)
+    assert pulls_back(rollout, scored, kl_coef=kl_coef) is pulls
 
 
 def test_lambda_by_length_is_the_policys_alone() -> None:

@@ -136,6 +136,19 @@ def test_scores_are_weighted_then_penalised_then_clipped(roles: Roles, rollout: 
         np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
 
 
+def test_a_source_without_weight_only_judges(roles: Roles, rollout: Rollout) -> None:
+    """The lowest of the sources and their deviation are taken over those that count."""
+    count = len(rollout.prompts)
+    first = mx.array(np.linspace(1, 3, count), mx.float32)
+    raw = RawScores({"judge": first, "other": mx.array(np.cos(np.arange(count)), mx.float32)}, {})
+    for combine in ("sum", "worst", "cautious"):
+        roles.sources = [Source("judge", 0.5, None)]
+        alone = combined_scores(raw, roles, rollout, ScoreSection(combine=combine), 5)
+        roles.sources.append(Source("other", 0.0, None))
+        beside = combined_scores(raw, roles, rollout, ScoreSection(combine=combine), 5)
+        np.testing.assert_array_equal(np.array(beside), np.array(alone), err_msg=combine)
+
+
 def test_points_and_functions(roles: Roles, rollout: Rollout) -> None:
     asked: list[Any] = []
 

@@ -1,17 +1,31 @@
 """An optimised BLAS for mlx on Linux.
 
-The Linux wheel of mlx binds netlib's reference BLAS (2 to 3 GFLOP/s). Symbols in the process's global scope win over
-a library's own, so OpenBLAS, loaded with RTLD_GLOBAL before the first `import mlx.core`, serves mlx's products.
+The Linux wheel of mlx binds netlib's reference BLAS (2 to 3 GFLOP/s). `scipy-openblas32` is the OpenBLAS that NumPy's
+and SciPy's developers build: kernels for every processor, chosen when it is loaded. Its functions have a prefix, so
+that it can't take another library's place by itself; the addresses through which mlx's library calls the functions are
+therefore set to its functions, before or after `import mlx.core`.
+
+Source: System V ABI, "Global Offset Table" and "Relocation"; its supplements for x86-64 and AArch64.
 """
 
 import ctypes
+import mmap
 import os
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-_LIBRARY = "cmeel.prefix/lib/libopenblas.so.0"
-_SONAME = b"libgfortran.so.5\0"
+PREFIX = "scipy_"  # of every function's name
+VARIABLE, CHOSEN = "OPENBLAS_NUM_THREADS", "MLX_PPO_CHOOSES_THREADS"  # the second where the first isn't the user's
+_LIBRARY = "scipy_openblas32/lib/libscipy_openblas.so"
+_MLX = "mlx/lib/libmlx.so"
+_PRODUCTS = ("cblas_sgemm", "cblas_dgemm")
+_STRINGS, _SYMBOLS, _RELOCATIONS, _RELOCATIONS_SIZE, _CALLS, _CALLS_SIZE = 5, 6, 7, 8, 23, 2  # DT_...
+_ADDRESS_OF_FUNCTION = {6, 7, 1025, 1026}  # R_X86_64_GLOB_DAT, ..._JUMP_SLOT, R_AARCH64_GLOB_DAT, ..._JUMP_SLOT
+_SYMBOL_SIZE = 24  # Elf64_Sym
+_RELOCATION = struct.Struct("<QQq")  # Elf64_Rela
 
 
 class Blas(NamedTuple):
@@ -21,29 +35,38 @@ class Blas(NamedTuple):
     problem: str  # why an optimised one could not be loaded; "" where it was, or where mlx needs none (macOS)
 
 
+class _LinkMap(ctypes.Structure):
+    """The loader's record of a library: `struct link_map`."""
+
+    _fields_ = (("base", ctypes.c_size_t), ("name", ctypes.c_char_p), ("dynamic", ctypes.c_size_t))
+
+
 def load_blas() -> Blas:
-    """Load OpenBLAS from the cmeel-openblas package into the global symbol scope."""
-    if not sys.platform.startswith("linux"):
+    """Load OpenBLAS from the scipy-openblas32 package, and have mlx's CPU backend call it."""
+    mlx = _find(_MLX) if sys.platform.startswith("linux") else None
+    if mlx is None or _find("mlx_cpu.libs") is None:  # a GPU's backend loads much and needs no such products
         return Blas(None, "")
-    if "mlx.core" in sys.modules:
-        return Blas(None, "mlx was imported before mlx_ppo, so its slow reference BLAS stays; import mlx_ppo first")
     library = _find(_LIBRARY)
     if library is None:
-        return Blas(None, "mlx's slow reference BLAS stays: cmeel-openblas isn't installed; pip install cmeel-openblas")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+        return Blas(
+            None, "mlx's slow reference BLAS stays: scipy-openblas32 isn't installed; pip install scipy-openblas32"
+        )
+    if VARIABLE not in os.environ:  # numpy's own reads it too, when it is imported
+        os.environ.update({VARIABLE: "1", CHOSEN: "1"})
     try:
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    except OSError:
-        try:
-            _load_bundled_gfortran()
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-        except OSError as error:
-            return Blas(None, f"OpenBLAS could not be loaded ({error}); mlx's slow reference BLAS stays")
+        loaded = ctypes.CDLL(str(library))
+        places = list(_places(ctypes.CDLL(str(mlx)), _PRODUCTS))
+        if "cblas_sgemm" not in (name for name, _ in places):
+            raise OSError("mlx's library calls no cblas_sgemm")
+        for name, place in places:
+            _set(place, ctypes.cast(getattr(loaded, PREFIX + name), ctypes.c_void_p).value or 0)
+    except OSError as error:
+        return Blas(None, f"OpenBLAS could not be loaded ({error}); mlx's slow reference BLAS stays")
     return Blas(library, "")
 
 
 def loaded_blas() -> ctypes.CDLL | None:
-    """OpenBLAS, to call functions of it; None where `load_blas` did not load it."""
+    """OpenBLAS, to call functions of it by their names with `PREFIX`; None where `load_blas` did not load it."""
     library = _find(_LIBRARY) if sys.platform.startswith("linux") else None
     try:
         return ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_LAZY) if library else None
@@ -59,24 +82,42 @@ def _find(relative: str) -> Path | None:
     return None
 
 
-def _load_bundled_gfortran() -> None:
-    """Give OpenBLAS the Fortran runtime that mlx's own wheel carries, where the system has none.
+def _places(library: ctypes.CDLL, names: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """Where a library keeps the addresses of the functions of these names that it calls: (name, place in memory)."""
+    record = ctypes.POINTER(_LinkMap)()
+    query = ctypes.CDLL(None).dlinfo
+    query.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+    if query(library._handle, 2, ctypes.byref(record)):  # RTLD_DI_LINKMAP
+        raise OSError("the loader doesn't say where mlx's library lies")
+    of = dict(_dynamic(record.contents.dynamic))
+    if not {_STRINGS, _SYMBOLS, _CALLS, _CALLS_SIZE} <= of.keys():
+        raise OSError("mlx's library names no functions that it calls")
+    calls, others = (of[_CALLS], of[_CALLS_SIZE]), (of.get(_RELOCATIONS, 0), of.get(_RELOCATIONS_SIZE, 0))
+    for begin, size in (calls, others):
+        for offset, info, _ in _RELOCATION.iter_unpack(ctypes.string_at(begin, size)):
+            if info & 0xFFFFFFFF in _ADDRESS_OF_FUNCTION:
+                symbol = of[_SYMBOLS] + (info >> 32) * _SYMBOL_SIZE
+                name = ctypes.string_at(of[_STRINGS] + (_word(symbol) & 0xFFFFFFFF)).decode(errors="replace")
+                if name in names:
+                    yield name, record.contents.base + offset
 
-    The wheel renames the library, and the loader matches by name only; so a copy in memory is given its usual name
-    back. OSError when the wheel's files aren't there.
-    """
-    quadmath = _find("mlx_cpu.libs/libquadmath-*.so*")
-    gfortran = _find("mlx_cpu.libs/libgfortran-*.so*")
-    if gfortran is None:
-        raise OSError("libgfortran.so.5 is missing; install your system's libgfortran5")
-    if quadmath is not None:
-        ctypes.CDLL(str(quadmath), mode=ctypes.RTLD_GLOBAL)
-    wheel_name = gfortran.name.encode() + b"\0"
-    image = gfortran.read_bytes().replace(wheel_name, _SONAME.ljust(len(wheel_name), b"\0"))
-    descriptor = os.memfd_create("libgfortran.so.5")
-    try:
-        with open(descriptor, "wb", closefd=False) as memory:
-            memory.write(image)
-        ctypes.CDLL(f"/proc/self/fd/{descriptor}", mode=ctypes.RTLD_GLOBAL)
-    finally:
-        os.close(descriptor)
+
+def _dynamic(at: int) -> Iterator[tuple[int, int]]:
+    """The entries of a library's dynamic section: tag and value."""
+    while tag := _word(at):
+        yield tag, _word(at + 8)
+        at += 16
+
+
+def _word(at: int) -> int:
+    return ctypes.c_uint64.from_address(at).value
+
+
+def _set(place: int, address: int) -> None:
+    """Write an address to a place in a library's data, which may have been made read-only after loading."""
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    page = place // mmap.PAGESIZE * mmap.PAGESIZE
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if libc.mprotect(page, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    ctypes.c_uint64.from_address(place).value = address

@@ -9,8 +9,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_ppo.compute import portable
+from mlx_ppo.compute.adapted import count_of, parameters_of
 from mlx_ppo.compute.checkpointing import Function, checkpointed, planned_twice
-from mlx_ppo.compute.cpu import optimizer
+from mlx_ppo.compute.cpu import optimizer, threads
 from mlx_ppo.compute.cpu.activations import use_fast_gates
 from mlx_ppo.compute.cpu.attention import attend
 from mlx_ppo.compute.cpu.common_blocks import unsupported
@@ -34,10 +35,12 @@ class CpuEngine(PortableEngine):
     """Numpy and BLAS; blocks that the kernels don't support are computed by mlx, with numpy's elementwise functions."""
 
     name = "cpu"
+    runs_ahead = False
     head = CpuHead()
 
     def prepare(self, model: nn.Module) -> None:
-        """Faster gates and rotary embeddings."""
+        """Faster gates and rotary embeddings, and the threads that products of this size gain from."""
+        threads.serve(count_of(parameters_of(model).values()))
         use_fast_gates(model)
         share_angles(model)
 
@@ -161,7 +164,7 @@ def _twice(inside: Function) -> Function:
     code of this project makes it evaluate. So what goes in and comes out here are copies that know of no graph.
     """
     if is_traced():
-        return planned_twice(inside, copies=True)
+        return planned_twice(inside)
 
     @mx.custom_function
     def function(*primals: mx.array) -> mx.array:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_ppo.compute.cpu.blas import loaded_blas
+from mlx_ppo.compute.cpu.blas import PREFIX, loaded_blas
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Place = tuple[
@@ -32,7 +32,7 @@ def can_prepare() -> bool:
 
 @functools.cache
 def _batched() -> Any:
-    return getattr(loaded_blas(), "cblas_sgemm_batch", None)
+    return getattr(loaded_blas(), PREFIX + "cblas_sgemm_batch", None)
 
 
 def prepare(
@@ -107,7 +107,7 @@ def multiply(left: Floats, right: Floats, out: Floats, *, factor: float = 1.0, a
 
 @functools.cache
 def _plain() -> Any:
-    function = loaded_blas().cblas_sgemm  # type: ignore[union-attr]
+    function = getattr(loaded_blas(), PREFIX + "cblas_sgemm")
     integer, real, address = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
     function.argtypes = [*[integer] * 6, real, address, integer, address, integer, real, address, integer]
     function.restype = None

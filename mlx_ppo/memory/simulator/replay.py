@@ -3,19 +3,18 @@
 Source: mlx 0.32, mlx/transforms.cpp (eval_impl) and mlx/backend/cpu (eval.cpp, encoder.h).
 """
 
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mlx_ppo.memory.simulator.graph import Graph, Operation, Pause, Tensor
+from mlx_ppo.memory.simulator.late import TASKS_AHEAD, Late
 from mlx_ppo.memory.simulator.primitives import evaluate
-from mlx_ppo.memory.simulator.storage import Buffer, Memory
+from mlx_ppo.memory.simulator.storage import Memory
 from mlx_ppo.memory.simulator.trace import trace
 
 _WIDTH = 20  # mlx's default of MLX_BFS_MAX_WIDTH
-_PIECES = 10  # pieces of work in a task; mlx waits for whole tasks
-_TASKS_AHEAD = 10  # tasks that may be under way
+LIMIT_SPARE = 64  # a phase's limit is this share of itself higher than its peak, see `runtime.phases`
 _PHASES = (0, 3, 7)  # pieces of work in the task that is open at the start: unknown, so the median of some
 
 
@@ -31,6 +30,7 @@ class Peak:
     outside: int  # numpy's and the like, at their largest; mlx doesn't count them
     together: int  # the largest sum of mlx's and the outside bytes at one moment, above arguments and constants
     live: dict[tuple[int, ...], int]  # what was there at the peak, by shape
+    ahead: int = 0  # more that is there while mlx, with `transient` as its limit, begins work before it waits
 
 
 def named(peak: Peak, vocabulary: int, trained: Set[tuple[int, ...]]) -> dict[str, int]:
@@ -53,9 +53,18 @@ def predict(
     sequential: bool = True,
     held: Collection[int] | None = None,
     thorough: bool = True,
+    limited: bool = False,
 ) -> Peak:
-    """The memory that evaluating a function would need; see `trace` for the arguments and `replay` for the rest."""
-    return replay(trace(function, *arrays), sequential=sequential, held=held, thorough=thorough)
+    """The memory that evaluating a function would need; see `trace` for the arguments and `replay` for the rest.
+
+    `limited`: find out too what a limit at the peak adds to it (`Peak.ahead`).
+    """
+    graph = trace(function, *arrays)
+    peak = replay(graph, sequential=sequential, held=held, thorough=thorough)
+    if not limited:
+        return peak
+    most = _Replay(graph, True, held, _PHASES[1], None, limit=peak.transient + peak.transient // LIMIT_SPARE).run()
+    return replace(peak, ahead=max(0, most.transient - peak.transient))
 
 
 def replay(
@@ -88,14 +97,21 @@ class _Replay:
     """The state between evaluations of parts of one graph."""
 
     def __init__(
-        self, graph: Graph, sequential: bool, held: Collection[int] | None, phase: int, within: Within
+        self,
+        graph: Graph,
+        sequential: bool,
+        held: Collection[int] | None,
+        phase: int,
+        within: Within,
+        *,
+        limit: int = 0,
     ) -> None:
         self.graph = graph
         self.sequential = sequential
         self.inside: dict[int, Peak] = {}  # what nested graphs need
         self.memory = Memory()
         self.memory.work = phase
-        self.late = _Late(self.memory, 0 if sequential else _TASKS_AHEAD)
+        self.late = Late(self.memory, 0 if sequential else TASKS_AHEAD)
         self.outside = 0
         for position, argument in enumerate(graph.arguments):
             for tensor in argument:
@@ -103,6 +119,8 @@ class _Replay:
         for tensor in graph.constants:
             self.memory.resident(tensor, held=True)
         self.start = self.memory.active
+        if limit:  # bytes of what comes and goes up to which mlx begins work without waiting
+            self.late.limit = self.start + limit
         for operation in graph.operations:
             for tensor in operation.inputs:
                 self.memory.of(tensor).uses += 1
@@ -232,40 +250,6 @@ class _Replay:
                     waiting.append(maker)
             for tensor in leaving.outputs:
                 self.memory.drop_if_unused(tensor)
-
-
-class _Late:
-    """Buffers that work under way still holds: mlx hands it out ahead, and waits for whole tasks only."""
-
-    def __init__(self, memory: Memory, ahead: int) -> None:
-        self.memory = memory
-        self.ahead = ahead * _PIECES
-        self.pending: deque[tuple[int, list[Buffer]]] = deque()
-
-    def add(self, operation: Operation) -> None:
-        """Hold what an operation reads, and its temporaries, until its work is done."""
-        memory = self.memory
-        memory.work += 1
-        own = memory.buffer(operation.outputs[0])
-        holding = [memory.buffer(tensor) for tensor in (*operation.inputs, *operation.outputs[1:])]
-        holding = [buffer for buffer in dict.fromkeys(holding) if buffer is not own]
-        for buffer in holding:
-            buffer.references += 1
-        self.pending.append((memory.work, holding + memory.temporaries))
-        memory.temporaries = []
-
-    def catch_up(self) -> None:
-        """Let go of what mlx has waited for."""
-        self._until(self.memory.work // _PIECES * _PIECES - self.ahead)
-
-    def finish(self) -> None:
-        """Wait for everything."""
-        self._until(self.memory.work)
-
-    def _until(self, done: int) -> None:
-        while self.pending and self.pending[0][0] <= done:
-            for buffer in self.pending.popleft()[1]:
-                self.memory.release(buffer)
 
 
 def _dependent(graph: Graph) -> set[Operation]:

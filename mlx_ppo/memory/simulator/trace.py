@@ -4,14 +4,17 @@ import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_ppo.compute.needs import Inside, Work, mark_of, tracing
+from mlx_ppo.compute.needs import Inside, Own, Place, Work, mark_of, tracing
 from mlx_ppo.memory.simulator.fusing import fused
 from mlx_ppo.memory.simulator.graph import Graph, Operation, Pause, Tensor
+from mlx_ppo.memory.simulator.marks import all_readers, readers_of_mark, unmarked
+from mlx_ppo.memory.simulator.own_gradients import with_own_gradients
 
 
 def trace(function: Callable[..., Any], *arrays: Any) -> Graph:
@@ -29,10 +32,13 @@ def trace(function: Callable[..., Any], *arrays: Any) -> Graph:
         ValueError: the function evaluates an array, or uses `mx.custom_function` or `mx.checkpoint`, which mlx can't
             trace; see `mlx_ppo.compute.needs`.
     """
-    return fused(_recorded(function, *arrays), _activations())
+    graph, spelt_out = _recorded(function, *arrays)
+    return graph if spelt_out else fused(graph, _activations())
 
 
-def _recorded(function: Callable[..., Any], *arrays: Any) -> Graph:
+def _recorded(function: Callable[..., Any], *arrays: Any) -> tuple[Graph, bool]:
+    """The graph, and whether activation functions appear in it as they are computed: not as one kernel."""
+
     def flat(*values: mx.array) -> list[mx.array]:
         left = iter(values)
         return _leaves(function(*(_filled(argument, left) for argument in arrays)))
@@ -40,7 +46,7 @@ def _recorded(function: Callable[..., Any], *arrays: Any) -> Graph:
     records: list[dict[str, Any]] = []
     with tracing() as marks, _spelt_out():
         mx.export_function(records.append, flat, *_leaves(arrays))
-    return _graph(records, [len(_leaves(argument)) for argument in arrays], marks)
+    return _graph(records, [len(_leaves(argument)) for argument in arrays], marks), marks.spelt_out
 
 
 @functools.cache
@@ -55,7 +61,7 @@ def _activations() -> tuple[Graph, ...]:
         (nn.gelu, 1),
         (nn.silu, 1),
     ]
-    return tuple(_recorded(function, *[mx.zeros((2, 3))] * count) for function, count in functions)
+    return tuple(_recorded(function, *[mx.zeros((2, 3))] * count)[0] for function, count in functions)
 
 
 def _leaves(tree: Any) -> list[mx.array]:
@@ -78,7 +84,7 @@ def _filled(tree: Any, leaves: Iterator[mx.array]) -> Any:
     return type(tree)(*parts) if hasattr(tree, "_fields") else parts
 
 
-def _graph(records: Sequence[dict[str, Any]], lengths: Sequence[int], marks: Sequence[Work]) -> Graph:
+def _graph(records: Sequence[dict[str, Any]], lengths: Sequence[int], marks: Sequence[Work | Place]) -> Graph:
     tensors: dict[str, Tensor] = {}
 
     def known(entries: Sequence[tuple[str, tuple[int, ...], mx.Dtype]]) -> tuple[Tensor, ...]:
@@ -103,28 +109,34 @@ def _graph(records: Sequence[dict[str, Any]], lengths: Sequence[int], marks: Seq
             parts[kind] = known(record[kind])
     left = iter(parts["inputs"])
     arguments = tuple(tuple(itertools.islice(left, length)) for length in lengths)
+    graph = Graph(arguments, parts["constants"], parts["outputs"], tuple(operations))
+    graph = with_own_gradients(graph, marks, _gradient)
+    operations = list(graph.operations)
     pauses = _pauses(operations, marks)
-    return Graph(arguments, parts["constants"], parts["outputs"], tuple(operations), pauses)
+    return replace(graph, operations=tuple(operations), pauses=pauses)
 
 
-def _pauses(operations: list[Operation], marks: Sequence[Work]) -> tuple[Pause, ...]:
+def _gradient(own: Own) -> Graph:
+    return _recorded(own.gradient, own.primals, own.results, own.results)[0]
+
+
+def _pauses(operations: list[Operation], marks: Sequence[Work | Place]) -> tuple[Pause, ...]:
     """The places that `needs.outside` marked, in the order of calls; the marks themselves are taken away."""
     found: dict[int, Pause] = {}
     graphs: dict[Hashable, Graph] = {}
-    readers_of: dict[Tensor, list[int]] = {}
-    for place, operation in enumerate(operations):
-        for tensor in operation.inputs:
-            readers_of.setdefault(tensor, []).append(place)
+    readers_of = all_readers(operations)
     removed: set[Operation] = set()
     for operation in operations:
         number = mark_of(operation.name, operation.arguments)
         if number is None:
             continue
-        reads = _unmarked(operation, removed)
-        readers = _readers(operation.outputs[0], operations, readers_of, removed)
+        reads = unmarked(operation, removed)
+        readers = readers_of_mark(operation.outputs[0], operations, readers_of, removed)
         (result,) = [other for other in readers if any(tensor in other.inputs for tensor in reads)]
         gradients = tuple(other for other in readers if other is not result)
-        forward, gradient, forward_arrays, gradient_arrays, inside = marks[number]
+        mark = marks[number]
+        assert isinstance(mark, Work), "the others have been replaced"
+        forward, gradient, forward_arrays, gradient_arrays, inside = mark
         work, arrays = (forward, gradient), (forward_arrays, gradient_arrays)
         nested = (_inside(inside[0], graphs), _inside(inside[1], graphs))
         found[number] = Pause(reads, result, gradients, work, arrays, nested)
@@ -139,36 +151,6 @@ def _inside(inside: Inside | None, known: dict[Hashable, Graph]) -> tuple[Graph,
     if key not in known:
         known[key] = trace(inside.function, *inside.arguments)
     return known[key], inside.beside
-
-
-def _unmarked(operation: Operation, removed: set[Operation]) -> tuple[Tensor, ...]:
-    """Remove a mark, and return what it waited for: the arrays that the code outside reads."""
-    removed.add(operation)
-    while operation.name != "Depends":
-        maker = operation.inputs[0].operation
-        assert maker is not None, "a mark always follows a Depends"
-        operation = maker
-        removed.add(operation)
-    return operation.inputs[1:]
-
-
-def _readers(
-    mark: Tensor, operations: Sequence[Operation], readers_of: Mapping[Tensor, Sequence[int]], removed: set[Operation]
-) -> list[Operation]:
-    """Remove a mark, and conditions derived from it, from what reads them; returns that."""
-    marks, places = [mark], set()
-    for tensor in marks:
-        for place in readers_of.get(tensor, ()):
-            operation = operations[place]
-            if operation.name in ("AsType", "LogicalNot"):
-                marks.append(operation.outputs[0])
-                removed.add(operation)
-            elif operation not in removed:
-                places.add(place)
-    readers = [operations[place] for place in sorted(places)]
-    for operation in readers:
-        operation.inputs = tuple(tensor for tensor in operation.inputs if tensor not in marks)
-    return readers
 
 
 @contextmanager

@@ -15,6 +15,13 @@ def _pass(memory: Memory, operation: Operation) -> None:
         memory.view(made, source)
 
 
+def _last(memory: Memory, operation: Operation) -> None:
+    """The outputs are the last inputs themselves."""
+    made = operation.outputs
+    for tensor, source in zip(made, operation.inputs[-len(made) :], strict=True):
+        memory.view(tensor, source)
+
+
 def _transpose(memory: Memory, operation: Operation) -> None:
     source, made = operation.inputs[0], operation.outputs[0]
     layout = memory.layout(source)
@@ -130,6 +137,7 @@ def _reshaped_strides(shape: Sequence[int], strides: Sequence[int], wanted: Sequ
 
 VIEWS: dict[str, Callable[[Memory, Operation], None]] = {
     **dict.fromkeys(["Copy", "Depends", "StopGradient"], _pass),
+    "CustomTransforms": _last,
     "Transpose": _transpose,
     **dict.fromkeys(["Broadcast", "BroadcastAxes"], _broadcast),
     "ExpandDims": _expand,

@@ -1,0 +1,51 @@
+"""The worker file of a process that follows: it does what the leader does, on its part of the rows."""
+
+import json
+import os
+from contextlib import suppress
+from typing import Any
+
+
+def serve(requests: int, answers: int, arguments: list[str]) -> None:
+    """Work until the leader ends.
+
+    Args:
+        requests: a line lets this process go on.
+        answers: a line says that it has arrived where all meet, or what went wrong.
+        arguments: the order, see `runtime.local_group`.
+    """
+    order = json.loads(arguments[0])
+
+    def meet() -> None:
+        os.write(answers, b'{"arrived": true}\n')
+        if not os.read(requests, 64):
+            os._exit(1)
+
+    try:
+        _work(order, meet)
+    except BaseException as error:
+        said = str(error) if _is_told(error) else f"{type(error).__name__}: {error}"
+        with suppress(OSError):
+            os.write(answers, json.dumps({"failed": said[:10_000]}).encode() + b"\n")
+    os._exit(0)  # a thread may wait in a collective for ever
+
+
+def _work(order: dict[str, Any], meet: Any) -> None:
+    from pathlib import Path
+
+    from mlx_ppo.following import follow
+    from mlx_ppo.runs.folder import open_config
+    from mlx_ppo.runtime.allocator import keeping_buffers
+    from mlx_ppo.runtime.group import Ring
+    from mlx_ppo.runtime.local_group import joined
+
+    meet()
+    ring = Ring(joined(order["rank"], order["hosts"], order["patience"]), order["patience"], meet)
+    with keeping_buffers():
+        follow(open_config(Path(order["folder"])), ring)
+
+
+def _is_told(error: BaseException) -> bool:
+    from mlx_ppo.errors import UserError
+
+    return isinstance(error, UserError)

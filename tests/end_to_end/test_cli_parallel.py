@@ -1,0 +1,207 @@
+"""Runs that several processes share: what one would have done; faults end in a line, and lose nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import numpy as np
+import psutil
+import pytest
+from mlx.core import load
+from test_cli_walls import LOOPBACK, MAIN, namespace, reaching_out, tracer
+
+from mlx_ppo.runs import checkpoint
+from mlx_ppo.runs.folder import MEMORY, RESPONSES
+
+CHAIN = {"prompts": 5, "max_tokens": 6, "batch_size": 8, "samples_per_prompt": 2}
+MODES = {
+    "gae": {},
+    "separate critic": {"critic": {"kind": "model"}},
+    "head": {"critic": {"kind": "head"}},
+    "grpo": {"ppo": {"advantage": "grpo"}},
+    "full": {"model": {"train": "full", "path": "model"}},
+    "micro": {"ppo": {"micro_batch": 1, "gradient_checkpointing": "on"}},
+}
+
+
+def trained(project, name, processes, **changes):
+    """A run that so many processes share."""
+    sections = {"rollout": CHAIN, **changes}
+    sections["parallel"] = {"processes": processes, "patience": 60.0, **changes.get("parallel", {})}
+    config = project.config(**sections)
+    return finished(project, "train", config, "--set", f"run.name={name}")
+
+
+def finished(project, *arguments):
+    """The output of a command in a process of its own, which can meet others only once."""
+    command = project.start(*arguments)
+    output, errors = command.communicate(timeout=240)
+    assert command.returncode == 0, (output, errors)
+    return output
+
+
+def adapters(project, name):
+    """Adapters, critic and optimizer states of the last checkpoint, below each other."""
+    folder = checkpoint.folder_of(project.run(name), len(project.metrics(name)))
+    files = sorted(folder.glob("*.safetensors"))
+    return np.concatenate([np.array(array).ravel() for file in files for _, array in sorted(load(str(file)).items())])
+
+
+def written(project, name):
+    """Scores and lengths of all responses."""
+    rows = [json.loads(line) for line in (project.run(name) / RESPONSES).read_text().splitlines()]
+    return [(row["score"], row["length"]) for row in rows]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_do_what_one_does(project, mode):
+    trained(project, "one", 1, **MODES[mode])
+    trained(project, "two", 2, **MODES[mode])
+    rows = zip(project.samples("one"), project.samples("two"), strict=True)
+    assert all(one.get("completion") == two.get("completion") for one, two in rows)
+    for one, two in zip(project.metrics("one"), project.metrics("two"), strict=True):
+        assert one == pytest.approx(two, abs=1e-4, rel=1e-3)
+    assert np.abs(adapters(project, "one") - adapters(project, "two")).max() < 1e-5
+
+
+def test_three_and_four_do_too_and_each_is_repeatable(project):
+    for name, processes in (("one", 1), ("three", 3), ("four", 4), ("again", 3)):
+        trained(project, name, processes)
+    one = adapters(project, "one")
+    assert all(np.abs(one - adapters(project, name)).max() < 1e-5 for name in ("three", "four"))
+    assert written(project, "three") == written(project, "four") == written(project, "one")
+    assert project.checkpoints("three") == project.checkpoints("again")
+    rows = [json.loads(line) for line in (project.run("three") / MEMORY).read_text().splitlines()]
+    assert all(len(row["processes"]) == 3 and min(row["processes"]) > 0 for row in rows)
+
+
+def test_there_may_be_more_processes_than_prompts(project):
+    shape = {"rollout": {"prompts": 2, "max_tokens": 6}, "data": {"eval_count": 1}, "ppo": {"minibatches": 2}}
+    for name, processes in (("one", 1), ("three", 3)):
+        trained(project, name, processes, **shape)
+    assert written(project, "three") == written(project, "one")
+    assert np.abs(adapters(project, "one") - adapters(project, "three")).max() < 1e-5
+
+
+def test_a_run_goes_on_to_the_same_bytes_and_with_other_processes(project):
+    shape = {"run": {"iterations": 4, "save_every": 1, "keep_last": 9}}
+    trained(project, "whole", 2, **shape)
+    trained(project, "part", 2, **shape)
+    checkpoint.remove_after(project.run("part"), 2)
+    finished(project, "resume", project.run("part"))
+    assert project.checkpoints("part") == project.checkpoints("whole")
+    assert project.metrics("part") == project.metrics("whole")
+    for processes, left in ((3, 2), (1, 3)):
+        checkpoint.remove_after(project.run("part"), left)
+        file = project.run("part") / "config.toml"
+        file.write_text(file.read_text().replace("processes = 2", f"processes = {processes}"))
+        shown = finished(project, "resume", project.run("part"), "--allow-config-change")
+        assert (f"memory: {processes} processes" in shown) == (processes > 1)
+        assert np.abs(adapters(project, "part") - adapters(project, "whole")).max() < 1e-5
+        file.write_text(file.read_text().replace(f"processes = {processes}", "processes = 2"))
+
+
+def followers(parent):
+    found = []
+    for child in psutil.Process(parent).children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            found += [child] if "follow_worker" in str(child.cmdline()) else []
+    return found
+
+
+@pytest.fixture
+def started(project):
+    """Starts a long run of two processes; what is left of it is ended."""
+    commands = []
+
+    def start(**changes):
+        commands.append(command := begun(project, **changes))
+        return command, follower_of(project, command)
+
+    yield start
+    for command in commands:
+        for process in psutil.Process(command.pid).children(recursive=True) if command.poll() is None else []:
+            process.kill()
+        command.kill()
+        command.communicate()
+
+
+def begun(project, **changes):
+    changes = {
+        "run": {"iterations": 10_000, "save_every": 10_000},
+        "parallel": {"processes": 2, "patience": 3.0},
+        **changes,
+    }
+    config = project.config(rollout=CHAIN, **changes)
+    return project.start("train", config)
+
+
+def follower_of(project, command):
+    """The process that follows, once an iteration is done."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and command.poll() is None:
+        if (project.run() / "metrics.jsonl").exists() and (found := followers(command.pid)):
+            return found[0]
+        time.sleep(0.05)
+    raise AssertionError("no iteration was done")
+
+
+@pytest.mark.parametrize(("number", "words"), [(signal.SIGKILL, " is lost: "), (signal.SIGSTOP, " hangs")])
+def test_a_process_that_is_lost_is_named_and_nothing_is_lost(project, started, number, words):
+    command, follower = started()
+    follower.send_signal(number)
+    _, errors = command.communicate(timeout=60)
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert command.returncode == 4 and f"process 2 of 2 (pid {follower.pid})" in line and words in line
+    assert "Go on with: mlx-ppo resume" in line and not follower.is_running()
+    saved = checkpoint.newest(project.run())
+    assert saved is not None and saved.step >= len(project.metrics()) - 1
+
+
+def test_a_lost_process_is_replaced(project, started):
+    command, follower = started(memory={"retries": 1})
+    follower.kill()
+    deadline = time.monotonic() + 60
+    while not (found := [one for one in followers(command.pid) if one.pid != follower.pid]):
+        assert time.monotonic() < deadline and command.poll() is None
+        time.sleep(0.1)
+    reached = len(project.metrics())
+    while len(project.metrics()) <= reached:
+        assert time.monotonic() < deadline and command.poll() is None
+        time.sleep(0.1)
+    command.send_signal(signal.SIGINT)
+    _, errors = command.communicate(timeout=60)
+    assert "going on with new processes (1 of 1)" in errors and command.returncode == 130
+    assert not found[0].is_running()
+
+
+def test_the_others_end_with_the_one_that_leads(started):
+    command, follower = started()
+    for process in (*psutil.Process(command.pid).children(recursive=True), psutil.Process(command.pid)):
+        if process.pid != follower.pid:
+            process.kill()
+    command.communicate(timeout=30)
+    psutil.wait_procs([follower], timeout=10)
+    assert not follower.is_running()
+
+
+@pytest.mark.skipif(not tracer(), reason="strace isn't installed, or may not trace")
+def test_they_speak_on_this_machine_alone(project):
+    config, trace = project.config(rollout=CHAIN, parallel={"processes": 2}), project.folder / "trace"
+    command = [*tracer(), f"--output={trace}", sys.executable, "-c", MAIN, "train", str(config)]
+    subprocess.run(command, cwd=project.folder, check=True, capture_output=True, timeout=120)
+    assert reaching_out(trace.read_text()) == [] and LOOPBACK.search(trace.read_text())
+
+
+@pytest.mark.skipif(not namespace(), reason="the system allows no network namespace (unshare)")
+@pytest.mark.parametrize(
+    ("processes", "code", "words"), [(0, 0, "one process, whatever"), (2, 4, "no loopback address")]
+)
+def test_without_a_loopback_address_there_is_one_process_or_a_line(project, processes, code, words):
+    config = project.config(parallel={"processes": processes})
+    command = [*namespace(), sys.executable, "-c", MAIN, "train", str(config)]
+    shown = subprocess.run(command, cwd=project.folder, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == code and words in shown.stdout + shown.stderr

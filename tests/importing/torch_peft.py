@@ -1,0 +1,42 @@
+"""PEFT's own adapters: `make MODEL OUT FORM`, `read MODEL ADAPTERS`, in a Python with torch, transformers and peft.
+
+`make` writes random adapters; both write the logits of some tokens into the adapters' folder.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+TOKENS = [1, 5, 77, 1234, 9, 4021, 300, 7, 11, 4567, 12, 13]
+FORMS = {
+    "plain": {"r": 4, "lora_alpha": 8},
+    "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True},
+    "patterns": {"r": 4, "lora_alpha": 8, "rank_pattern": {r".*\.0\..*": 2}, "alpha_pattern": {r".*\.1\..*": 3}},
+}
+
+
+def main(order: str, model: str, adapters: str, form: str = "plain") -> None:
+    """One of the two."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
+    if order == "make":
+        torch.manual_seed(0)
+        found = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **FORMS[form]))
+        for name, parameter in found.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        found.save_pretrained(adapters)
+    else:
+        found = PeftModel.from_pretrained(base, adapters)
+    with torch.no_grad():
+        changed = found.eval()(torch.tensor([TOKENS])).logits[0].numpy()
+        with found.disable_adapter():
+            plain = found(torch.tensor([TOKENS])).logits[0].numpy()
+    np.save(Path(adapters) / "logits.npy", changed)
+    np.save(Path(adapters) / "plain.npy", plain)
+
+
+main(*sys.argv[1:])

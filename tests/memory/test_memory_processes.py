@@ -1,0 +1,122 @@
+"""How many processes and threads a run gets, by its length, its model, and what else the machine does."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlx_ppo.compute.cpu import threads
+from mlx_ppo.config.sections import TrainConfig
+from mlx_ppo.memory import keeping, processes, starting
+from mlx_ppo.memory.keeping import Keeper
+from mlx_ppo.runs.plan_file import read_plan
+from mlx_ppo.runtime import local_group
+from mlx_ppo.runtime.phases import Meter
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def config(make_model: Callable[..., Path], tmp_path: Path) -> Callable[..., TrainConfig]:
+    (tmp_path / "rule.py").write_text("def one(completions):\n    return [1.0] * len(completions)\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the film"}\n')
+
+    def make(**sections: dict[str, object]) -> TrainConfig:
+        document: dict[str, object] = {
+            "run": {"iterations": 100_000},
+            "model": {"path": make_model()},
+            "data": {"prompts": tmp_path / "prompts.jsonl", "eval_count": 2},
+            "rollout": {"prompts": 16, "max_tokens": 16},
+            "reward": [{"kind": "function", "function": f"{tmp_path}/rule.py:one"}],
+        }
+        return TrainConfig.model_validate({**document, **sections})
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four cores, of which a process may use all, and no number of threads in the environment."""
+    for module in (processes, threads, keeping):
+        monkeypatch.setattr(module, "cores", lambda: 4)
+    monkeypatch.setattr(processes.psutil, "cpu_count", lambda logical=True: 4)
+    monkeypatch.setattr(local_group, "_joined", False)
+    monkeypatch.setenv(threads.CHOSEN, "1")
+
+
+def count(config: TrainConfig, budget: int = 16 * GIB) -> int:
+    return starting.new_plan(config, [4], budget)[2]
+
+
+def test_a_long_run_gets_a_process_for_each_core_and_a_short_one_one(config: Callable[..., TrainConfig]) -> None:
+    assert count(config()) == 4
+    assert count(config(run={"iterations": 3})) == 1
+    assert count(config(rollout={"prompts": 3, "max_tokens": 16})) == 3
+    assert count(config(run={"iterations": 3}, parallel={"processes": 2})) == 2
+
+
+def test_no_more_than_the_budget_of_all_together_has_room_for(config: Callable[..., TrainConfig]) -> None:
+    each = starting.new_plan(config(parallel={"processes": 1}), [4], 16 * GIB)[0].process
+    assert count(config(), int(2.5 * each)) == 2
+    assert count(config(), int(1.2 * each)) == 1
+
+
+def test_a_process_that_has_shared_a_run_shares_no_other(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_group, "_joined", True)
+    assert count(config()) == 1
+
+
+def test_threads_are_for_large_models_and_for_what_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert threads.gaining(1_000_000) == 1 and threads.gaining(100_000_000) == 4
+    assert threads.gaining(100_000_000, 2) == 2 and threads.gaining(100_000_000, 8) == 1
+    monkeypatch.setattr(processes.Load, "others", property(lambda _: 1.2))
+    assert processes.first_threads(100_000_000, 1) == 3 and processes.first_threads(100_000_000, 2) == 1
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
+    monkeypatch.delenv(threads.CHOSEN)
+    assert processes.first_threads(1_000_000, 1) == 7  # the user's word counts
+
+
+def test_a_run_gives_way_to_another_program_and_its_plan_says_where(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = 0.0
+    monkeypatch.setattr(processes.Load, "others", property(lambda _: busy))
+    monkeypatch.setattr(processes.Load, "seconds", 60.0)
+    for module in (processes, keeping, starting):
+        monkeypatch.setattr(module, "parameters_of", lambda _: 100_000_000)
+    given = config(run={"iterations": 5}, parallel={"processes": 1})
+    keeper = Keeper(given, starting.plan_run(given, [4], tmp_path), tmp_path, Meter({}, clearing=False))
+    found = []
+    for iteration, busy in enumerate((0.0, 2.1, 2.0, 0.2), start=1):  # noqa: B007  the property reads it
+        keeper.begin(iteration, 0)
+        found.append(keeper.now().threads)
+    assert found == [4, 2, 2, 4]
+    assert keeper.messages() == [
+        "memory: other programs keep 2.1 of 4 processors busy; from iteration 2 on: threads 2",
+        "memory: other programs keep 0.2 of 4 processors busy; from iteration 4 on: threads 4",
+    ]
+    record = read_plan(tmp_path)
+    assert record is not None and [record.at(number).threads for number in range(1, 6)] == [4, 2, 2, 4, 4]
+
+
+def test_what_others_take_is_seen_and_what_this_process_takes_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def others(work: Callable[[], object]) -> float:
+        load = processes.Load()
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            work()
+        return load.others
+
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            own = others(lambda: sum(range(10_000)))  # with a child that works
+            monkeypatch.setattr(processes, "_family", lambda _: [])  # as if it were somebody else's
+            busy = others(lambda: time.sleep(0.05))
+        finally:
+            other.kill()
+    assert busy > own + 0.3, (own, busy)

@@ -1,0 +1,75 @@
+"""A process of a ring, started by `test_group.py`: it exchanges what the test says and prints what it has found."""
+
+import json
+import sys
+import zlib
+
+import mlx_ppo  # noqa: F401  before mlx
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+from mlx_ppo.runtime.group import Ring
+from mlx_ppo.runtime.local_group import joined
+
+
+def digest(arrays):
+    """A checksum of arrays, by which processes see whether they hold the same."""
+    found = 0
+    for name in sorted(arrays):
+        bits = arrays[name].reshape(-1).view(mx.uint8) if arrays[name].size else arrays[name]
+        found = zlib.crc32(np.ascontiguousarray(np.asarray(bits)).data, zlib.crc32(name.encode(), found))
+    return found
+
+
+def arrays(rank):
+    generator = np.random.default_rng(rank)
+    shapes = {"scalar": (), "one": (1,), "small": (3, 5), "odd": (7, 11, 13), "none": (0, 4), "large": (1 << 21, 2)}
+    return {name: mx.array(generator.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
+
+
+def exchanged(ring):
+    size = ring.size
+    total = ring.total(arrays(ring.rank))
+    for name, array in total.items():
+        wanted = sum(np.array(arrays(rank)[name], np.float64) for rank in range(size))
+        assert array.shape == wanted.shape and np.abs(np.array(array) - wanted).max(initial=0.0) < 1e-5, name
+    given = ring.gather([np.full((ring.rank, 2), ring.rank, np.int32), np.array([ring.rank > 0])])
+    assert [part[0].shape for part in given] == [(rank, 2) for rank in range(size)]
+    assert [bool(part[1][0]) for part in given] == [rank > 0 for rank in range(size)]
+    assert ring.gather([]) == [[]] * size
+    assert ring.told({"text": "é", "values": [1.5, None]} if ring.leads else None)["text"] == "é"
+    counts = [rank % 2 for rank in range(size)]
+    rows = mx.full((counts[ring.rank], 2, 3), ring.rank + 0.1, mx.bfloat16)
+    assert (
+        np.array(ring.rows(rows, counts).astype(mx.float32))[:, 0, 0].round().tolist()
+        == [float(rank) for rank in range(size) if rank % 2]
+        or size == 1
+    )
+    odd = {"minus": mx.array([-0.0, float("nan"), 1.0]), "half": mx.array([0.1], mx.bfloat16), "no": mx.zeros((0, 2))}
+    mine = odd if ring.leads else {name: mx.zeros_like(array) for name, array in odd.items()}
+    whole = ring.given(mine)
+    assert {name: (array.shape, array.dtype) for name, array in whole.items()} == {
+        name: (array.shape, array.dtype) for name, array in odd.items()
+    }
+    assert digest(whole) == digest(odd)
+    parts = [list(ring.part(10, rank=rank)) for rank in range(size)]
+    assert [row for part in parts for row in part] == list(range(10)) and max(map(len, parts)) - min(
+        map(len, parts)
+    ) <= 1
+    return digest(total)
+
+
+def main():
+    rank, hosts, times = int(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+    ring = Ring(joined(rank, hosts, 60.0), 60.0)
+    found = exchanged(ring)
+    values = mx.array(np.arange(1000, dtype=np.float32))
+    for time in range(times):
+        total = ring.total({"values": values + time})["values"]
+    assert not times or np.array_equal(np.array(total), ring.size * (np.arange(1000) + times - 1))
+    print(found)
+
+
+main()
