@@ -13,6 +13,7 @@ from mlx_ppo.data.sequences import answered_tokens, prompt_field, prompt_tokens
 from mlx_ppo.errors import UnhealthyError
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.heads import load_reward_model as _load_reward_model
+from mlx_ppo.reporting import Reporter
 from mlx_ppo.reward_training import raw_outputs
 from mlx_ppo.runs.callbacks import Callback
 from mlx_ppo.runs.folder import Run, create_run
@@ -24,7 +25,7 @@ from mlx_ppo.runtime.signals import Interrupts
 from mlx_ppo.stages.rollout import Asked, Sampling
 from mlx_ppo.stages.rollout import generate as _generate
 from mlx_ppo.tokenizers.load import completion_text
-from mlx_ppo.train import Reporter, train
+from mlx_ppo.train import train
 
 __all__ = [
     "Callback", "Policy", "RewardModel", "generate", "load_policy", "load_reward_model", "score", "train_policy",

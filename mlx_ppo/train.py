@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mlx_ppo.compute.cpu import threads
 from mlx_ppo.config.sections import TrainConfig
@@ -19,6 +19,7 @@ from mlx_ppo.memory.watchdog import watching
 from mlx_ppo.models.roles import Loading, Roles, load_roles
 from mlx_ppo.parallel import sharing
 from mlx_ppo.prompting import asked_for, load_data, tokenizer_of
+from mlx_ppo.reporting import Reporter
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.callbacks import Callback, TensorBoard, require_tensorboard
 from mlx_ppo.runs.folder import HEALTH, MEMORY, METRICS, RESPONSES, SAMPLES, Run
@@ -34,23 +35,6 @@ from mlx_ppo.stages.state import State, initial_state, slow_controller
 from mlx_ppo.tokenizers.load import completion_text
 
 _SLOW = 3  # iterations
-Sample = tuple[str, str, float]  # prompt, completion, score
-
-
-class Reporter(Protocol):
-    """What a person sees of a run."""
-
-    def message(self, text: str) -> None:
-        """One line of information or warning."""
-
-    def phase(self, name: str, iteration: int, iterations: int) -> None:
-        """A phase begins."""
-
-    def tokens(self, count: int) -> None:
-        """Tokens have been sampled."""
-
-    def iteration(self, metrics: dict[str, float], iterations: int, sample: Sample) -> None:
-        """An iteration is done; the sample is a prompt, its completion and its score."""
 
 
 @dataclass(frozen=True)

@@ -26,18 +26,19 @@ from tiny_models import COMMON, KINDS, write_weights, write_word_tokenizer
 
 from mlx_ppo.compute.choose import SWITCH, chosen_engine, using
 from mlx_ppo.compute.cpu.engine import CpuEngine
-from mlx_ppo.config.sections import LoraSection, OptimizerSection, PPOSection, ScoreSection
+from mlx_ppo.config.rewards import ScoreSection
+from mlx_ppo.config.sections import LoraSection, OptimizerSection, PPOSection
 from mlx_ppo.models.adapters import Weights, new_adapters
 from mlx_ppo.models.heads import new_head
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.roles import Critic, Roles
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.runs.plan_file import Choices
-from mlx_ppo.stages.optimizer import Optimizer
-from mlx_ppo.stages.records import PPOBatch, Rollout
+from mlx_ppo.stages.optimizer import Learner, Optimizer
+from mlx_ppo.stages.records import PPOBatch, Rollout, UpdateStats
 from mlx_ppo.stages.rollout import Asked, Sampling, generate
 from mlx_ppo.stages.scoring import policy_logprobs, score
-from mlx_ppo.stages.update import Learner, Schedule, UpdateStats, update
+from mlx_ppo.stages.update import Schedule, update
 
 MakeModel = Callable[..., Path]
 ROUNDING = Path(__file__).parent / "portable" / "rounding"

@@ -2,7 +2,8 @@
 
 import re
 
-from mlx_ppo.config.sections import Job, RewardSource, TrainConfig
+from mlx_ppo.config.rewards import RewardSource
+from mlx_ppo.config.sections import Job, TrainConfig
 from mlx_ppo.config.supervised import RewardConfig, RewardTrainingSection, SFTConfig, TrainableModelSection
 
 # What each rule reads, beside `limit`.

@@ -21,7 +21,9 @@ from mlx_ppo.config.fields import (
     Section,
     Share,
 )
+from mlx_ppo.config.health import HealthSection, LogSection
 from mlx_ppo.config.parallel import ParallelSection
+from mlx_ppo.config.rewards import RewardSource, ScoreSection
 
 
 class RunSection(Section):
@@ -127,62 +129,6 @@ class RolloutSection(Section):
     )
 
 
-Rule = Literal["exact", "number", "regex", "length", "format", "json", "math", "code"]
-
-
-class RewardSource(Section):
-    """One source of scores; several are added by weight."""
-
-    kind: Literal["model", "function", "rule"] = Field(
-        description="a reward model's folder, a Python function, or a rule"
-    )
-    path: InputPath | None = Field(None, description="folder written by `mlx-ppo reward` (kind = model)")
-    function: str | None = Field(
-        None,
-        description="`file.py:name` (kind = function), run in a process of its own; its parameters get lists by their "
-        "names: `prompts`, `completions`, `records` (the prompts' JSON objects), or a field of these",
-    )
-    weight: float = Field(1.0, description="factor on the source's score; 0: it only judges, see `health.judge`")
-    gate: bool = Field(
-        False, description="where this function or rule gives 0, the score is 0 whatever the others give"
-    )
-    timeout: Positive = Field(60.0, description="seconds a call of the function may take")
-    rule: Rule | None = Field(None, description="what is checked of a completion, 1 or 0 (kind = rule, as all below)")
-    field: str = Field("answer", description="field of the prompts with what is right, or a list of it, for the rule")
-    pattern: str | None = Field(None, description="regex: what is sought; others: read what its last match holds")
-    tolerance: NonNegative = Field(0.0, description="number: how far from the right one counts as equal")
-    unit: Literal["words", "characters", "lines"] = Field("words", description="length: what is counted")
-    least: CountOrZero = Field(0, description="length: fewest")
-    most: CountOrZero = Field(0, description="length: most; 0: no bound")
-    tags: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        ("think", "answer"), description="format: `<think>...</think>`, then `<answer>...</answer>`, and nothing else"
-    )
-    json_schema: InputPath | None = Field(None, description="json: file of a JSON Schema; without: any JSON will do")
-    limit: Positive = Field(2.0, description="seconds for a completion; one that takes longer scores 0 and is counted")
-
-
-class ScoreSection(Section):
-    """What happens to a response's score before it becomes a reward."""
-
-    combine: Literal["sum", "worst", "cautious"] = Field(
-        "sum",
-        description="of the weighted sources: their sum, the lowest, or the mean less `caution` deviations "
-        "(an ensemble's disagreement)",
-    )
-    caution: NonNegative = Field(1.0, description="deviations subtracted with combine = cautious")
-    clip: NonNegative = Field(0.0, description="bound on the absolute score; 0: none")
-    truncated: Literal["none", "replace", "subtract"] = Field(
-        "none", description="treatment of responses cut by max_tokens"
-    )
-    truncated_value: float = Field(1.0, description="the score put in place, or what is subtracted")
-    overlong_buffer: CountOrZero = Field(
-        0, description="last tokens before max_tokens over which a penalty grows to -1; 0: none"
-    )
-    batch_size: CountOrZero = Field(
-        0, description="sequences scored together; 0: up to 32, as the memory budget allows. Changes speed and memory"
-    )
-
-
 class CriticSection(Section):
     """The value function."""
 
@@ -277,39 +223,6 @@ class MemorySection(Section):
         0,
         description="response positions whose logits are computed together; 0: as many as make 64 MB of logits, fewer "
         "where the budget asks for it",
-    )
-
-
-Level = Literal["off", "warn", "stop", "best"]
-
-
-class HealthSection(Section):
-    """What happens when a rule finds a run unhealthy: nothing, a line, the run stops, or it goes back to its best."""
-
-    entropy: Level = Field("warn", description="the policy's entropy falls below a quarter of what it was at first")
-    kl: Level = Field("warn", description="the KL to the reference exceeds `kl_limit`, or stays below 0")
-    length: Level = Field("warn", description="responses become longer or shorter by `length_factor`")
-    unfinished: Level = Field("warn", description="below 5 % of the responses end by themselves")
-    repetition: Level = Field("warn", description="30 % more 4-grams than at first are repeated in their response")
-    diversity: Level = Field("warn", description="the share of different pairs of tokens halves")
-    beyond: Level = Field("warn", description="a quarter of the scores are above all of the reward model's training")
-    judge: Level = Field("warn", description="the score rises while that of a [[reward]] with weight 0 falls")
-    critic: Level = Field("warn", description="the critic explains below 1 % of the returns for 8 iterations")
-    ratio: Level = Field("warn", description="an update moves too far from the policy that sampled")
-    gradient: Level = Field("warn", description="a gradient is above ten times its bound for 8 iterations")
-    signal: Level = Field("warn", description="scores that are compared are equal")
-    controller: Level = Field("warn", description="the KL stays above 1.5 times `kl.target` (adaptive)")
-    kl_limit: Positive = Field(1.0, description="nats a token from the reference at which the KL has run away")
-    length_factor: Annotated[float, Field(gt=1)] = Field(
-        3.0, description="how many times longer or shorter than at first responses may become"
-    )
-
-
-class LogSection(Section):
-    """Where a run's numbers go beside its own logs."""
-
-    tensorboard: bool = Field(
-        False, description="into `tensorboard` in the run's folder as well; TensorBoard has to be installed"
     )
 
 

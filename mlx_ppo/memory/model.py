@@ -9,7 +9,8 @@ import mlx.core as mx
 from mlx_ppo.compute.adapted import parameters_of
 from mlx_ppo.compute.choose import chosen_engine
 from mlx_ppo.compute.portable import DTYPES
-from mlx_ppo.config.sections import RewardSource, TrainConfig
+from mlx_ppo.config.rewards import RewardSource
+from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.memory.weightless import shapes_of_call, weightless
 from mlx_ppo.models.adapters import Weights, load_adapters, new_adapters

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_ppo.compute.sequences import Sequences
-from mlx_ppo.config.sections import CriticSection, LoraSection, ModelSection, RewardSource, TrainConfig
+from mlx_ppo.config.rewards import RewardSource
+from mlx_ppo.config.sections import CriticSection, LoraSection, ModelSection, TrainConfig
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.adapters import HEAD, Weights, new_adapters
 from mlx_ppo.models.heads import RewardModel, apply_head, load_reward_model, new_head, read_reward_facts

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mlx_ppo.config.checks import RULE_KEYS, source_problems
-from mlx_ppo.config.sections import RewardSource, Rule
+from mlx_ppo.config.rewards import RewardSource, Rule
 from mlx_ppo.errors import ConfigError, RunError, printable
 from mlx_ppo.rewards.rule_worker import boxed, number_of
 from mlx_ppo.rewards.scorer import TextScorer

@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from mlx_ppo.config.sections import HealthSection, TrainConfig
+from mlx_ppo.config.health import HealthSection
+from mlx_ppo.config.sections import TrainConfig
 
 Row = Mapping[str, float]
 

@@ -11,8 +11,7 @@ from mlx_ppo.algo.masked import masked_mean, masked_sum
 from mlx_ppo.data.random import philox
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Source
-from mlx_ppo.stages.records import PPOBatch, Rollout, Scored, number
-from mlx_ppo.stages.update import UpdateStats
+from mlx_ppo.stages.records import PPOBatch, Rollout, Scored, UpdateStats, number
 
 
 def iteration_metrics(

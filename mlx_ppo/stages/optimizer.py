@@ -1,6 +1,8 @@
 """AdamW over a role's flat weights: schedule, clipping by global norm, and a state that can be saved exactly."""
 
 import math
+from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -89,3 +91,18 @@ class Optimizer:
             kind, _, name = key.partition("/")
             self._moments.setdefault(name, {})[kind] = array
         self.steps = steps
+
+
+@dataclass
+class Learner:
+    """Weights that learn, with their optimizer."""
+
+    weights: Weights
+    optimizer: Optimizer
+
+
+class Learners(Protocol):
+    """Who learns: a training state, for one."""
+
+    policy: Learner
+    critic: Learner | None  # None with a critic-free estimator

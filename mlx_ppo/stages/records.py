@@ -1,6 +1,7 @@
 """The named arrays that pass between the stages. B responses, T response slots, S token positions, N counted tokens."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -81,3 +82,19 @@ class PPOBatch(NamedTuple):
     old_values: mx.array | None  # [B, T] float32
     returns: mx.array | None  # [B, T] float32, the critic's targets
     full_returns: mx.array | None  # [B, T] float32, lambda = 1: what is left of the rewards
+
+
+@dataclass
+class UpdateStats:
+    """What was seen during the update; every list has one number a minibatch unless said otherwise."""
+
+    policy_loss: list[float] = field(default_factory=list)
+    value_loss: list[float] = field(default_factory=list)
+    clip_low: list[float] = field(default_factory=list)
+    clip_high: list[float] = field(default_factory=list)
+    kl_to_old: list[float] = field(default_factory=list)  # k3, nats a token
+    effective_samples: list[float] = field(default_factory=list)
+    policy_norm: list[float] = field(default_factory=list)
+    critic_norm: list[float] = field(default_factory=list)
+    first_ratio_error: float = 0.0  # largest |ratio - 1| in the first minibatch
+    stopped_early: bool = False  # stop_at_kl ended the passes

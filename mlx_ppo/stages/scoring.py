@@ -8,7 +8,7 @@ import numpy as np
 
 from mlx_ppo.algo.rewards import clip_scores, penalise_truncated, soft_overlong_penalty
 from mlx_ppo.compute.sequences import Sequences
-from mlx_ppo.config.sections import ScoreSection
+from mlx_ppo.config.rewards import ScoreSection
 from mlx_ppo.data.batches import length_batches
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights

@@ -12,8 +12,7 @@ from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights, adapter_config
 from mlx_ppo.runs.checkpoint import Checkpoint, alike
-from mlx_ppo.stages.optimizer import Optimizer
-from mlx_ppo.stages.update import Learner
+from mlx_ppo.stages.optimizer import Learner, Optimizer
 
 
 @dataclass

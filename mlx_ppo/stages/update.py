@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -15,13 +15,12 @@ from mlx_ppo.compute.sequences import Sequences
 from mlx_ppo.config.sections import PPOSection
 from mlx_ppo.data.random import philox
 from mlx_ppo.errors import RunError
-from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.roles import Roles
 from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.runtime.phases import phase
 from mlx_ppo.stages.losses import CriticTargets, Pass, PolicyTargets, critic_loss, policy_loss
-from mlx_ppo.stages.optimizer import Optimizer, finite_norm
-from mlx_ppo.stages.records import PPOBatch, Rollout, number
+from mlx_ppo.stages.optimizer import Learner, Learners, finite_norm
+from mlx_ppo.stages.records import PPOBatch, Rollout, UpdateStats, number
 
 RATIO_TOLERANCE = 1e-4  # of |ratio - 1|, where everything is computed in float32
 # Nats a token, of the mean |log ratio| elsewhere: there single tokens are off by a hundredth or two where rows are
@@ -30,37 +29,6 @@ _LOG_RATIO_TOLERANCE = 0.02
 _FEW = 16.0  # tokens whose mean may be twice that: it strays by the root of their number
 
 Gradients = dict[str, mx.array]
-
-
-@dataclass
-class Learner:
-    """Weights that learn, with their optimizer."""
-
-    weights: Weights
-    optimizer: Optimizer
-
-
-@dataclass
-class UpdateStats:
-    """What was seen during the update; every list has one number a minibatch unless said otherwise."""
-
-    policy_loss: list[float] = field(default_factory=list)
-    value_loss: list[float] = field(default_factory=list)
-    clip_low: list[float] = field(default_factory=list)
-    clip_high: list[float] = field(default_factory=list)
-    kl_to_old: list[float] = field(default_factory=list)  # k3, nats a token
-    effective_samples: list[float] = field(default_factory=list)
-    policy_norm: list[float] = field(default_factory=list)
-    critic_norm: list[float] = field(default_factory=list)
-    first_ratio_error: float = 0.0  # largest |ratio - 1| in the first minibatch
-    stopped_early: bool = False  # stop_at_kl ended the passes
-
-
-class Learners(Protocol):
-    """Who learns: a training state, for one."""
-
-    policy: Learner
-    critic: Learner | None  # None with a critic-free estimator
 
 
 class Schedule(NamedTuple):

@@ -18,9 +18,8 @@ from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.models.write import write_adapters, write_model
 from mlx_ppo.runs import checkpoint
-from mlx_ppo.stages.optimizer import Optimizer
+from mlx_ppo.stages.optimizer import Learner, Optimizer
 from mlx_ppo.stages.state import State
-from mlx_ppo.stages.update import Learner
 
 TOKENS = mx.array([[1, 286, 288, 40, 7, 212]])
 Adapters = Callable[..., Weights]

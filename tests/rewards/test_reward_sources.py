@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_ppo.compute.sequences import make_sequences
-from mlx_ppo.config.sections import ScoreSection
+from mlx_ppo.config.rewards import ScoreSection
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.adapters import HEAD, Weights
 from mlx_ppo.models.heads import RewardFacts, RewardModel, load_reward_model, new_head

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mlx_ppo.config.sections import RewardSource
+from mlx_ppo.config.rewards import RewardSource
 from mlx_ppo.errors import ConfigError, RunError
 from mlx_ppo.rewards.rule_worker import number_of
 from mlx_ppo.rewards.rules import RewardRule, rule_named

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from mlx_ppo.config.sections import HealthSection
+from mlx_ppo.config.health import HealthSection
 from mlx_ppo.runs.health import LONG, RECENT, RULES, Facts, Monitor, collapsed, verdict
 
 HEALTHY = {

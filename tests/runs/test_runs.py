@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_ppo.config.sections import RewardSource, TrainConfig
+from mlx_ppo.config.rewards import RewardSource
+from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.config.supervised import SFTConfig
 from mlx_ppo.errors import ConfigError, RunError
 from mlx_ppo.runs import folder as runs

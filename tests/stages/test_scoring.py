@@ -8,7 +8,7 @@ import pytest
 
 from mlx_ppo.algo.kl import kl_estimate
 from mlx_ppo.compute.sequences import make_sequences
-from mlx_ppo.config.sections import ScoreSection
+from mlx_ppo.config.rewards import ScoreSection
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.heads import RewardFacts, RewardModel

@@ -10,7 +10,7 @@ from mlx_ppo.compute.engine import Engine
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.roles import token_statistics
-from mlx_ppo.stages.update import Learner
+from mlx_ppo.stages.optimizer import Learner
 
 MakeWorld = Callable[..., Any]  # the fixture of conftest.py
 
