@@ -2,14 +2,15 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from mlx_ppo.config.addresses import parse_address
 from mlx_ppo.config.rewards import RewardSource
-from mlx_ppo.errors import JudgeLost, printable
+from mlx_ppo.errors import JudgeLost, RunError, printable
 from mlx_ppo.rewards.judge_answers import ANSWERS, Answers, key_of
 from mlx_ppo.rewards.judge_questions import Question, Value
 from mlx_ppo.rewards.judge_server import JudgeServer, LostError, UselessError, cut
@@ -81,7 +82,7 @@ class Judge:
                 raise JudgeLost(f"{self.described} can't be used: {error}") from None
         except LostError as error:
             raise JudgeLost(
-                f"{self.described} can't be reached: {error}; start its server, or mend the address"
+                f"{self.described} can't be reached: {error}; start its server or mend the address"
             ) from None
 
     def ask(self, questions: Sequence[Question], *, most: float) -> list[Value | None]:
@@ -100,8 +101,8 @@ class Judge:
         without = [key for key in keys if key in self._answers and self._answers[key] is None]
         failed: dict[str, str] = {}
         pool = ThreadPoolExecutor(self._source.parallel, "judge")
+        pending = {pool.submit(self._one, question): key for key, question in new.items()}
         try:
-            pending = {pool.submit(self._one, question): key for key, question in new.items()}
             while pending:
                 done, _ = wait(pending, _LOOK, FIRST_COMPLETED)
                 for future in done:
@@ -113,6 +114,8 @@ class Judge:
                 self._around.check()
         except BaseException:
             self.close()
+            pool.shutdown(wait=True, cancel_futures=True)
+            self._keep(pending)
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -125,6 +128,13 @@ class Judge:
         """Ask nothing more; questions that are open end."""
         self._ending.set()
         self._server.abort()
+
+    def _keep(self, pending: Mapping["Future[_Asked]", str]) -> None:
+        """Keep the answers that came in while another one failed."""
+        for future, key in pending.items():
+            if not future.cancelled() and future.exception() is None and future.result().value is not None:
+                with suppress(RunError):  # a full disk may be why all ends
+                    self._answers.keep(key, future.result().value)
 
     def _note(self, key: str, future: "Future[_Asked]", failed: dict[str, str]) -> None:
         try:
