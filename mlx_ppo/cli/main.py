@@ -10,9 +10,10 @@ import click
 
 import mlx_ppo
 from mlx_ppo.cli import pages
+from mlx_ppo.cli.agreement import agreement
 from mlx_ppo.cli.data import data
 from mlx_ppo.cli.group import Commands
-from mlx_ppo.cli.options import MAX_TOKENS, TEMPERATURE, Number, Place
+from mlx_ppo.cli.options import JUDGE, MAX_TOKENS, TEMPERATURE, Number, Place
 from mlx_ppo.errors import RunError
 
 _SET = click.option(
@@ -236,9 +237,7 @@ def sample(model: Path, prompts: tuple[str, ...], file: Path | None, count: int,
     metavar="FOLDER|FILE.py:NAME|rule:NAME",
     help="Judge; by default the run's reward model or rule.",
 )
-@click.option(
-    "--judge", type=_FILE, help="Model that is shown both completions, in both orders, and asked which is better."
-)
+@JUDGE
 @click.option("--criterion", help="What it is asked; by default which is the better one.")
 @click.option("--count", type=click.IntRange(2), default=128, show_default=True, help="Prompts taken.")
 @MAX_TOKENS
@@ -346,5 +345,5 @@ def doctor(offline_proof: bool, acceptance: bool, minutes: float | None, as_json
     examine(offline_proof=offline_proof, as_json=as_json)
 
 
-for command in (data, pages.studio, pages.label, pages.watch, pages.report):
+for command in (data, pages.studio, pages.label, pages.watch, pages.report, agreement):
     main.add_command(command)
