@@ -1,6 +1,7 @@
 """`agreement`: how far a judge may be trusted, by people's own labels."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ _COLUMN = re.compile(r"[A-Za-z_]+=.+", re.DOTALL)
     "--mode", type=click.Choice(["pointwise", "pairwise"]), help="Default: pairs pairwise, ratings pointwise."
 )
 @click.option("--rubric", help="What is good, in words to the judge; default: as reward.rubric.")
-@click.option("--scale", nargs=2, type=Number(), help="The worst and the best grade; default: as reward.scale.")
+@click.option("--scale", nargs=2, type=float, help="The worst and the best grade; default: as reward.scale.")
 @click.option("--as", "kind", type=click.Choice(["pairs", "ratings"]), help="Read the rows as these.")
 @click.option("--column", "columns", metavar="NAME=COLUMN", multiple=True, help="Where a name is in the file.")
 @click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Rows taken, by chance.")
@@ -54,6 +55,8 @@ def agreement(data: Path, address: str, model: str | None, as_json: bool, **opti
     wrong = next((column for column in options["columns"] if not _COLUMN.fullmatch(column)), None)
     if wrong is not None:
         raise ConfigError(f"--column: {wrong[:60]!r} must be NAME=COLUMN, such as prompt=question")
+    if options["scale"] and not all(map(math.isfinite, options["scale"])):
+        raise ConfigError("--scale: must be two finite numbers, the worst and the best grade")
     count, seed, kind, columns = (options.pop(name) for name in ("count", "seed", "kind", "columns"))
     judge_at(address, model, **options)  # what is wrong with it comes before what is wrong with the data
     records, read, said = _records(data, kind, columns, count, seed)

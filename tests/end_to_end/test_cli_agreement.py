@@ -70,6 +70,7 @@ def test_ratings_and_answers_of_no_use(project):
         (["--judge", "model", "--model", "m"], 2, "isn't an http address"),
         (["--judge", "http://127.0.0.1:9/v1#m", "--model", "n"], 2, "name one"),
         (["--judge", "http://127.0.0.1:9/v1#m", "--scale", 3, 2], 2, "scale: must be the worst"),
+        (["--judge", "http://127.0.0.1:9/v1#m", "--scale", "nan", 2], 2, "two finite numbers"),
         (["--judge", "http://127.0.0.1:9/v1#m", "--column", "x"], 2, "must be NAME=COLUMN"),
         (["--judge", "http://127.0.0.1:9/v1#m"], 4, "can't be reached: nobody listens there"),
         (["--judge", "http://127.0.0.1:9/v1#a:cloud"], 2, "Ollama runs elsewhere"),
