@@ -210,7 +210,8 @@ def evictable(roles: Roles, config: TrainConfig) -> list[Trunk]:
 def _on_trunk(roles: Roles, policy: Weights, critic: Weights | None) -> list[Weights]:
     """The weights of every role that lies on the shared trunk."""
     rewards = [source.scorer for source in roles.sources if isinstance(source.scorer, RewardModel)]
-    found = [policy, roles.reference, *(model.weights for model in rewards if model.trunk is roles.trunk)]
+    found = [policy, roles.reference]
+    found += [weights for model in rewards if model.trunk is roles.trunk for weights in model.members]
     if critic is not None and roles.critic is not None and roles.critic.trunk is roles.trunk:
         found.append(critic)
     return found
