@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -31,6 +31,7 @@ from mlx_ppo.models.roles import initial_weights
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.models.write import write_folder
 from mlx_ppo.reward_batches import Batch, Ranked, index_batches, make_batch, ranked_batch
+from mlx_ppo.rewards.breakdown import Judged, breakdown, clear_pairs, fitted_scale, lines
 from mlx_ppo.rewards.figures import pair_figures, rating_figures
 from mlx_ppo.runs.folder import Run, replace_file
 from mlx_ppo.runtime.signals import Interrupts
@@ -87,16 +88,17 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
         reporter.message(remark)
     members = _train_members(trunk, sets, config, _Follow(run, reporter, interrupts))
     facts = _facts(trunk, members, sets, config)
-    report = _report(trunk, members, sets, config)
-    for name, figures in report.items():
-        reporter.message(f"{name}: " + "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
+    report, table = _report(trunk, members, sets, config)
+    for line in table:
+        reporter.message(line)
     run.secure()
     replace_file(run.folder / "report.json", json.dumps(report, indent=2) + "\n")
+    replace_file(run.folder / "report.txt", "\n".join(table) + "\n")
     result = write_folder(
         run.folder / "reward",
         lambda folder: fill_with_reward(folder, trunk, members, facts, dtype=config.model.save_dtype),
     )
-    run.note_files(run.folder / "report.json", result)
+    run.note_files(run.folder / "report.json", run.folder / "report.txt", result)
     return result
 
 
@@ -252,12 +254,40 @@ def _outputs(trunk: Trunk, members: Sequence[Weights], feedback: Feedback, confi
     return np.stack([text_outputs(trunk, member, feedback.texts, pooling) for member in members])
 
 
-def _report(trunk: Trunk, members: Sequence[Weights], sets: Sets, config: RewardConfig) -> dict[str, dict[str, float]]:
-    """Figures of the whole on the held-out sets."""
-    report = {"training" if sets.validation is None else "validation": measure(trunk, members, sets.held_out, config)}
-    if sets.test is not None:
-        report["test"] = measure(trunk, members, sets.test, config)
-    return report
+def _report(
+    trunk: Trunk, members: Sequence[Weights], sets: Sets, config: RewardConfig
+) -> tuple[dict[str, Any], list[str]]:
+    """Figures of the whole on the held-out sets, of each member on the first of them, and what they consist of.
+
+    The lines say the same to a person.
+    """
+    first = "training" if sets.validation is None else "validation"
+    parts = {first: sets.held_out} | ({} if sets.test is None else {"test": sets.test})
+    report: dict[str, Any] = {name: measure(trunk, members, part, config) for name, part in parts.items()}
+    table = [f"{name}: {_shown(figures)}" for name, figures in report.items()]
+    if len(members) > 1:
+        report["members"] = [measure(trunk, [member], sets.held_out, config) for member in members]
+        table += [f"member {at}, {first}: {_shown(figures)}" for at, figures in enumerate(report["members"], 1)]
+    report["breakdown"], scale = {}, 1.0
+    for name, part in parts.items():
+        judged = _judged(trunk, members, part, config)
+        if config.reward_training.objective == "regression" and name == first:
+            scale = fitted_scale(judged.lead)
+        report["breakdown"][name] = breakdown(judged, scale)
+        table += lines(name, report["breakdown"][name])
+    return report, table
+
+
+def _shown(figures: Mapping[str, float]) -> str:
+    return "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
+
+
+def _judged(trunk: Trunk, members: Sequence[Weights], feedback: Feedback, config: RewardConfig) -> Judged:
+    raw = _outputs(trunk, members, feedback, config).mean(axis=0).astype(np.float64)
+    pairs = feedback.pairs
+    if feedback.ratings is not None:
+        pairs = clear_pairs(feedback.ratings.tolist(), config.reward_training.min_difference)
+    return Judged(raw, np.array([len(text) for text in feedback.texts]), feedback.sources, pairs)
 
 
 def _facts(trunk: Trunk, members: Sequence[Weights], sets: Sets, config: RewardConfig) -> RewardFacts:

@@ -252,12 +252,13 @@ def _load_source(source: RewardSource, trunk: Trunk, config: TrainConfig, loadin
     if source.kind == "model":
         assert source.path is not None
         model = loading.reward(source.path, trunk, dtype=config.model.dtype)
-        return Source(source.path.name, source.weight, model, own_tokens=not _same_tokens(model.trunk, trunk))
+        return Source(source.path.name, source.weight, model, own_tokens=not same_tokens(model.trunk, trunk))
     name = source.rule or parse_reference(source.function or "")[1]
     return Source(name, source.weight, loading.function(source), gate=source.gate)
 
 
-def _same_tokens(other: Trunk, trunk: Trunk) -> bool:
+def same_tokens(other: Trunk, trunk: Trunk) -> bool:
+    """Whether a model reads texts as the same tokens as another one."""
     probe = "The film is a moving, 90-minute story — of two friends.\n\tdef f(x): return x**2  # 好的"
     mine, theirs = trunk.tokenizer, other.tokenizer
     return other is trunk or (
@@ -287,7 +288,7 @@ def _separate_critic(config: TrainConfig, roles: Roles, loading: Loading) -> tup
                 path = source.path
                 break
     trunk = loading.trunk(path or config.model.path, dtype=config.model.dtype)
-    if not _same_tokens(trunk, roles.trunk):
+    if not same_tokens(trunk, roles.trunk):
         raise ModelError(f"{trunk.name}: its tokenizer differs from the policy's; a critic must share it")
     weights = Weights({**_trainable(trunk), **new_head(trunk.width)})
     trunk.evict()  # for good: the critic brings all of them itself

@@ -100,7 +100,8 @@ def kept_responses(scored: Scored, seed: int, step: int) -> dict[str, int]:
 def response_columns(rollout: Rollout, scored: Scored) -> dict[str, list[float]]:
     """What is logged of every response of an iteration: a list for each column, in the rollout's order.
 
-    The scores, by source too, predicted ratings, and how far the members of an ensemble disagree; tokens; 1 where it ended by itself; nats from the reference.
+    The scores, by source too, predicted ratings, and how far the members of an ensemble disagree; tokens; 1 where it
+    ended by itself; nats from the reference.
     """
     kl = mx.where(rollout.mask, scored.old_logprobs - scored.ref_logprobs, 0.0).sum(axis=1)
     columns = {

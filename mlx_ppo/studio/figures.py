@@ -85,7 +85,7 @@ TRAIN = (
     Figure(_EARNS, "Disagreement of an ensemble", prefix="disagreement/",
            sentence="mean over the responses of the deviation of the members' scores: how unsure an ensemble of reward "
            "models is of itself",
-           normal="rises where the policy leaves what the members learned from; score.combine = 'cautious' holds it back"),
+           normal="rises where the policy leaves what the members have seen; score.combine = 'cautious' holds it back"),
     Figure(_WRITES, "Beyond the reward model's training", prefix="beyond/", form=".0%",
            sentence="share of the responses that score above every text the reward model was trained on, where it only "
            "guesses", normal="a few in a hundred at most"),

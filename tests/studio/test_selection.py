@@ -14,7 +14,15 @@ from mlx_ppo.models.load import load_trunk
 from mlx_ppo.studio.order import Order
 from mlx_ppo.studio.questions import AGAIN
 from mlx_ppo.studio.sampling import sample
-from mlx_ppo.studio.selection import FIRST, Teacher, fit_head, learned, main_directions, packed
+from mlx_ppo.studio.selection import (
+    FIRST,
+    Teacher,
+    ensemble_disagreement,
+    fit_head,
+    learned,
+    main_directions,
+    packed,
+)
 
 WIDTH = 12
 
@@ -153,8 +161,8 @@ def test_pairs_are_sampled_with_the_reward_models_states(tmp_path: Path) -> None
             text = text if row["cut"]["a"] else (*text, trunk.tokenizer.eos_id)
             sequences = make_sequences([text], [()])
             if judge is not None:
-                with trunk.using(judge.weights):
-                    expected = np.array(text_states(trunk, sequences, judge.facts.pooling))[0]
+                with judge.trunk.using(judge.weights):
+                    expected = np.array(text_states(judge.trunk, sequences, judge.facts.pooling))[0]
             else:
                 expected = np.array(text_states(trunk, sequences, "mean"))[0]
             assert row["states"]["a"] == packed(expected.astype(np.float64)) or np.allclose(
