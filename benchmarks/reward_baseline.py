@@ -5,9 +5,9 @@
 
 Both learn from the ratings of the same snippets, `train.jsonl`. They are tried on those of `test.jsonl` and
 `judge.jsonl`, which neither has read; `validation.jsonl` chose the epoch of the reward model, and chooses the
-strength of the ridge. Without a folder it is the bundled model's turn. Intervals and the probability are from a
-bootstrap over snippets, with the same snippets for all, so that the difference has an interval of its own. Folders have to hold whole
-models (train = full); an ensemble is tried with each of its members as well.
+strength of the ridge. Without a folder the bundled model is tried. Intervals and the probability are from a bootstrap
+over snippets, with the same snippets for all, so that the difference has an interval of its own. Folders have to hold
+whole models (train = full); an ensemble is tried with each of its members as well.
 """
 
 import argparse

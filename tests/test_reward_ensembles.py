@@ -11,8 +11,10 @@ import pytest
 
 from mlx_ppo.compute.sequences import make_sequences
 from mlx_ppo.config.rewards import ScoreSection
+from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.config.supervised import RewardConfig
 from mlx_ppo.errors import ModelError
+from mlx_ppo.memory.model import weightless_roles
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.heads import RewardFacts, RewardModel, drawn_head, joined, load_reward_model
 from mlx_ppo.models.load import load_trunk
@@ -217,3 +219,23 @@ def test_members_stand_beside_other_sources(stopping_trunk: Trunk, rollout: Roll
     for combine, expected in (("sum", 0.0), ("worst", -2.0), ("cautious", 2 / 3 - np.std([3, 1, -2]))):
         found = combined_scores(raw, roles, rollout, ScoreSection.model_validate({"combine": combine}), 10**6)
         np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_the_plan_counts_one_trunk_and_all_members(model_folder: Path, tmp_path: Path, train: str) -> None:
+    folder, _ = trained(configured(tmp_path, model_folder, 3, train), tmp_path, "run")
+    config = TrainConfig.model_validate(
+        {
+            "run": {"folder": str(tmp_path)},
+            "model": {"path": str(model_folder)},
+            "data": {"prompts": str(tmp_path / "prompts.jsonl")},
+            "reward": [{"kind": "model", "path": str(folder / "reward")}],
+        }
+    )
+    roles, _, _ = weightless_roles(config, None)
+    planned = roles.sources[0].scorer
+    model = load_reward_model(folder / "reward", load_trunk(model_folder))
+    assert isinstance(planned, RewardModel)
+    assert (planned.trunk is roles.trunk) == (train == "lora")
+    sizes = [sum(array.nbytes for array in own.arrays.values()) for own in model.members]
+    assert [sum(array.nbytes for array in own.arrays.values()) for own in planned.members] == sizes

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlx_ppo.config.supervised import FeedbackDataSection
-from mlx_ppo.data.layouts import find
+from mlx_ppo.data.layouts import PLAIN, find
 from mlx_ppo.data.preferences import Pair, Ranking, Rated, load_pairs, load_rankings, load_rated
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ConfigError
 
+RATINGS = ("rating", "ratings")
 Tokens = tuple[int, ...]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -51,12 +52,13 @@ def load_feedback(
         "max_tokens": section.max_tokens, "overlong": section.overlong, "columns": section.columns,
     }  # fmt: skip
     wanted = ("rankings", "pairs", "rated") if rankings else ("pairs", "rated")
-    kind = find(path, *wanted, columns=section.columns).kind
-    if kind == "rated" and rankings:
+    kind = (there := find(path, *wanted, columns=section.columns)).kind
+    has_ratings = there.layout != PLAIN or any(name in row.fields for row in there.records[:1] for name in RATINGS)
+    if kind == "rated" and rankings and has_ratings:
         raise ConfigError(
             f"reward_training.rankings: {path} has ratings of texts, no rankings or pairs of answers; use 'pairs'"
         )
-    if kind == "rated":
+    if kind == "rated" and not rankings:
         rated = load_rated(path, tokenizer, **limits)
         return _from_ratings(rated.rated), _said(path, rated.said, rated.dropped, rated.truncated)
     if not rankings:

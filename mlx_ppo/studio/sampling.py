@@ -19,6 +19,7 @@ import numpy as np
 from mlx_ppo.compute.sequences import make_sequences
 from mlx_ppo.data.prompts import Prompt, PromptStream, load_prompts
 from mlx_ppo.errors import ModelError, UserError
+from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.heads import apply_head, load_reward_model, text_states
 from mlx_ppo.models.roles import same_tokens
 from mlx_ppo.runs.targets import Target, load_target
@@ -135,7 +136,8 @@ def _states(writers: Sequence[Target], reward: str) -> States | None:
     """
     if len(writers) > 1:
         return None
-    trunk, members, pooling = writers[0].trunk, (writers[0].weights,), "mean"
+    members: Sequence[Weights] = (writers[0].weights,)
+    trunk, pooling = writers[0].trunk, "mean"
     if reward:
         model = load_reward_model(Path(reward), trunk)
         if not same_tokens(model.trunk, trunk):

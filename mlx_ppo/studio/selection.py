@@ -79,7 +79,7 @@ def ensemble_disagreement(pairs: Sequence[Row]) -> Floats | None:
     v is the variance over the members of what each gives to the one completion above the other, p the probability by
     their mean. None where some pair has no such numbers.
     """
-    leads = [pair.get("leads") for pair in pairs]
+    leads: list[Any] = [pair.get("leads") for pair in pairs]
     if not leads or not all(isinstance(own, list) and len(own) > 1 and all(map(finite, own)) for own in leads):
         return None
     mean = np.array([np.mean(own) for own in leads])

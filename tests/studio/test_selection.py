@@ -126,6 +126,31 @@ def test_without_a_reward_model_or_answers_the_order_stays_random() -> None:
     assert Teacher().choose(list(plain.values()), plain, {}) is None and Teacher().measure(plain, {}, 0) is None
 
 
+def test_the_members_of_an_ensemble_choose_before_there_are_answers_and_are_heard_later() -> None:
+    differences, outcomes = taste(60, 5)
+    pairs = rows_of(differences)
+    for number, pair in enumerate(pairs.values()):
+        pair["leads"] = [0.1, 0.1, 0.1] if number != 47 else [-3.0, 0.5, 2.0]
+    free = list(pairs.values())[30:]
+    for answers in (0, FIRST - 1, 30):
+        chosen = Teacher().choose(free, pairs, answers_of(pairs, outcomes[:answers], False))
+        assert chosen is not None and chosen["id"] == "000047"
+    free[3] = {key: value for key, value in free[3].items() if key != "leads"}
+    assert Teacher().choose(free, pairs, {}) is None, "without the members' numbers of every pair, at random"
+
+
+@pytest.mark.parametrize("leads", [None, [], [1.0], [1.0, "2"], [1.0, float("nan")], [1.0, True], "ab", {"a": 1}])
+def test_numbers_that_no_ensemble_wrote_are_not_read(leads: object) -> None:
+    assert ensemble_disagreement([{"leads": leads}]) is None
+
+
+def test_members_disagree_by_the_variance_of_their_logits() -> None:
+    found = ensemble_disagreement([{"leads": [1.0, -1.0]}, {"leads": [9.0, 7.0]}, {"leads": [0.5, 0.5]}])
+    assert found is not None
+    sure = 1 / (1 + np.exp(-8))
+    assert found == pytest.approx([0.25, sure * (1 - sure), 0.0])
+
+
 def test_ties_and_repeats_are_no_sides() -> None:
     differences, outcomes = taste(60, 6)
     pairs = rows_of(differences)
