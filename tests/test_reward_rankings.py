@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from mlx_ppo.cli.main import main
 from mlx_ppo.config.file import read_config
 from mlx_ppo.config.supervised import FeedbackDataSection, RewardConfig
 from mlx_ppo.data.feedback import load_feedback
+from mlx_ppo.data.layouts import find
 from mlx_ppo.data.preferences import load_rankings
 from mlx_ppo.errors import ConfigError, DataError
 from mlx_ppo.models.trunk import Trunk
@@ -138,3 +141,17 @@ def test_the_order_is_learned(model_folder: Path, tmp_path: Path, rankings: str)
     assert figures.get("best", 1.0) > 0.8
     assert report["breakdown"]["training"]["by_source"]["made"]["pairs"] == 72
     assert any("1 have ties" in line for line in told.lines) == (rankings != "pairs")
+
+
+def test_rankings_are_shown_and_converted_to_rows_that_are_rankings_again(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    arguments = ["data", str(LAYOUTS / "nectar.jsonl"), "--as", "rankings", "--convert", str(out)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "nectar: 1 rankings of chats" in result.output
+    assert "-1: " in result.output.split("line 1:")[1]
+    again = find(out, "rankings", "pairs")
+    assert (again.layout, again.kind) == ("answers in a list", "rankings")
+    assert again.records[0].fields["scores"] == [-1.0, -2.0, -2.0]
+    assert again.records[0].fields["source"] == ["lmsys"]
+    assert [row.fields["rejected"] for row in find(out, "pairs").records] == ["Haiku are short.", "No."]

@@ -160,7 +160,7 @@ def load_rankings(
     records, said = records_as(path, "rankings", "pairs", columns=columns)
     for record in records:
         best: dict[tuple[int, ...], float] = {}
-        for tokens, value in _ranked_answers(record, tokenizer):
+        for tokens, value in ranked_answers(record, tokenizer):
             if limit.admits(len(tokens), record.where):
                 kept = limit.keep_end(tokens)
                 best[kept] = max(value, best.get(kept, value))
@@ -172,9 +172,13 @@ def load_rankings(
     return RankingSet(tuple(rankings), limit.dropped, limit.truncated, said)
 
 
-def _ranked_answers(record: Record, tokenizer: Tokenizer) -> list[tuple[list[int], float]]:
-    """Tokens of a row's prompt with each answer, and how good the answer is."""
-    answers, goodness = (record.fields.get(name) for name in ("answers", "goodness"))
+def ranked_answers(record: Record, tokenizer: Tokenizer) -> list[tuple[list[int], float]]:
+    """Tokens of a row's prompt with each answer, and how good the answer is; of a pair 1 and 0.
+
+    Raises:
+        DataError: the row is wrong.
+    """
+    answers, goodness = (record.fields.get(name) for name in ("answers", "scores"))
     if "chosen" in record.fields or not _is_ranking(answers, goodness):
         if record.fields.get("margin"):
             raise DataError(f"{record.where}: 'margin' is for pairs; rankings have none, remove it")

@@ -41,14 +41,14 @@ def all_pairs(ranked: Ranked) -> list[Row]:
 
 
 def one_ranking(ranked: Ranked) -> list[Row]:
-    """All answers with how good each is, in a row; none where no answer is better than another one."""
+    """All answers with how good each is, in a row as `answers_in_lists` reads it; none where none is better."""
     prompt, answers, goodness = ranked
     best: dict[str, float] = {}  # an answer that is there twice counts once, by its better place
     for answer, value in zip(answers, goodness, strict=True):
         best[answer] = max(value, best.get(answer, value))
     if len(set(best.values())) < 2:
         return []
-    return [{"prompt": prompt, "answers": list(best), "goodness": list(best.values())}]
+    return [{"prompt": prompt, "answers": list(best), "scores": list(best.values())}]
 
 
 def all_rated(ranked: Ranked) -> list[Row]:
