@@ -15,7 +15,7 @@ from mlx_ppo.config.supervised import RewardConfig
 from mlx_ppo.data.feedback import Feedback, Floats, load_feedback
 from mlx_ppo.data.random import mx_key
 from mlx_ppo.data.tokenizer import Tokenizer
-from mlx_ppo.errors import ConfigError, DataError
+from mlx_ppo.errors import ConfigError, DataError, RunError
 from mlx_ppo.models.adapters import HEAD, Weights
 from mlx_ppo.models.heads import (
     RewardFacts,
@@ -147,13 +147,18 @@ def _require_clear_pair(ratings: Floats, min_difference: float, path: Path | Non
 def _train_members(trunk: Trunk, sets: Sets, config: RewardConfig, follow: _Follow) -> list[Weights]:
     """One model after the other, each with a seed of its own, on the one trunk; a resumed run goes on with its last."""
     count, earlier = config.reward_training.members, earlier_in(follow.run)
+    if earlier.members >= count:
+        raise RunError(
+            f"{follow.run.folder}: {earlier.members} members are finished and another one is begun, "
+            f"but reward_training.members is {count} now; set it to {earlier.members + 1} or more"
+        )
     state = None
     while earlier.members < count:
         state, weights = _train_member(trunk, sets, config, earlier, follow)
         if config.model.train == "full":
             weights = _rounded(weights, config.model.save_dtype)
         earlier = earlier.then(state.optimizer.steps, state.epoch, weights)
-    assert state is not None  # the last member is never among the earlier ones of a checkpoint
+    assert state is not None
     return [state.weights.holding(earlier.weights(number)) for number in range(count)]
 
 

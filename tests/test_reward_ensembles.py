@@ -13,7 +13,7 @@ from mlx_ppo.compute.sequences import make_sequences
 from mlx_ppo.config.rewards import ScoreSection
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.config.supervised import RewardConfig
-from mlx_ppo.errors import ModelError
+from mlx_ppo.errors import ModelError, RunError
 from mlx_ppo.memory.model import weightless_roles
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.heads import RewardFacts, RewardModel, drawn_head, joined, load_reward_model
@@ -108,6 +108,15 @@ def test_members_are_trained_by_seed_and_resumed_as_if_never_stopped(
         assert (folder / METRICS).read_bytes() == (whole / METRICS).read_bytes()
     fewer, _ = trained(configured(tmp_path, model_folder, 2, train), tmp_path, "fewer")
     assert all((fewer / "reward" / name).read_bytes() == expected[name] for name in sorted(each)[:2])
+
+
+def test_fewer_members_than_are_finished_are_refused_and_nothing_is_lost(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        trained(configured(tmp_path, model_folder, 3), tmp_path, "run", stop=15)
+    with pytest.raises(RunError, match=r"2 members are finished .* members is 2 now; set it to 3 or more"):
+        trained(configured(tmp_path, model_folder, 2), tmp_path, "run")
+    folder, _ = trained(configured(tmp_path, model_folder, 3), tmp_path, "run")
+    assert (folder / "reward" / "member-3.safetensors").is_file()
 
 
 def test_random_members_start_from_weights_of_their_own(model_folder: Path, tmp_path: Path) -> None:
