@@ -5,9 +5,10 @@
 
 Both learn from the ratings of the same snippets, `train.jsonl`. They are tried on those of `test.jsonl` and
 `judge.jsonl`, which neither has read; `validation.jsonl` chose the epoch of the reward model, and chooses the
-strength of the ridge. Without a folder the bundled model is tried. Intervals and the probability are from a bootstrap
-over snippets, with the same snippets for all, so that the difference has an interval of its own. Folders have to hold
-whole models (train = full); an ensemble is tried with each of its members as well.
+strength of the ridge, "ridge" in the table. Without a folder the bundled model is tried. Intervals and the
+probability are from a bootstrap over snippets, with the same snippets for all, so that the difference has an interval
+of its own. Folders have to hold whole models (train = full) of ratings; an ensemble is tried with each of its members
+as well.
 """
 
 import argparse
@@ -77,15 +78,18 @@ def ridges(part: Part) -> dict[str, np.ndarray]:
     tried = {a: accuracies(r.predict(words.transform(validation.part.texts)), validation)[0] for a, r in fitted.items()}
     best = max(tried, key=lambda alpha: tried[alpha])
     states = words.transform(part.texts)
-    return {"ridge, alpha 1": fitted[1.0].predict(states), f"ridge, alpha {best:g}": fitted[best].predict(states)}
+    return {"ridge": fitted[best].predict(states), "ridge of models/reviews/judge.py": fitted[1.0].predict(states)}
 
 
 def model_scores(folder: Path, part: Part) -> dict[str, np.ndarray]:
-    """Raw outputs of a reward model, and of the members of an ensemble."""
+    """Predicted ratings of a reward model that was trained on ratings, and of the members of an ensemble."""
     model = load_reward_model(folder, None)
     tokenizer = model.trunk.tokenizer
     rows = [[*tokenizer.encode(text, bos=True), tokenizer.eos_id] for text in part.texts]
     each = model.of_texts([row if len(row) <= MOST_TOKENS else [row[0], *row[1 - MOST_TOKENS :]] for row in rows])
+    if model.facts.slope is None:
+        raise SystemExit(f"{folder}: trained on pairs, so that it predicts no ratings")
+    each = model.facts.slope * each
     name = "/".join(folder.parts[-2:])
     members = {f"{name}, member {at}": own for at, own in enumerate(each, 1)} if len(each) > 1 else {}
     return {name: each.mean(axis=0), **members}
@@ -102,10 +106,12 @@ def main() -> None:
         of = held(names, arguments.resamples)
         found = ridges(of.part)
         for folder in folders:
-            found |= model_scores(folder, of.part)
-        against = accuracies(next(iter(found.values())), of)
+            scores = model_scores(folder, of.part)
+            name, whole = next(iter(scores.items()))
+            found |= {**scores, f"mean of {name} and the ridge": (whole + found["ridge"]) / 2}
+        against = accuracies(found["ridge"], of)
         print(f"\n{' and '.join(names)}: {len(of.part.texts)} snippets, {int(of.clear.sum())} pairs a point apart")
-        print("| | accuracy | less the ridge with alpha 1 | probability of being better |\n|---|---|---|---|")
+        print("| | accuracy | less the ridge | probability of being better |\n|---|---|---|---|")
         for name, scores in found.items():
             own = accuracies(scores, of)
             gain = 100 * (own - against)
