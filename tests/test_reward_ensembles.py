@@ -113,7 +113,7 @@ def test_members_are_trained_by_seed_and_resumed_as_if_never_stopped(
 def test_fewer_members_than_are_finished_are_refused_and_nothing_is_lost(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         trained(configured(tmp_path, model_folder, 3), tmp_path, "run", stop=15)
-    with pytest.raises(RunError, match=r"2 members are finished .* members is 2 now; set it to 3 or more"):
+    with pytest.raises(RunError, match=r"2 members are finished .*members is 2 now; set it to 3 or more"):
         trained(configured(tmp_path, model_folder, 2), tmp_path, "run")
     folder, _ = trained(configured(tmp_path, model_folder, 3), tmp_path, "run")
     assert (folder / "reward" / "member-3.safetensors").is_file()
