@@ -218,7 +218,8 @@ def evictable(roles: Roles, config: TrainConfig) -> list[Trunk]:
 def _on_trunk(roles: Roles, policy: Weights, critic: Weights | None) -> list[Weights]:
     """The weights of every role that lies on the shared trunk."""
     rewards = [source.scorer for source in roles.sources if isinstance(source.scorer, RewardModel)]
-    found = [policy, roles.reference, *(model.weights for model in rewards if model.trunk is roles.trunk)]
+    found = [policy, roles.reference]
+    found += [weights for model in rewards if model.trunk is roles.trunk for weights in model.members]
     if critic is not None and roles.critic is not None and roles.critic.trunk is roles.trunk:
         found.append(critic)
     return found
@@ -259,13 +260,14 @@ def _load_source(source: RewardSource, trunk: Trunk, config: TrainConfig, loadin
     if source.kind == "model":
         assert source.path is not None
         model = loading.reward(source.path, trunk, dtype=config.model.dtype)
-        return Source(source.path.name, source.weight, model, own_tokens=not _same_tokens(model.trunk, trunk))
+        return Source(source.path.name, source.weight, model, own_tokens=not same_tokens(model.trunk, trunk))
     name = "judge" if source.kind == "judge" else source.rule or parse_reference(source.function or "")[1]
     around = loading.surroundings._replace(samples=config.rollout.samples_per_prompt, seed=config.run.seed)
     return Source(name, source.weight, loading.function(source, around), gate=source.gate)
 
 
-def _same_tokens(other: Trunk, trunk: Trunk) -> bool:
+def same_tokens(other: Trunk, trunk: Trunk) -> bool:
+    """Whether a model reads texts as the same tokens as another one."""
     probe = "The film is a moving, 90-minute story — of two friends.\n\tdef f(x): return x**2  # 好的"
     mine, theirs = trunk.tokenizer, other.tokenizer
     return other is trunk or (
@@ -295,7 +297,7 @@ def _separate_critic(config: TrainConfig, roles: Roles, loading: Loading) -> tup
                 path = source.path
                 break
     trunk = loading.trunk(path or config.model.path, dtype=config.model.dtype)
-    if not _same_tokens(trunk, roles.trunk):
+    if not same_tokens(trunk, roles.trunk):
         raise ModelError(f"{trunk.name}: its tokenizer differs from the policy's; a critic must share it")
     weights = Weights({**_trainable(trunk), **new_head(trunk.width)})
     trunk.evict()  # for good: the critic brings all of them itself
