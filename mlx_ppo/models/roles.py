@@ -69,6 +69,17 @@ class Roles:
     evictable: list[Trunk] = field(default_factory=list)  # their frozen weights are in memory only while they are read
     group: Group = ALONE  # the processes that share the rows
 
+    def add(self, source: RewardSource, dtype: str, loading: "Loading") -> None:
+        """Load one more source of scores; of several with one name the later ones get a number.
+
+        Raises:
+            ModelError, ConfigError: whatever is wrong with it.
+        """
+        loaded = _load_source(source, self.trunk, dtype, loading)
+        same = sum(other.name.rpartition("-")[0] == loaded.name or other.name == loaded.name for other in self.sources)
+        loaded.name += f"-{same + 1}" if same else ""
+        self.sources.append(loaded)
+
     def bring(self, trunk: Trunk) -> None:
         """Have a trunk's frozen weights in memory; of the evictable ones, only one is there at a time.
 
@@ -156,6 +167,7 @@ class Loading(NamedTuple):
     function: Callable[[RewardSource], TextScorer | None] = _started
     compact: bool = False  # quantised models stay so on a CPU
     evict: bool = False  # weights that only some phases read are in memory only while they are read
+    critic: bool = True  # False: leave it out, since nothing is trained
 
 
 def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles, Weights, Weights | None]:  # noqa: B008
@@ -172,17 +184,12 @@ def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles
     roles = Roles(trunk, reference, None)
     try:
         for source in config.reward:
-            loaded = _load_source(source, trunk, config, loading)
-            same = sum(
-                other.name.rpartition("-")[0] == loaded.name or other.name == loaded.name for other in roles.sources
-            )
-            loaded.name += f"-{same + 1}" if same else ""
-            roles.sources.append(loaded)
+            roles.add(source, config.model.dtype, loading)
             if loading.evict:
                 roles.evictable = evictable(roles, config)
                 roles.evict()  # before the next one is loaded
         critic_weights = None
-        if config.ppo.advantage == "gae":
+        if config.ppo.advantage == "gae" and loading.critic:
             roles.critic, critic_weights = _load_critic(config, roles, loading)
         trunk.share_below(_on_trunk(roles, policy, critic_weights))
         if loading.evict:
@@ -247,10 +254,10 @@ def _is_trained(array: mx.array) -> bool:
     return bool(mx.issubdtype(array.dtype, mx.floating))
 
 
-def _load_source(source: RewardSource, trunk: Trunk, config: TrainConfig, loading: Loading) -> Source:
+def _load_source(source: RewardSource, trunk: Trunk, dtype: str, loading: Loading) -> Source:
     if source.kind == "model":
         assert source.path is not None
-        model = loading.reward(source.path, trunk, dtype=config.model.dtype)
+        model = loading.reward(source.path, trunk, dtype=dtype)
         return Source(source.path.name, source.weight, model, own_tokens=not _same_tokens(model.trunk, trunk))
     name = source.rule or parse_reference(source.function or "")[1]
     return Source(name, source.weight, loading.function(source), gate=source.gate)
