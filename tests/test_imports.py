@@ -19,8 +19,8 @@ MODULES = {
 LAYERS = (
     "errors", "files", "bundle", "config", "data", "algo", "runtime", "compute", "tokenizers", "rewards", "models",
     "runs", "stages", "memory", "importing", "exporting", "bench", "reporting", "evaluate", "supervised", "sft",
-    "reward_training", "comparison", "best_of", "prompting", "parallel", "train", "following", "follow_worker", "api",
-    "studio", "cli",
+    "reward_training", "comparison", "best_of", "forgetting", "prompting", "parallel", "train", "following",
+    "follow_worker", "api", "studio", "cli",
 )  # fmt: skip
 # Beside the standard library, and with the longest match: what else.
 OUTSIDE = {
@@ -55,6 +55,7 @@ OUTSIDE = {
     "reward_training": {"mlx", "numpy"},
     "comparison": {"mlx", "numpy"},
     "best_of": {"mlx", "numpy"},
+    "forgetting": {"mlx", "numpy"},
     "parallel": {"numpy"},
     "train": {"numpy"},
     "following": {"mlx"},

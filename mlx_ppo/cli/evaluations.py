@@ -42,3 +42,36 @@ def best_of_command(model: Path, **options: Any) -> None:
     from mlx_ppo.cli.best_of import best_of
 
     best_of(model, options)
+
+
+@click.command("forgetting")
+@click.argument("run", type=Place())
+@click.option(
+    "--text", type=Place(), help="Plain text, or rows as `sft` reads them; default: a bundled page of English."
+)
+@click.option("--base", type=Place(), help="Model to compare with; default: what the run began from.")
+@click.option(
+    "--window", type=click.IntRange(2, 1 << 20), help="Tokens read together; default: 1024, or all positions."
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(2),
+    default=16384,
+    show_default=True,
+    help="Of the text, at most; the rest is left out.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def forgetting_command(run: Path, base: Path | None, **options: Any) -> None:
+    """Perplexity of a text before and after training: whether RUN unlearned what it wasn't trained on.
+
+    \b
+    Examples:
+      mlx-ppo forgetting runs/reviews
+      mlx-ppo forgetting runs/reviews --text models/reviews/data/test.jsonl
+    """
+    from mlx_ppo.cli.forgetting import forgetting
+
+    forgetting(run, base, **options)
+
+
+COMMANDS = (best_of_command, forgetting_command)

@@ -346,5 +346,5 @@ def doctor(offline_proof: bool, acceptance: bool, minutes: float | None, as_json
     examine(offline_proof=offline_proof, as_json=as_json)
 
 
-for command in (evaluations.best_of_command, data, pages.studio, pages.label, pages.watch, pages.report):
+for command in (*evaluations.COMMANDS, data, pages.studio, pages.label, pages.watch, pages.report):
     main.add_command(command)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from mlx_ppo.config.rewards import RewardSource, ScoreSection
 from mlx_ppo.config.sections import Job, TrainConfig
-from mlx_ppo.config.supervised import RewardConfig, SFTConfig
+from mlx_ppo.config.supervised import RewardConfig, SFTConfig, TrainableModelSection
 from mlx_ppo.errors import ConfigError, ModelError, RunError
 from mlx_ppo.models.adapters import Weights, load_adapters
 from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.peft import given_adapters
 from mlx_ppo.models.roles import Loading, Roles, load_roles
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.runs import checkpoint
@@ -95,6 +96,25 @@ def load_scorable(path: Path, sources: Sequence[RewardSource] = ()) -> Scorable:
         roles.close()
         raise
     return Scorable(roles, target.weights, target.config)
+
+
+def start_of(target: Target) -> Target:
+    """What the run of a target began from: its model folder, with the adapters from which it went on.
+
+    Raises:
+        ConfigError: the target is no run, or began from random weights.
+        ModelError: the folder can't be loaded any more.
+    """
+    config = target.config
+    if not isinstance(config, TrainConfig | SFTConfig):
+        raise ConfigError("--base: name the model folder to compare with; only a run says what it began from")
+    model, trunk = config.model, target.trunk
+    if isinstance(model, TrainableModelSection) and model.initialise == "random":
+        raise ConfigError("the run began from random weights, so that there is nothing to forget; name a --base")
+    if trunk.name != str(model.path):
+        trunk = load_trunk(model.path, dtype=model.dtype)
+    weights = given_adapters(model.adapter, trunk.adapted) if model.adapter is not None else Weights({})
+    return Target(trunk, weights, None)
 
 
 def _parted(path: Path) -> tuple[Path | None, Path | None]:
