@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import mlx_ppo
-from mlx_ppo.cli import evaluations, pages
+from mlx_ppo.cli import evaluations, merging, pages
 from mlx_ppo.cli.data import data
 from mlx_ppo.cli.group import Commands
 from mlx_ppo.cli.options import MAX_TOKENS, TEMPERATURE, Number, Place
@@ -346,5 +346,5 @@ def doctor(offline_proof: bool, acceptance: bool, minutes: float | None, as_json
     examine(offline_proof=offline_proof, as_json=as_json)
 
 
-for command in (*evaluations.COMMANDS, data, pages.studio, pages.label, pages.watch, pages.report):
+for command in (*evaluations.COMMANDS, merging.merge, data, pages.studio, pages.label, pages.watch, pages.report):
     main.add_command(command)
