@@ -39,6 +39,8 @@ def merged_arrays(folder: Path, trunk: Trunk) -> dict[str, mx.array]:
     Raises:
         ModelError: it isn't such a folder, holds what can't be merged exactly, or doesn't fit the model.
     """
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder of adapters")
     described = json_object(folder / CONFIG)
     arrays = _of_peft(folder, described, trunk) if "peft_type" in described else _of_mlx_lm(folder, described, trunk)
     if not arrays:

@@ -23,6 +23,8 @@ from mlx_ppo.models.trunk import Trunk
 
 MakeModel = Callable[..., Path]
 TOKENS = mx.array([[1, 5, 7, 3, 2, 200, 41]])
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [], "head_dim": 8}
+MOE |= {"moe_intermediate_size": 16, "tie_word_embeddings": True, "norm_topk_prob": True}
 LINEAR = ("self_attn.q_proj", "mlp.down_proj")
 
 
@@ -73,7 +75,7 @@ def test_logits_are_those_of_mlx_lm(
 
 
 def test_experts(make_model: MakeModel, tmp_path: Path) -> None:
-    folder = make_model("qwen3_moe")
+    folder = make_model("qwen3_moe", **MOE)
     adapters = saved_by_mlx_lm(folder, tmp_path / "a", kind="lora", keys=("mlp.switch_mlp.up_proj", *LINEAR[:1]))
     plain, found = merged(folder, adapters)
     assert np.abs(found - plain).max() > 0.01
@@ -169,10 +171,10 @@ def test_what_cannot_be_merged_is_refused_by_name(
     with pytest.raises(ModelError, match=r"lm_head\.weight is no adapter"):
         merged_arrays(peft({"base_model.model.lm_head.weight": mx.zeros((304, 32))}), trunk)
     with pytest.raises(ModelError, match="no parameter of this model"):
-        merged_arrays(peft(modules_to_save=["lm_head"]), trunk)
+        merged_arrays(peft({"base_model.model.lm_head.weight": mx.zeros((3, 32))}, modules_to_save=["lm_head"]), trunk)
     own = tmp_path / "own"
     saved_by_mlx_lm(make_model(), own, kind="lora", keys=LINEAR)
-    with pytest.raises(ModelError, match="was it trained on another one|don't fit"):
+    with pytest.raises(ModelError, match="don't fit"):
         merged_arrays(own, load_trunk(make_model(hidden_size=64), dtype="float32"))
     config = json.loads((own / "adapter_config.json").read_text())
     for changes, words in (
@@ -183,5 +185,5 @@ def test_what_cannot_be_merged_is_refused_by_name(
         (own / "adapter_config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ModelError, match=words):
             merged_arrays(own, trunk)
-    with pytest.raises(ModelError, match="no such file"):
+    with pytest.raises(ModelError, match="no such folder"):
         merged_arrays(tmp_path / "nothing", trunk)
