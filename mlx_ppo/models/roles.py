@@ -167,7 +167,7 @@ class Loading(NamedTuple):
     function: Callable[[RewardSource], TextScorer | None] = _started
     compact: bool = False  # quantised models stay so on a CPU
     evict: bool = False  # weights that only some phases read are in memory only while they are read
-    critic: bool = True  # False: leave it out, since nothing is trained
+    critic: bool = True  # where the configuration has one
 
 
 def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles, Weights, Weights | None]:  # noqa: B008

@@ -77,10 +77,10 @@ def load_scorable(path: Path, sources: Sequence[RewardSource] = ()) -> Scorable:
     if run is not None and isinstance(config, TrainConfig):
         if sources:
             config = config.model_copy(update={"reward": tuple(sources), "score": ScoreSection()})
-        chosen = chosen or _newest(run)
+        chosen = chosen or folder_of(run, newest_step(run))
         roles, _, _ = load_roles(config, Loading(critic=False))
         try:
-            policy = _weights(chosen, roles.trunk, full=config.model.train == "full")
+            policy = trained_weights(chosen, roles.trunk, full=config.model.train == "full")
         except BaseException:
             roles.close()
             raise
@@ -137,20 +137,30 @@ def _of_run(run: Path, chosen: Path | None) -> Target:
         if not chosen.is_dir():
             raise ModelError(f"{run}: not finished; go on with `mlx-ppo resume {run}`")
     assert isinstance(config, TrainConfig | SFTConfig)
-    chosen = chosen or _newest(run)
+    chosen = chosen or folder_of(run, newest_step(run))
     trunk = load_trunk(config.model.path, dtype=config.model.dtype)
-    return Target(trunk, _weights(chosen, trunk, full=config.model.train == "full"), config)
+    return Target(trunk, trained_weights(chosen, trunk, full=config.model.train == "full"), config)
 
 
-def _newest(run: Path) -> Path:
+def newest_step(run: Path) -> int:
+    """The step of the checkpoint that stands for a run: its newest, or the one that it has gone back to.
+
+    Raises:
+        ModelError: it has none.
+    """
     steps = checkpoint.steps(run)
     if not steps:
         raise ModelError(f"{run}: has no checkpoint yet")
     back = checkpoint.chosen(run)
-    return folder_of(run, steps[-1] if back is None else back)
+    return steps[-1] if back is None else back
 
 
-def _weights(folder: Path, trunk: Trunk, *, full: bool) -> Weights:
+def trained_weights(folder: Path, trunk: Trunk, *, full: bool) -> Weights:
+    """The policy's weights in a checkpoint, or in a folder of adapters.
+
+    Raises:
+        ModelError, RunError: there is no such checkpoint, or it is damaged.
+    """
     if folder.parent.name == "checkpoints":
         if not folder.is_dir():
             near = ", ".join(
