@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import mlx_ppo
-from mlx_ppo.cli import exchange, pages
+from mlx_ppo.cli import evaluations, exchange, pages
 from mlx_ppo.cli.agreement import agreement
 from mlx_ppo.cli.data import data
 from mlx_ppo.cli.frontier import frontier
@@ -269,11 +269,13 @@ def doctor(offline_proof: bool, acceptance: bool, minutes: float | None, as_json
 
 
 for command in (
+    *evaluations.COMMANDS,
     agreement,
     reward,
     data,
     exchange.export,
     exchange.import_,
+    exchange.merge,
     frontier,
     pages.studio,
     pages.label,

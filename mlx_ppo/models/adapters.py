@@ -19,6 +19,7 @@ from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
 
 HEAD = "head."
+MERGE = "merge it into the model first (`mlx-ppo merge`)"
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def _check_kind(folder: Path, described: Mapping[str, Any]) -> None:
     if "peft_type" in described:
         raise _OtherKind(f"{folder}: adapters in PEFT's format; convert them to mlx-lm's, or fuse them into the model")
     if kind == "dora":
-        raise _OtherKind(f"{folder}: DoRA adapters; only LoRA can be trained on: fuse them into the model first")
+        raise _OtherKind(f"{folder}: DoRA adapters; only LoRA can be trained on: {MERGE}")
     if kind == "full":
-        raise _OtherKind(f"{folder}: weights of a full fine-tuning, not adapters; fuse them into the model first")
+        raise _OtherKind(f"{folder}: weights of a full fine-tuning, not adapters: {MERGE}")
 
 
 class _OtherKind(Exception):

@@ -71,6 +71,17 @@ class Roles:
     evictable: list[Trunk] = field(default_factory=list)  # their frozen weights are in memory only while they are read
     group: Group = ALONE  # the processes that share the rows
 
+    def add(self, source: RewardSource, dtype: str, loading: "Loading") -> None:
+        """Load one more source of scores; of several with one name the later ones get a number.
+
+        Raises:
+            ModelError, ConfigError: whatever is wrong with it.
+        """
+        loaded = _load_source(source, self.trunk, dtype, loading)
+        same = sum(other.name.rpartition("-")[0] == loaded.name or other.name == loaded.name for other in self.sources)
+        loaded.name += f"-{same + 1}" if same else ""
+        self.sources.append(loaded)
+
     def bring(self, trunk: Trunk) -> None:
         """Have a trunk's frozen weights in memory; of the evictable ones, only one is there at a time.
 
@@ -178,14 +189,11 @@ def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles
     policy = initial_weights(trunk, config.model, config.lora, key="policy", seed=config.run.seed)
     reference = policy if config.model.adapter is not None else Weights({})
     roles = Roles(trunk, reference, None)
+    around = loading.surroundings._replace(samples=config.rollout.samples_per_prompt, seed=config.run.seed)
+    loading = loading._replace(surroundings=around)
     try:
         for source in config.reward:
-            loaded = _load_source(source, trunk, config, loading)
-            same = sum(
-                other.name.rpartition("-")[0] == loaded.name or other.name == loaded.name for other in roles.sources
-            )
-            loaded.name += f"-{same + 1}" if same else ""
-            roles.sources.append(loaded)
+            roles.add(source, config.model.dtype, loading)
             if loading.evict:
                 roles.evictable = evictable(roles, config)
                 roles.evict()  # before the next one is loaded
@@ -256,14 +264,13 @@ def _is_trained(array: mx.array) -> bool:
     return bool(mx.issubdtype(array.dtype, mx.floating))
 
 
-def _load_source(source: RewardSource, trunk: Trunk, config: TrainConfig, loading: Loading) -> Source:
+def _load_source(source: RewardSource, trunk: Trunk, dtype: str, loading: Loading) -> Source:
     if source.kind == "model":
         assert source.path is not None
-        model = loading.reward(source.path, trunk, dtype=config.model.dtype)
+        model = loading.reward(source.path, trunk, dtype=dtype)
         return Source(source.path.name, source.weight, model, own_tokens=not same_tokens(model.trunk, trunk))
     name = "judge" if source.kind == "judge" else source.rule or parse_reference(source.function or "")[1]
-    around = loading.surroundings._replace(samples=config.rollout.samples_per_prompt, seed=config.run.seed)
-    return Source(name, source.weight, loading.function(source, around), gate=source.gate)
+    return Source(name, source.weight, loading.function(source, loading.surroundings), gate=source.gate)
 
 
 def same_tokens(other: Trunk, trunk: Trunk) -> bool:
