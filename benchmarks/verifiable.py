@@ -3,10 +3,10 @@
     mlx-ppo import SmolLM2-135M-Instruct.Q4_1.gguf smollm2-135m
     python benchmarks/verifiable.py smollm2-135m [--seeds 3] [--iterations 60] [--folder DIR] [--json FILE]
 
-Prompts are chats, "What is 7 + 5?", of two numbers up to 20 (--largest); a fifth of all pairs is held out, and no pair is
-in both files, in either order. The reward is the rule "number" alone: 1 where the last number of the answer is the sum. An
-iteration has 8 prompts with 8 samples each, of at most 24 tokens. Accuracy is taken before and after by the rule, on all
-held-out sums, once greedily and once as the run samples; the interval is Wilson's, of the greedy answers.
+Prompts are chats, "What is 7 + 5?", of two numbers up to 20 (--largest); a fifth of all pairs is held out, and no pair
+is in both files, in either order. The reward is the rule "number" alone: 1 where the last number of the answer is the
+sum. An iteration has 8 prompts with 8 samples each, of at most 24 tokens. Accuracy is taken before and after by the
+rule, on all held-out sums, once greedily and once as the run samples; the interval is Wilson's, of the greedy answers.
 """
 
 import mlx_ppo  # noqa: F401  loads the optimised BLAS before mlx
