@@ -10,22 +10,14 @@ import click
 
 import mlx_ppo
 from mlx_ppo.cli import evaluations, exchange, pages
+from mlx_ppo.cli.agreement import agreement
 from mlx_ppo.cli.data import data
 from mlx_ppo.cli.frontier import frontier
 from mlx_ppo.cli.group import Commands
-from mlx_ppo.cli.options import MAX_TOKENS, TEMPERATURE, Number, Place
+from mlx_ppo.cli.options import DRY_RUN, JUDGE, MAX_TOKENS, SET, TEMPERATURE, Number, Place
+from mlx_ppo.cli.reward import reward
 from mlx_ppo.errors import RunError
 
-_SET = click.option(
-    "overrides",
-    "--set",
-    metavar="SECTION.KEY=VALUE",
-    multiple=True,
-    help="Change a key of the configuration, e.g. --set ppo.epochs=4. May be given several times.",
-)
-_DRY_RUN = click.option(
-    "--dry-run", is_flag=True, help="Check the configuration, read the data, print token statistics, train nothing."
-)
 _FILE = Place()
 
 
@@ -65,8 +57,8 @@ def init(directory: Path) -> None:
 
 @main.command()
 @click.argument("config", type=_FILE, required=False)
-@_SET
-@_DRY_RUN
+@SET
+@DRY_RUN
 @click.option("--hosts", type=_FILE, help="JSON file of the machines that share the run; the same as parallel.hosts.")
 @click.option("--rank", type=click.IntRange(0), help="Which of them this is; default: the one with its address.")
 def train(config: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
@@ -87,7 +79,7 @@ def train(config: Path | None, overrides: tuple[str, ...], **options: Any) -> No
 
 @main.command()
 @click.argument("config", type=_FILE)
-@_SET
+@SET
 @click.option("--memory-gb", type=Number(0, min_open=True), help="Budget in GiB instead of the config's.")
 @click.option("--model-config", type=_FILE, help="Plan for the model of this config.json, which needn't be here.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Plan for this kind of device; default: this one.")
@@ -108,7 +100,7 @@ def plan(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
 
 @main.command()
 @click.argument("target", type=_FILE, required=False)
-@_SET
+@SET
 @click.option("--prompt-tokens", type=click.IntRange(2), help="Length of the prompts; default: the config's longest.")
 @click.option("--iterations", type=click.IntRange(1), default=3, show_default=True, help="Timed, after a first one.")
 @click.option("--output", type=_FILE, help="Keep the result in this file.")
@@ -133,8 +125,8 @@ def bench(target: Path | None, overrides: tuple[str, ...], **options: Any) -> No
 
 @main.command()
 @click.argument("config", type=_FILE)
-@_SET
-@_DRY_RUN
+@SET
+@DRY_RUN
 def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Supervised fine-tuning on texts, prompts with completions, or chats.
 
@@ -145,22 +137,6 @@ def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     from mlx_ppo.config.supervised import SFTConfig
 
     jobs.start(SFTConfig, config, overrides, dry_run=dry_run)
-
-
-@main.command()
-@click.argument("config", type=_FILE)
-@_SET
-@_DRY_RUN
-def reward(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """Train a reward model on human preferences or ratings.
-
-    \b
-    Example: mlx-ppo reward configs/reviews-reward.toml
-    """
-    from mlx_ppo.cli import jobs
-    from mlx_ppo.config.supervised import RewardConfig
-
-    jobs.start(RewardConfig, config, overrides, dry_run=dry_run)
 
 
 @main.command()
@@ -237,9 +213,7 @@ def sample(model: Path, prompts: tuple[str, ...], file: Path | None, count: int,
     metavar="FOLDER|FILE.py:NAME|rule:NAME",
     help="Judge; by default the run's reward model or rule.",
 )
-@click.option(
-    "--judge", type=_FILE, help="Model that is shown both completions, in both orders, and asked which is better."
-)
+@JUDGE
 @click.option("--criterion", help="What it is asked; by default which is the better one.")
 @click.option("--count", type=click.IntRange(2), default=128, show_default=True, help="Prompts taken.")
 @MAX_TOKENS
@@ -296,6 +270,8 @@ def doctor(offline_proof: bool, acceptance: bool, minutes: float | None, as_json
 
 for command in (
     *evaluations.COMMANDS,
+    agreement,
+    reward,
     data,
     exchange.export,
     exchange.import_,

@@ -50,6 +50,21 @@ class Place(click.Path):
         return super().convert(value, param, ctx)
 
 
+class PlaceOrAddress(Place):
+    """A path, or the address of a server, which stays a text."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Either."""
+        is_address = isinstance(value, str) and value.startswith(("http://", "https://"))
+        return value if is_address else super().convert(value, param, ctx)
+
+
+JUDGE = click.option(
+    "--judge",
+    type=PlaceOrAddress(),
+    metavar="MODEL|ADDRESS#MODEL",
+    help="Model, here or served on this machine, that is shown both completions in both orders and asked for the best.",
+)
 MAX_TOKENS = click.option(
     "--max-tokens",
     type=click.IntRange(1, 1_000_000),
@@ -60,3 +75,13 @@ TEMPERATURE = click.option(
 )
 PORT = click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the page; default: any free one.")
 NO_BROWSER = click.option("--no-browser", is_flag=True, help="Only print the page's address.")
+SET = click.option(
+    "overrides",
+    "--set",
+    metavar="SECTION.KEY=VALUE",
+    multiple=True,
+    help="Change a key of the configuration, e.g. --set ppo.epochs=4. May be given several times.",
+)
+DRY_RUN = click.option(
+    "--dry-run", is_flag=True, help="Check the configuration, read the data, print token statistics, train nothing."
+)

@@ -17,6 +17,8 @@ from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.peft import given_adapters
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.rewards.functions import RewardFunction, parse_reference
+from mlx_ppo.rewards.judge import Surroundings
+from mlx_ppo.rewards.judge_scorer import JudgeScorer
 from mlx_ppo.rewards.rules import RewardRule
 from mlx_ppo.rewards.scorer import TextScorer
 from mlx_ppo.runtime.group import ALONE, Group
@@ -116,6 +118,8 @@ class Roles:
         others = {id(trunk): trunk for trunk in (*models, *([self.critic.trunk] if self.critic else []))}
         others.pop(id(self.trunk), None)
         found = [*self.trunk.remarks, *self.trunk.within(longest)]
+        for source in self.sources:
+            found += source.scorer.remarks() if isinstance(source.scorer, TextScorer) else []
         for trunk in others.values():
             found += [line for line in trunk.remarks if line.startswith("warning")] + trunk.within(longest)
         return list(dict.fromkeys(found))
@@ -126,7 +130,7 @@ class Roles:
         return {name: digest for function in functions for name, digest in function.files.items()}
 
     def news(self) -> list[str]:
-        """What functions and rules have to say of the completions since they were asked last."""
+        """What functions, rules and judges have to say of the completions since they were asked last."""
         scorers = [source.scorer for source in self.sources if isinstance(source.scorer, TextScorer)]
         return [line for scorer in scorers for line in scorer.news()]
 
@@ -150,10 +154,12 @@ def token_statistics(
     return sequences.spread(logprobs), sequences.spread(entropies)
 
 
-def _started(source: RewardSource) -> TextScorer:
-    """A reward function or a rule in its process."""
+def _started(source: RewardSource, surroundings: Surroundings) -> TextScorer:
+    """A reward function or a rule in its process, or a judge that answers."""
     if source.kind == "rule":
         return RewardRule(source).__enter__()
+    if source.kind == "judge":
+        return JudgeScorer(source, surroundings).__enter__()
     assert source.function is not None
     file, name = parse_reference(source.function)
     return RewardFunction(Path(file), name, timeout=source.timeout).__enter__()
@@ -164,9 +170,10 @@ class Loading(NamedTuple):
 
     trunk: Callable[..., Trunk] = load_trunk
     reward: Callable[..., RewardModel] = load_reward_model
-    function: Callable[[RewardSource], TextScorer | None] = _started
+    function: Callable[[RewardSource, Surroundings], TextScorer | None] = _started
     compact: bool = False  # quantised models stay so on a CPU
     evict: bool = False  # weights that only some phases read are in memory only while they are read
+    surroundings: Surroundings = Surroundings()  # of judges, by the run
     critic: bool = True  # where the configuration has one
 
 
@@ -182,6 +189,8 @@ def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles
     policy = initial_weights(trunk, config.model, config.lora, key="policy", seed=config.run.seed)
     reference = policy if config.model.adapter is not None else Weights({})
     roles = Roles(trunk, reference, None)
+    around = loading.surroundings._replace(samples=config.rollout.samples_per_prompt, seed=config.run.seed)
+    loading = loading._replace(surroundings=around)
     try:
         for source in config.reward:
             roles.add(source, config.model.dtype, loading)
@@ -217,7 +226,8 @@ def evictable(roles: Roles, config: TrainConfig) -> list[Trunk]:
 def _on_trunk(roles: Roles, policy: Weights, critic: Weights | None) -> list[Weights]:
     """The weights of every role that lies on the shared trunk."""
     rewards = [source.scorer for source in roles.sources if isinstance(source.scorer, RewardModel)]
-    found = [policy, roles.reference, *(model.weights for model in rewards if model.trunk is roles.trunk)]
+    found = [policy, roles.reference]
+    found += [weights for model in rewards if model.trunk is roles.trunk for weights in model.members]
     if critic is not None and roles.critic is not None and roles.critic.trunk is roles.trunk:
         found.append(critic)
     return found
@@ -258,12 +268,13 @@ def _load_source(source: RewardSource, trunk: Trunk, dtype: str, loading: Loadin
     if source.kind == "model":
         assert source.path is not None
         model = loading.reward(source.path, trunk, dtype=dtype)
-        return Source(source.path.name, source.weight, model, own_tokens=not _same_tokens(model.trunk, trunk))
-    name = source.rule or parse_reference(source.function or "")[1]
-    return Source(name, source.weight, loading.function(source), gate=source.gate)
+        return Source(source.path.name, source.weight, model, own_tokens=not same_tokens(model.trunk, trunk))
+    name = "judge" if source.kind == "judge" else source.rule or parse_reference(source.function or "")[1]
+    return Source(name, source.weight, loading.function(source, loading.surroundings), gate=source.gate)
 
 
-def _same_tokens(other: Trunk, trunk: Trunk) -> bool:
+def same_tokens(other: Trunk, trunk: Trunk) -> bool:
+    """Whether a model reads texts as the same tokens as another one."""
     probe = "The film is a moving, 90-minute story — of two friends.\n\tdef f(x): return x**2  # 好的"
     mine, theirs = trunk.tokenizer, other.tokenizer
     return other is trunk or (
@@ -293,7 +304,7 @@ def _separate_critic(config: TrainConfig, roles: Roles, loading: Loading) -> tup
                 path = source.path
                 break
     trunk = loading.trunk(path or config.model.path, dtype=config.model.dtype)
-    if not _same_tokens(trunk, roles.trunk):
+    if not same_tokens(trunk, roles.trunk):
         raise ModelError(f"{trunk.name}: its tokenizer differs from the policy's; a critic must share it")
     weights = Weights({**_trainable(trunk), **new_head(trunk.width)})
     trunk.evict()  # for good: the critic brings all of them itself

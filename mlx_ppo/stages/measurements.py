@@ -11,6 +11,7 @@ from mlx_ppo.algo.masked import masked_mean, masked_sum
 from mlx_ppo.data.random import philox
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Source
+from mlx_ppo.rewards.scorer import TextScorer
 from mlx_ppo.stages.records import PPOBatch, Rollout, Scored, UpdateStats, number
 
 
@@ -54,13 +55,15 @@ def iteration_metrics(
     metrics |= {"score_low": low, "score_median": median, "score_high": high}
     metrics.update({f"points/{name}": number(values.mean()) for name, values in scored.points.items()})
     metrics.update({f"score/{name}": number(values.mean()) for name, values in scored.by_source.items()})
+    metrics.update({f"disagreement/{name}": number(values.mean()) for name, values in scored.disagreement.items()})
     return metrics
 
 
 def source_metrics(sources: Sequence[Source], scored: Scored) -> dict[str, float]:
     """Of each source the deviation of its scores; of reward models that tell their range, the share beyond it.
 
-    Keys are `deviation/NAME`, and `beyond/NAME`: responses with a score above all of the model's own training texts.
+    Keys are `deviation/NAME`; `beyond/NAME`, responses with a score above all of the model's own training texts; and
+    `unusable/NAME`, questions to a judge without an answer that could be used.
     """
     found: dict[str, float] = {}
     for source in sources:
@@ -69,6 +72,8 @@ def source_metrics(sources: Sequence[Source], scored: Scored) -> dict[str, float
         highest = source.scorer.facts.highest if isinstance(source.scorer, RewardModel) else None
         if highest is not None:
             found[f"beyond/{source.name}"] = float((values > highest).mean())
+        if isinstance(source.scorer, TextScorer):
+            found |= {f"{key}/{source.name}": value for key, value in source.scorer.figures().items()}
     return found
 
 
@@ -99,7 +104,8 @@ def kept_responses(scored: Scored, seed: int, step: int) -> dict[str, int]:
 def response_columns(rollout: Rollout, scored: Scored) -> dict[str, list[float]]:
     """What is logged of every response of an iteration: a list for each column, in the rollout's order.
 
-    The scores, by source too, and predicted ratings; tokens; 1 where it ended by itself; nats from the reference.
+    The scores, by source too, predicted ratings, and how far the members of an ensemble disagree; tokens; 1 where it
+    ended by itself; nats from the reference.
     """
     kl = mx.where(rollout.mask, scored.old_logprobs - scored.ref_logprobs, 0.0).sum(axis=1)
     columns = {
@@ -109,6 +115,7 @@ def response_columns(rollout: Rollout, scored: Scored) -> dict[str, list[float]]
         "kl": kl,
         **{f"score/{name}": values for name, values in scored.by_source.items()},
         **{f"points/{name}": values for name, values in scored.points.items()},
+        **{f"disagreement/{name}": values for name, values in scored.disagreement.items()},
     }
     return {name: [float(f"{value:.4g}") for value in np.array(column)] for name, column in columns.items()}
 
