@@ -7,7 +7,7 @@
     pi(a | S) = p_a / sum_{s in S} p_s
 
 The order is that of transformers: temperature, top-k, top-p, min-p. Tokens of equal logits are in S together or not at
-all, so that a set doesn't depend on how they are sorted; transformers leaves ties to its sorting where it cuts by top-p.
+all, so that a set doesn't depend on how they are sorted; transformers leaves ties at top-p to its sorting.
 
 S belongs to the policy that sampled. Whatever weights a log-probability of the rollout is taken under, it is that of
 the distribution on S: the ratio to the old policy is 1 before anything is learned, and log pi - log pi_ref is an
@@ -18,7 +18,8 @@ Source: Fan et al. 2018, arXiv:1805.04833, section 3.4 (top-k); Holtzman et al. 
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -39,6 +40,37 @@ class Distribution(NamedTuple):
     def truncates(self) -> bool:
         """Whether some tokens may be left out."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    def changed(self, values: Mapping[str, float]) -> "Distribution":
+        """With other values, by name.
+
+        Raises:
+            ValueError: one is out of range.
+            TypeError: there is no such name.
+        """
+        for name in values:
+            if name not in self._fields:
+                raise TypeError(f"there is no {name!r}; choose from {', '.join(self._fields)}")
+        given: dict[str, Any] = dict(values)
+        found = self._replace(**given)
+        if not (0 <= found.temperature < math.inf and isinstance(found.top_k, int) and found.top_k >= 0):
+            raise ValueError(f"temperature ({found.temperature}) and top_k ({found.top_k}, whole) must be 0 or above")
+        if not (0 < found.top_p <= 1 and 0 <= found.min_p < 1):
+            raise ValueError(f"top_p ({found.top_p}) must be in (0, 1], min_p ({found.min_p}) in [0, 1)")
+        return found
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Those that act, in their order."""
+        found = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        off = Distribution()._asdict()
+        return {name: value for name, value in found.items() if self.truncates and value != off[name]}
+
+    @property
+    def said(self) -> str:
+        """For people."""
+        bounds = (f", {name.replace('_', '-')} {value}" for name, value in self.bounds.items())
+        return f"temperature {self.temperature:g}{''.join(bounds)}"
 
 
 def words_of(vocabulary: int) -> int:

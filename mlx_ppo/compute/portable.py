@@ -119,9 +119,7 @@ class PortableEngine:
         learning: bool,
     ) -> tuple[mx.array, mx.array]:
         """By chunks of positions."""
-        return self.head.statistics(
-            body, states, tokens, temperature=temperature, support=support, learning=learning
-        )
+        return self.head.statistics(body, states, tokens, temperature=temperature, support=support, learning=learning)
 
     def reader(self, body: Body, rows: int, *, full: bool) -> Reader:
         """The model reads."""

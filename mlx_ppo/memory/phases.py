@@ -208,7 +208,7 @@ class Accountant:
         # The cache is made in its full length; that of rows which are being decoded is there while others are read.
         before = read_rows if rows < shapes.responses else rows
         longer = cache - cache * before * shapes.prompt // (rows * (shapes.prompt + shapes.response))
-        outside = max(rows * self._vocabulary * 4, prompts.outside) + self._supports.of(shapes.responses * shapes.response)
+        outside = max(rows * self._vocabulary * 4, prompts.outside) + self._supports.gathered(shapes)
         if prompts.transient + longer > cache + (passing := self._decoding(rows, step, full)).transient:
             return Cost({**prompts.passing, _CACHE: longer}, outside)
         return Cost({**passing.passing, _CACHE: cache}, outside)

@@ -2,11 +2,13 @@
 
 import mlx.core as mx
 
-from mlx_ppo.algo.truncation import Distribution, words_of
+from mlx_ppo.algo.truncation import words_of
 from mlx_ppo.compute.engine import Engine
 from mlx_ppo.compute.sequences import Sequences
 from mlx_ppo.config.sections import RolloutSection
+from mlx_ppo.memory.choices import Shapes
 from mlx_ppo.memory.weightless import present
+from mlx_ppo.stages.rollout import distribution_of
 
 
 class Supports:
@@ -14,13 +16,16 @@ class Supports:
 
     def __init__(self, section: RolloutSection, engine: Engine, vocabulary: int) -> None:
         """Keep what they depend on: how a run samples, what computes, and how many logits a token has."""
-        how = Distribution(section.temperature, section.top_k, section.top_p, section.min_p)
-        self._words = words_of(vocabulary) if how.truncates else 0
+        self._words = words_of(vocabulary) if distribution_of(section).truncates else 0
         self._engine, self._vocabulary = engine, vocabulary
 
     def of(self, tokens: int) -> int:
         """The sets of so many tokens, a bit for each entry of the vocabulary."""
         return 4 * tokens * self._words
+
+    def gathered(self, shapes: Shapes) -> int:
+        """Those of a process's own responses, in numpy until all are there."""
+        return self.of(shapes.responses * shapes.response)
 
     def sampling(self, rows: int) -> dict[str, int]:
         """What a step of some rows needs beside their logits, and what is kept of it."""

@@ -52,7 +52,6 @@ class Decoder:
         max_tokens: int,
         distribution: Distribution,
         cache_form: str,
-        supports: bool,
     ) -> None:
         """Nothing is read yet.
 
@@ -63,13 +62,12 @@ class Decoder:
             max_tokens: bound T on a response.
             distribution: what is drawn from; temperature 0 takes the most probable token.
             cache_form: see `compute.kv_cache`.
-            supports: keep the sets that tokens are drawn from, where these aren't all.
         """
         self.trunk, self.requests, self.places = trunk, requests, places
         self.max_tokens, self.distribution, self.cache_form = max_tokens, distribution, cache_form
         self.keeping = bool(trunk.split) and cache_form == FULL
         self.kept = Kept()
-        self.supports = Supports(max_tokens) if supports and distribution.truncates else None
+        self.supports = Supports(max_tokens) if distribution.truncates else None  # who needs none takes it away
         self._stops = np.array(sorted(trunk.tokenizer.eos_ids))
         count = len(requests)
         self._prompts = np.array([len(request.prompt) for request in requests])  # their lengths

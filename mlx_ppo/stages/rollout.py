@@ -50,6 +50,11 @@ class Sampling(NamedTuple):
         return Distribution(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
+def distribution_of(section: RolloutSection) -> Distribution:
+    """What a run draws tokens from."""
+    return Distribution(section.temperature, section.top_k, section.top_p, section.min_p)
+
+
 def sampling(section: RolloutSection, choices: Choices, *seed_parts: int | str) -> Sampling:
     """How a run samples, by its `[rollout]` section and what its plan has chosen."""
     return Sampling(
@@ -95,8 +100,9 @@ def generate(
         max_tokens=how.max_tokens,
         distribution=how.distribution,
         cache_form=how.cache_form,
-        supports=how.supports,
     )
+    if not how.supports:
+        decoder.supports = None
     with trunk.using(weights):
         while decoder.unfinished:
             with phase("rollout"):

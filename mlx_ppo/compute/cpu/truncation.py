@@ -56,4 +56,5 @@ def packed(tokens: Numbers) -> Numbers:
 def outside(words: Numbers, vocabulary: int) -> Numbers:
     """Of sets as words [B, W] the tokens [B, V] bool that are not in them."""
     bits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, count=vocabulary, bitorder="little")
-    return bits == 0
+    found: Numbers = bits == 0
+    return found

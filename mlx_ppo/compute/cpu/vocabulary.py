@@ -39,9 +39,7 @@ def vocabulary_statistics(
 
 
 @mx.custom_function
-def _statistics(
-    logits: mx.array, tokens: mx.array, inverse: mx.array, *support: mx.array
-) -> tuple[mx.array, mx.array]:
+def _statistics(logits: mx.array, tokens: mx.array, inverse: mx.array, *support: mx.array) -> tuple[mx.array, mx.array]:
     return _by_pieces(None, logits, tokens, inverse, *support)
 
 
