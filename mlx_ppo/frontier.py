@@ -25,7 +25,7 @@ from mlx_ppo.runs.folder import FRONTIER, SAMPLES, log_row, open_config, replace
 from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.runs.targets import newest_step, trained_weights
 from mlx_ppo.stages.records import Rollout
-from mlx_ppo.stages.rollout import Asked, generate, sampling
+from mlx_ppo.stages.rollout import Asked, distribution_of, generate, sampling
 from mlx_ppo.stages.scoring import combined_scores, policy_logprobs, raw_scores
 
 Document = dict[str, Any]
@@ -80,6 +80,11 @@ def measured(path: Path, asked: Question, told: Messages) -> Document:
     config = open_config(run)
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"{path}: a frontier is that of a run of `train`")
+    if bounds := distribution_of(config.rollout).bounds:
+        raise ConfigError(
+            f"{path}: sampled with rollout.{next(iter(bounds))}; a response of one policy may be outside of what the "
+            "other can write then, and its weight isn't known"
+        )
     step = newest_step(run) if chosen is None else int(chosen.name) if chosen.name.isdecimal() else -1
     if step not in checkpoint.steps(run):
         raise ModelError(f"{path}: no such checkpoint")

@@ -119,6 +119,7 @@ def test_what_reads_a_run_samples_as_it_did_and_says_so(project, reward_folders)
     texts = mlx_ppo.generate(policy, ["the film"], samples=2, top_k=2)
     assert texts == mlx_ppo.generate(policy, ["the film"], samples=2, top_k=2, top_p=0.9, min_p=0.05, temperature=0.8)
     assert texts != mlx_ppo.generate(policy, ["the film"], samples=2, top_k=0, top_p=1.0, min_p=0.0)
+    project.refused(2, "runs/a: sampled with rollout.top_k", "frontier", "runs/a")
     with pytest.raises(TypeError, match="no 'topk'"):
         mlx_ppo.generate(policy, ["the film"], topk=2)
     with pytest.raises(ValueError, match="top_p"):
