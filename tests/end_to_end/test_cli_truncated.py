@@ -89,14 +89,15 @@ def test_every_kind_of_run(project, changes):
     assert all(row["ratio_error"] < 1e-4 for row in project.metrics())
 
 
-@pytest.mark.parametrize("engine", ["cpu", "portable"])
-def test_the_engines_take_the_same_tokens(project, monkeypatch, engine):
-    for name in ("cpu", engine):
+def test_both_engines_take_the_same_tokens(project, monkeypatch):
+    for name in ("cpu", "portable"):
         monkeypatch.setenv("MLX_PPO_ENGINE", name)
-        project.done("train", config_of(project, "all", run={"iterations": 1}), "--set", f"run.name={name}", "--force")
-    one, two = project.samples("cpu"), project.samples(engine)
+        project.done("train", config_of(project, "all", run={"iterations": 1}), "--set", f"run.name={name}")
+    one, two = project.samples("cpu"), project.samples("portable")
     assert [row.get("completion") for row in one] == [row.get("completion") for row in two]
-    assert project.metrics("cpu")[0] == pytest.approx(project.metrics(engine)[0], abs=1e-3, rel=1e-2)
+    first, second = project.metrics("cpu")[0], project.metrics("portable")[0]
+    for name in ("entropy", "score", "policy_norm", "tokens"):
+        assert first[name] == pytest.approx(second[name], rel=1e-3)
 
 
 def test_what_reads_a_run_samples_as_it_did_and_says_so(project, reward_folders):
@@ -116,9 +117,9 @@ def test_what_reads_a_run_samples_as_it_did_and_says_so(project, reward_folders)
     compared = project.cli("compare", "model", "runs/a", "--top-k", 3)
     assert compared.stderr == "".join(f"{of}: {own}" for of in ("model", "runs/a")).replace("top-k 30", "top-k 3")
     policy = mlx_ppo.load_policy(project.run())
-    texts = mlx_ppo.generate(policy, ["the film"], samples=2, top_k=2)
-    assert texts == mlx_ppo.generate(policy, ["the film"], samples=2, top_k=2, top_p=0.9, min_p=0.05, temperature=0.8)
-    assert texts != mlx_ppo.generate(policy, ["the film"], samples=2, top_k=0, top_p=1.0, min_p=0.0)
+    texts = mlx_ppo.generate(policy, ["the film"], samples=12, top_k=2)
+    assert texts == mlx_ppo.generate(policy, ["the film"], samples=12, top_k=2, top_p=0.9, min_p=0.05, temperature=0.8)
+    assert texts != mlx_ppo.generate(policy, ["the film"], samples=12, top_k=0, top_p=1.0, min_p=0.0)
     project.refused(2, "runs/a: sampled with rollout.top_k", "frontier", "runs/a")
     with pytest.raises(TypeError, match="no 'topk'"):
         mlx_ppo.generate(policy, ["the film"], topk=2)
