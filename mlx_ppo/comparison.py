@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.compute.sequences import make_sequences
+from mlx_ppo.config.rewards import RewardSource
 from mlx_ppo.data.batches import length_batches
 from mlx_ppo.data.chat import Messages
 from mlx_ppo.data.jsonl import Record
@@ -23,6 +24,9 @@ from mlx_ppo.models.roles import token_statistics
 from mlx_ppo.reward_training import raw_outputs
 from mlx_ppo.rewards.figures import Floats
 from mlx_ppo.rewards.functions import RewardFunction
+from mlx_ppo.rewards.judge import Judge as Asking
+from mlx_ppo.rewards.judge import Surroundings
+from mlx_ppo.rewards.judge_questions import which
 from mlx_ppo.runs.targets import Target
 
 CRITERION = "Which of the two is the better one?"
@@ -158,3 +162,44 @@ class ByModel:
                 of_b, _ = token_statistics(trunk, states, other, temperature=1.0)
             found[rows] = np.array((of_b - of_a)[:, 0])
         return found
+
+
+class ByServer:
+    """A model in another process that is shown both completions and answers with a letter, in both orders."""
+
+    def __init__(self, source: RewardSource) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            source: a reward of kind "judge"; its rubric is the question.
+        """
+        self._source = source
+        self._judge = Asking(source, Surroundings())
+        self.described, self.question = self._judge.described, source.rubric
+        self.by_place = 0.0  # share of the pairs, at the last call, in which the order decided
+        self.unusable = 0  # answers, at the last call
+
+    def start(self) -> None:
+        """Find out whether it is there; JudgeLost where it isn't."""
+        self._judge.start()
+
+    def margins(self, pairs: Sequence[Pair]) -> Floats:
+        """From -1 to 1, the mean over both orders; 0 where one of the two answers can't be used.
+
+        Raises:
+            JudgeLost: the server can't be reached, or too few of its answers can be used.
+        """
+        rubric = self._source.rubric
+        questions = [
+            which(pair.prompt, one, other, rubric)
+            for pair in pairs
+            for one, other in ((pair.first, pair.second), (pair.second, pair.first))
+        ]
+        found = self._judge.ask(questions, most=self._source.unusable)
+        self.unusable = found.count(None)
+        both = [
+            (plain, swapped) if isinstance(plain, float) and isinstance(swapped, float) else (0.5, 0.5)
+            for plain, swapped in zip(found[::2], found[1::2], strict=True)
+        ]
+        self.by_place = sum(plain == swapped != 0.5 for plain, swapped in both) / max(len(both), 1)
+        return np.array([plain - swapped for plain, swapped in both], np.float32)

@@ -71,6 +71,10 @@ class ProcessLost(RunError):
     """A process that shares a run ended, hangs, or can't be reached."""
 
 
+class JudgeLost(RunError):
+    """A judge in another process can't be reached, or hardly any of its answers can be used."""
+
+
 class UnhealthyError(_OneLine):
     """A health rule that is set to "stop" or "best" has ended the run; it is saved."""
 

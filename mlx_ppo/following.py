@@ -81,7 +81,7 @@ def follow(config: Job, group: Group) -> None:
     mx.set_memory_limit(told["memory"])
     limits = {name: Limit(*limit) for name, limit in told["limits"].items()}
     with threads.choosing(told["threads"]), metering(limits, clearing=told["clearing"]) as meter:
-        loading = Loading(function=lambda _: None, compact=told["compact"], evict=told["evict"])
+        loading = Loading(function=lambda *_: None, compact=told["compact"], evict=told["evict"])
         roles, policy, critic = load_roles(config, loading)
         roles.group = group
         state = initial_state(config, policy, critic)

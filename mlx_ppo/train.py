@@ -9,7 +9,7 @@ from typing import Any
 from mlx_ppo.compute.cpu import threads
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.prompts import Prompt, PromptStream
-from mlx_ppo.errors import ProcessLost
+from mlx_ppo.errors import JudgeLost, ProcessLost
 from mlx_ppo.evaluate import Evaluation, evaluate, evaluation_rows
 from mlx_ppo.memory.budget import keeping_to
 from mlx_ppo.memory.keeping import Keeper, is_tight, limits_of, opening
@@ -20,6 +20,7 @@ from mlx_ppo.models.roles import Loading, Roles, load_roles
 from mlx_ppo.parallel import sharing
 from mlx_ppo.prompting import asked_for, load_data, tokenizer_of
 from mlx_ppo.reporting import Reporter
+from mlx_ppo.rewards.judge import Surroundings
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.callbacks import Callback, TensorBoard, require_tensorboard
 from mlx_ppo.runs.folder import HEALTH, MEMORY, METRICS, RESPONSES, SAMPLES, Run
@@ -72,7 +73,9 @@ def train(
     with keeping_to(plan), watching(interrupts.stop), limited, measuring as meter, together as group:
         group.told(opening(plan))
         with phase("load"):
-            roles, policy, critic = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
+            around = Surroundings(run.folder, check=interrupts.check)
+            loading = Loading(compact=choices.compact, evict=choices.evict, surroundings=around)
+            roles, policy, critic = load_roles(config, loading)
             roles.group = group
         try:
             if (slow := slow_controller(config)) is not None:
@@ -127,7 +130,7 @@ class _Training:
                 self._evaluate_and_save()
                 if self.stopping is None:
                     self.interrupts.check()
-            except Interrupted:
+            except (Interrupted, JudgeLost):
                 self._save()
                 raise
             except ProcessLost:  # in an update, weights of this iteration and of the last one would be saved together
@@ -140,8 +143,7 @@ class _Training:
             self._go_back()
         self.reporter.phase("evaluate", state.iteration, self.config.run.iterations)
         after = self._evaluation()
-        last = (row["step"] for row in self.run.rows(SAMPLES) if row.get("kind") == "summary")
-        if state.iteration not in last:  # a finished run that is resumed has it
+        if state.iteration not in self._summaries():  # a finished run that is resumed has it
             self._log_evaluation(after)
         if self.stopping is not None:
             self.run.note(stopped=self.stopping.step)
@@ -176,6 +178,8 @@ class _Training:
             if self.stopping is not None and self.stopping.step == stopped:
                 self.stopping = None
             self.reporter.message(f"resuming after iteration {state.iteration} of {iterations}")
+            if self._due() and state.iteration not in self._summaries():  # it was broken off, such as by a lost judge
+                self._evaluate_and_save()
         else:
             self.run.cut_logs(-1)
             self._log_evaluation(before)
@@ -305,16 +309,25 @@ class _Training:
 
     def _evaluate_and_save(self) -> None:
         """What is due after an iteration. The log comes first, so that a checkpoint is never ahead of it."""
-        state, section = self.state, self.config.run
-        done = state.iteration == section.iterations or self.stopping is not None
-        due = bool(section.evaluate_every) and state.iteration % section.evaluate_every == 0
-        if due and not done:
+        state, due = self.state, self._due()
+        done = state.iteration == self.config.run.iterations or self.stopping is not None
+        if due:
             evaluation = self._evaluation()
             self._log_evaluation(evaluation)
             if state.best is None or evaluation.score > state.best[1]:
                 state.best = (state.iteration, evaluation.score)
-        if done or due or state.iteration % section.save_every == 0:
+        if done or due or state.iteration % self.config.run.save_every == 0:
             self._save()
+
+    def _due(self) -> bool:
+        """Whether the policy is evaluated after this iteration; after the last one it is in any case."""
+        state, section = self.state, self.config.run
+        done = state.iteration in (0, section.iterations) or self.stopping is not None
+        return bool(section.evaluate_every) and state.iteration % section.evaluate_every == 0 and not done
+
+    def _summaries(self) -> set[int]:
+        """Steps whose evaluations are logged as a whole."""
+        return {row["step"] for row in self.run.rows(SAMPLES) if row.get("kind") == "summary"}
 
     def _save(self, state: checkpoint.Checkpoint | None = None) -> None:
         """The state as it is, or as it was."""

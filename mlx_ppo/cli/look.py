@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from mlx_ppo.comparison import CRITERION, ByModel, Pair
+from mlx_ppo.cli.judging import judge_at
+from mlx_ppo.comparison import CRITERION, ByModel, ByServer, Pair
 from mlx_ppo.config.sections import RolloutSection, TrainConfig
 from mlx_ppo.data.prompts import Prompt, load_prompts
 from mlx_ppo.data.tokenizer import Tokenizer
@@ -60,7 +61,7 @@ def compare(
     *,
     file: Path | None,
     reward: str | None,
-    judge: Path | None,
+    judge: Path | str | None,
     criterion: str | None,
     count: int,
     max_tokens: int | None,
@@ -73,9 +74,9 @@ def compare(
     """
     targets = [load_target(first), load_target(second)]
     configured = next((t.config for t in reversed(targets) if isinstance(t.config, TrainConfig)), None)
-    scorer = None if judge is not None and reward is None else _scorer(targets, reward, configured)
     question = criterion or CRITERION
-    asked = None if judge is None else ByModel(load_target(judge), question)
+    asked = _asked(judge, question, configured if reward is None else None)
+    scorer = None if asked is not None and reward is None else _scorer(targets, reward, configured)
     source = next((t for t in reversed(targets) if isinstance(t.config, TrainConfig)), targets[1])
     prompts = _prompts(source, (), file, count)
     with scorer if isinstance(scorer, TextScorer) else nullcontext():
@@ -100,12 +101,29 @@ def compare(
     if asked is not None:
         rows = zip(prompts, *written, strict=True)
         margins = asked.margins([Pair(prompt.text, prompt.record, one, other) for prompt, one, other in rows])
-        click.echo(printable(f"{len(prompts)} prompts, judged by {judge}, asked in both orders: {question}"))
+        name, question = (asked.described, asked.question) if isinstance(asked, ByServer) else (judge, question)
+        click.echo(printable(f"{len(prompts)} prompts, judged by {name}, asked in both orders: {question}"))
+        if isinstance(asked, ByServer) and asked.unusable:
+            click.echo(f"  {asked.unusable} of its {2 * len(prompts)} answers can't be used; their pairs count as ties")
         click.echo(f"  the order alone decides {asked.by_place:.1%} of its answers; the mean of both is taken")
         found.append(_won(second, margins))
     if len(found) == 2:
         one, other = (dict(enumerate(each)) for each in found)
         click.echo(f"both judges prefer the same one in {agreement(one, other)}")
+
+
+def _asked(judge: Path | str | None, question: str, config: TrainConfig | None) -> ByModel | ByServer | None:
+    """The model that is asked: here, at an address, or where none is named and the run had no other reward its own."""
+    if isinstance(judge, Path):
+        return ByModel(load_target(judge), question)
+    source = judge_at(judge, rubric=question) if judge is not None else None
+    if source is None and config is not None and all(each.kind in ("judge", "function") for each in config.reward):
+        source = next((each for each in config.reward if each.kind == "judge"), None)
+    if source is None:
+        return None
+    found = ByServer(source)
+    found.start()
+    return found
 
 
 def _won(second: Path, margins: Floats) -> list[float]:

@@ -10,10 +10,11 @@ import click
 
 import mlx_ppo
 from mlx_ppo.cli import exchange, pages
+from mlx_ppo.cli.agreement import agreement
 from mlx_ppo.cli.data import data
 from mlx_ppo.cli.frontier import frontier
 from mlx_ppo.cli.group import Commands
-from mlx_ppo.cli.options import MAX_TOKENS, Number, Place, drawing
+from mlx_ppo.cli.options import JUDGE, MAX_TOKENS, Number, Place, drawing
 from mlx_ppo.errors import RunError
 
 _SET = click.option(
@@ -237,9 +238,7 @@ def sample(model: Path, prompts: tuple[str, ...], file: Path | None, count: int,
     metavar="FOLDER|FILE.py:NAME|rule:NAME",
     help="Judge; by default the run's reward model or rule.",
 )
-@click.option(
-    "--judge", type=_FILE, help="Model that is shown both completions, in both orders, and asked which is better."
-)
+@JUDGE
 @click.option("--criterion", help="What it is asked; by default which is the better one.")
 @click.option("--count", type=click.IntRange(2), default=128, show_default=True, help="Prompts taken.")
 @MAX_TOKENS
@@ -295,6 +294,7 @@ def doctor(offline_proof: bool, acceptance: bool, minutes: float | None, as_json
 
 
 for command in (
+    agreement,
     data,
     exchange.export,
     exchange.import_,

@@ -51,6 +51,21 @@ class Place(click.Path):
         return super().convert(value, param, ctx)
 
 
+class PlaceOrAddress(Place):
+    """A path, or the address of a server, which stays a text."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Either."""
+        is_address = isinstance(value, str) and value.startswith(("http://", "https://"))
+        return value if is_address else super().convert(value, param, ctx)
+
+
+JUDGE = click.option(
+    "--judge",
+    type=PlaceOrAddress(),
+    metavar="MODEL|ADDRESS#MODEL",
+    help="Model, here or served on this machine, that is shown both completions in both orders and asked for the best.",
+)
 MAX_TOKENS = click.option(
     "--max-tokens",
     type=click.IntRange(1, 1_000_000),

@@ -20,7 +20,8 @@ import click
 import mlx_ppo
 from mlx_ppo.config.sections import Job, TrainConfig
 from mlx_ppo.config.supervised import RewardConfig, SFTConfig
-from mlx_ppo.errors import ProcessLost, RunError, UnhealthyError, UserError
+from mlx_ppo.errors import JudgeLost, ProcessLost, RunError, UnhealthyError, UserError
+from mlx_ppo.rewards.judge_answers import ANSWERS
 from mlx_ppo.runs.folder import METRICS, Run, open_config
 from mlx_ppo.runs.provenance import device, engine
 from mlx_ppo.runtime.device_errors import device_failure
@@ -144,7 +145,13 @@ def _do(config: Job, run: Run, reporter: JobReporter, interrupts: Interrupts) ->
     from mlx_ppo.runs.health import verdict
     from mlx_ppo.train import train
 
-    result = train(config, run, reporter, interrupts)
+    try:
+        result = train(config, run, reporter, interrupts)
+    except JudgeLost as error:
+        if not worth_keeping(run.folder):
+            raise
+        again = f"mlx-ppo resume {short(run.folder)}"
+        raise JudgeLost(f"{error}. The run is saved; once the judge answers, go on with: {again}") from None
     before, after = (
         Answers(evaluation.figures(), [(c.prompt, c.text, c.score) for c in evaluation.completions])
         for evaluation in (result.before, result.after)
@@ -178,8 +185,9 @@ def short(path: Path) -> Path:
 
 
 def worth_keeping(folder: Path) -> bool:
-    """Whether a run folder holds anything that was computed."""
-    return (folder / METRICS).exists() or any((folder / "checkpoints").glob("[0-9]*"))
+    """Whether a run folder holds anything that was computed, or answered by a judge."""
+    logged = (folder / METRICS).exists() or (folder / ANSWERS).exists()
+    return logged or any((folder / "checkpoints").glob("[0-9]*"))
 
 
 def stopped(why: str, exit_code: int, folder: Path) -> SystemExit:

@@ -2,6 +2,7 @@
 
 import re
 
+from mlx_ppo.config.addresses import parse_address
 from mlx_ppo.config.rewards import RewardSource
 from mlx_ppo.config.sections import Job, TrainConfig
 from mlx_ppo.config.supervised import RewardConfig, RewardTrainingSection, SFTConfig, TrainableModelSection
@@ -17,6 +18,7 @@ RULE_KEYS: dict[str, tuple[str, ...]] = {
     "math": ("field", "pattern"),
     "code": ("field", "pattern"),
 }
+JUDGE_KEYS = ("address", "model", "mode", "rubric", "scale", "retries", "answer_tokens", "parallel", "unusable")
 _TAG = re.compile(r"[A-Za-z0-9_-]{1,100}")
 Problem = tuple[str, str]  # `section.key`; what is wrong and the mend
 
@@ -26,7 +28,7 @@ def contradictions(config: Job) -> list[Problem]:
     if isinstance(config, TrainConfig):
         sources = enumerate(config.reward)
         by_source = [(f"reward.{i}.{key}", text) for i, source in sources for key, text in source_problems(source)]
-        return [*_train_problems(config), *_health_problems(config), *by_source]
+        return [*_train_problems(config), *_health_problems(config), *_comparing_problems(config), *by_source]
     if isinstance(config, RewardConfig):
         return [*_trainable_problems(config.model), *_feedback_problems(config.reward_training)]
     return _trainable_problems(config.model) if isinstance(config, SFTConfig) else []
@@ -89,19 +91,62 @@ def _health_problems(config: TrainConfig) -> list[Problem]:
 
 def source_problems(source: RewardSource) -> list[Problem]:
     """What is wrong with one source of scores; the keys without section."""
-    wanted = {"model": "path", "function": "function", "rule": "rule"}[source.kind]
+    wanted = {"model": "path", "function": "function", "rule": "rule", "judge": "address"}[source.kind]
     problems: list[Problem] = []
     if getattr(source, wanted) is None:
         problems.append((wanted, f"missing: a reward of kind {source.kind!r} needs it"))
-    for other in ("path", "function", "rule"):
-        if other != wanted and getattr(source, other) is not None:
+    for other in ("path", "function", "rule", *JUDGE_KEYS):
+        mine = other == wanted or (source.kind == "judge" and other in JUDGE_KEYS)
+        if not mine and getattr(source, other) != _default(other):
             problems.append((other, f"belongs to another kind of reward, not {source.kind!r}"))
-    if source.gate and source.kind == "model":
-        problems.append(("gate", "a reward model's 0 is a score like any other; a rule or a function can be a gate"))
+    if source.gate and source.kind in ("model", "judge"):
+        problems.append(("gate", f"a {source.kind}'s 0 is a score like any other; a rule or a function can be a gate"))
     problems += _rule_problems(source)
+    problems += _judge_problems(source) if source.kind == "judge" else []
     if source.function is not None and not all(source.function.rpartition(":")[::2]):
         problems.append(("function", f"must be 'file.py:name', not {source.function!r}"))
     return problems
+
+
+def _comparing_problems(config: TrainConfig) -> list[Problem]:
+    """Judges that compare need something to compare; they say nothing of one completion alone."""
+    comparing = [i for i, source in enumerate(config.reward) if source.kind == "judge" and source.mode != "pointwise"]
+    found: list[Problem] = []
+    if config.rollout.samples_per_prompt < 2:
+        mend = "compares a prompt's completions; set rollout.samples_per_prompt to 2 or more"
+        found += [(f"reward.{i}.mode", f"{config.reward[i].mode!r} {mend}") for i in comparing]
+    alone = comparing and not any(source.weight for i, source in enumerate(config.reward) if i not in comparing)
+    back = [key for key, level in config.health if level == "best"]
+    return found + [
+        (f"health.{key}", "'best' goes back to an evaluation, of which a judge that compares says nothing")
+        for key in (back if alone else ())
+    ]
+
+
+def _judge_problems(source: RewardSource) -> list[Problem]:
+    problems: list[Problem] = []
+    if source.address is not None:
+        try:
+            parse_address(source.address)
+        except ValueError as error:
+            problems.append(("address", str(error)))
+    problems += [("model", problem) for problem in model_problems(source.model)]
+    if not source.rubric.strip():
+        problems.append(("rubric", "is empty; say what is good"))
+    if source.mode != "pointwise" and source.scale != _default("scale"):
+        problems.append(("scale", f"isn't read by a judge of mode {source.mode!r}"))
+    if not source.scale[0] < source.scale[1]:
+        problems.append(("scale", "must be the worst and the best grade, the first below the second"))
+    return problems
+
+
+def model_problems(model: str | None) -> list[str]:
+    """What is wrong with a judge's name, if anything."""
+    if model is None or not model.strip():
+        return ["missing: name the judge as its server knows it"]
+    if re.search(r"[:-]cloud$", model):  # how Ollama names what it sends away
+        return [f"{model!r} is a model that Ollama runs elsewhere; take one that runs on this machine"]
+    return []
 
 
 def _rule_problems(source: RewardSource) -> list[Problem]:

@@ -9,7 +9,6 @@ import mlx.core as mx
 from mlx_ppo.compute.adapted import parameters_of
 from mlx_ppo.compute.choose import chosen_engine
 from mlx_ppo.compute.portable import DTYPES
-from mlx_ppo.config.rewards import RewardSource
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.memory.weightless import shapes_of_call, weightless
@@ -118,7 +117,7 @@ def weightless_roles(
         own = trunk(path, dtype=dtype)
         return RewardModel(own, Weights(new_head(own.width)), facts)
 
-    def function(_: RewardSource) -> None:
+    def function(*_: object) -> None:
         return None
 
     roles, policy, critic = load_roles(config, Loading(trunk, reward, function))

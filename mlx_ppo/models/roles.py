@@ -17,6 +17,8 @@ from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.peft import given_adapters
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.rewards.functions import RewardFunction, parse_reference
+from mlx_ppo.rewards.judge import Surroundings
+from mlx_ppo.rewards.judge_scorer import JudgeScorer
 from mlx_ppo.rewards.rules import RewardRule
 from mlx_ppo.rewards.scorer import TextScorer
 from mlx_ppo.runtime.group import ALONE, Group
@@ -105,6 +107,8 @@ class Roles:
         others = {id(trunk): trunk for trunk in (*models, *([self.critic.trunk] if self.critic else []))}
         others.pop(id(self.trunk), None)
         found = [*self.trunk.remarks, *self.trunk.within(longest)]
+        for source in self.sources:
+            found += source.scorer.remarks() if isinstance(source.scorer, TextScorer) else []
         for trunk in others.values():
             found += [line for line in trunk.remarks if line.startswith("warning")] + trunk.within(longest)
         return list(dict.fromkeys(found))
@@ -115,7 +119,7 @@ class Roles:
         return {name: digest for function in functions for name, digest in function.files.items()}
 
     def news(self) -> list[str]:
-        """What functions and rules have to say of the completions since they were asked last."""
+        """What functions, rules and judges have to say of the completions since they were asked last."""
         scorers = [source.scorer for source in self.sources if isinstance(source.scorer, TextScorer)]
         return [line for scorer in scorers for line in scorer.news()]
 
@@ -145,10 +149,12 @@ def token_statistics(
     return sequences.spread(logprobs), sequences.spread(entropies)
 
 
-def _started(source: RewardSource) -> TextScorer:
-    """A reward function or a rule in its process."""
+def _started(source: RewardSource, surroundings: Surroundings) -> TextScorer:
+    """A reward function or a rule in its process, or a judge that answers."""
     if source.kind == "rule":
         return RewardRule(source).__enter__()
+    if source.kind == "judge":
+        return JudgeScorer(source, surroundings).__enter__()
     assert source.function is not None
     file, name = parse_reference(source.function)
     return RewardFunction(Path(file), name, timeout=source.timeout).__enter__()
@@ -159,9 +165,10 @@ class Loading(NamedTuple):
 
     trunk: Callable[..., Trunk] = load_trunk
     reward: Callable[..., RewardModel] = load_reward_model
-    function: Callable[[RewardSource], TextScorer | None] = _started
+    function: Callable[[RewardSource, Surroundings], TextScorer | None] = _started
     compact: bool = False  # quantised models stay so on a CPU
     evict: bool = False  # weights that only some phases read are in memory only while they are read
+    surroundings: Surroundings = Surroundings()  # of judges, by the run
     critic: bool = True  # where the configuration has one
 
 
@@ -259,8 +266,9 @@ def _load_source(source: RewardSource, trunk: Trunk, config: TrainConfig, loadin
         assert source.path is not None
         model = loading.reward(source.path, trunk, dtype=config.model.dtype)
         return Source(source.path.name, source.weight, model, own_tokens=not _same_tokens(model.trunk, trunk))
-    name = source.rule or parse_reference(source.function or "")[1]
-    return Source(name, source.weight, loading.function(source), gate=source.gate)
+    name = "judge" if source.kind == "judge" else source.rule or parse_reference(source.function or "")[1]
+    around = loading.surroundings._replace(samples=config.rollout.samples_per_prompt, seed=config.run.seed)
+    return Source(name, source.weight, loading.function(source, around), gate=source.gate)
 
 
 def _same_tokens(other: Trunk, trunk: Trunk) -> bool:

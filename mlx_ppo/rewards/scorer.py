@@ -1,4 +1,4 @@
-"""What scores completions as texts, in a process of its own: a person's function, or a rule."""
+"""What scores completions as texts, in another process: a person's function, a rule, or a model that judges."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -41,6 +41,14 @@ class TextScorer(ABC):
     def close(self) -> None:
         """End its process; does nothing the second time."""
 
+    def remarks(self) -> list[str]:
+        """Lines that a person should know before training."""
+        return []
+
     def news(self) -> list[str]:
         """Lines about the completions since this was asked last."""
         return []
+
+    def figures(self) -> dict[str, float]:
+        """Numbers of the last call for the log, beside its scores."""
+        return {}

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_ppo.config.sections import Job, TrainConfig
 from mlx_ppo.errors import ConfigError, RunError
+from mlx_ppo.rewards.judge_answers import ANSWERS, rows
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.folder import (
     CONFIG,
@@ -186,6 +187,10 @@ class _Inquiry:
             self.files += read_plan(self.folder) is not None
         except RunError as error:
             yield str(error)
+        answers = self.folder / ANSWERS
+        if answers.exists():
+            self.files += 1
+            yield from (f"{answers}:{number}: damaged" for number, row in rows(answers) if row is None)
         recorded = self.record.get("files", {})
         self.files += len(recorded)
         for name, digest in recorded.items():

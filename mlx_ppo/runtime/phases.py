@@ -13,7 +13,7 @@ from mlx_ppo.runtime.allocator import give_back
 
 _active: ContextVar["Meter | None"] = ContextVar("meter", default=None)
 
-
+ASKING = "score judge"  # the phase in which this process waits for a judge in another one
 _SPARE = 64  # a limit is this share of itself higher: at the limit itself decoding would take several times as long
 
 

@@ -11,6 +11,7 @@ from mlx_ppo.algo.masked import masked_mean, masked_sum
 from mlx_ppo.data.random import philox
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Source
+from mlx_ppo.rewards.scorer import TextScorer
 from mlx_ppo.stages.records import PPOBatch, Rollout, Scored, UpdateStats, number
 
 
@@ -60,7 +61,8 @@ def iteration_metrics(
 def source_metrics(sources: Sequence[Source], scored: Scored) -> dict[str, float]:
     """Of each source the deviation of its scores; of reward models that tell their range, the share beyond it.
 
-    Keys are `deviation/NAME`, and `beyond/NAME`: responses with a score above all of the model's own training texts.
+    Keys are `deviation/NAME`; `beyond/NAME`, responses with a score above all of the model's own training texts; and
+    `unusable/NAME`, questions to a judge without an answer that could be used.
     """
     found: dict[str, float] = {}
     for source in sources:
@@ -69,6 +71,8 @@ def source_metrics(sources: Sequence[Source], scored: Scored) -> dict[str, float
         highest = source.scorer.facts.highest if isinstance(source.scorer, RewardModel) else None
         if highest is not None:
             found[f"beyond/{source.name}"] = float((values > highest).mean())
+        if isinstance(source.scorer, TextScorer):
+            found |= {f"{key}/{source.name}": value for key, value in source.scorer.figures().items()}
     return found
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from mlx_ppo.runs.checkpoint import Checkpoint
 from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.runtime.group import Group
-from mlx_ppo.runtime.phases import Meter
+from mlx_ppo.runtime.phases import ASKING, Meter
 
 _SEVERAL = 3.0  # times
 _NOTHING = 0.02  # seconds
@@ -33,7 +33,8 @@ def closing(group: Group, meter: Meter) -> list[Spent]:
 
     Of the seconds, those since the meter began.
     """
-    own = np.array([max(meter.peaks.values(), default=0), sum(meter.seconds.values())], np.float64)
+    computed = sum(took for name, took in meter.seconds.items() if name != ASKING)
+    own = np.array([max(meter.peaks.values(), default=0), computed], np.float64)
     return [Spent(int(part[0][0]), float(part[0][1])) for part in group.gather([own])]
 
 

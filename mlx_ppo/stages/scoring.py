@@ -1,6 +1,7 @@
 """A rollout into scores, old and reference log-probabilities, and values."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -14,9 +15,10 @@ from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Critic, Roles, Source, token_statistics
+from mlx_ppo.rewards.judge_scorer import JudgeScorer
 from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.runtime.group import Group
-from mlx_ppo.runtime.phases import phase
+from mlx_ppo.runtime.phases import ASKING, phase
 from mlx_ppo.stages.records import Rollout, Scored, number
 from mlx_ppo.tokenizers.load import completion_text
 
@@ -33,6 +35,7 @@ def raw_scores(roles: Roles, rollout: Rollout, *, batch_size: int) -> RawScores:
 
     Raises:
         RunError: a score is not finite, or a reward function failed.
+        JudgeLost: a judge can't be reached, or too few of its answers can be used.
         ModelError: a text is longer in its own tokens than a reward model has positions.
     """
     normalised: dict[str, mx.array] = {}
@@ -100,7 +103,8 @@ def _ask_function(roles: Roles, source: Source, rollout: Rollout) -> list[float]
         completion_text(tokenizer, prompt, response)
         for prompt, response in zip(rollout.prompts, rollout.responses, strict=True)
     ]
-    return source.scorer.score(prompts, texts, list(rollout.records))
+    with phase(ASKING) if isinstance(source.scorer, JudgeScorer) else nullcontext():
+        return source.scorer.score(prompts, texts, list(rollout.records))
 
 
 def combined_scores(raw: RawScores, roles: Roles, rollout: Rollout, section: ScoreSection, max_tokens: int) -> mx.array:
