@@ -18,9 +18,9 @@ MODULES = {
 # Each package may import those above it and itself, nothing below: so no two packages need each other.
 LAYERS = (
     "errors", "files", "bundle", "config", "data", "algo", "runtime", "compute", "tokenizers", "rewards", "models",
-    "runs", "stages", "memory", "importing", "exporting", "bench", "reporting", "evaluate", "supervised", "sft",
-    "reward_training", "comparison", "prompting", "parallel", "train", "following", "follow_worker", "api", "studio",
-    "cli",
+    "runs", "stages", "memory", "importing", "exporting", "bench", "reporting", "parallel", "evaluate", "supervised",
+    "sft", "reward_feedback", "reward_training", "comparison", "prompting", "train", "following", "follow_worker",
+    "api", "studio", "cli",
 )  # fmt: skip
 # Beside the standard library, and with the longest match: what else.
 OUTSIDE = {
@@ -51,7 +51,8 @@ OUTSIDE = {
     "bench": {"mlx", "numpy"},
     "evaluate": {"mlx", "numpy"},
     "supervised": {"mlx", "numpy"},
-    "sft": {"mlx"},
+    "sft": {"mlx", "numpy"},
+    "reward_feedback": {"numpy"},
     "reward_training": {"mlx", "numpy"},
     "comparison": {"mlx", "numpy"},
     "parallel": {"numpy"},

@@ -12,19 +12,9 @@ import mlx_ppo
 from mlx_ppo.cli import pages
 from mlx_ppo.cli.data import data
 from mlx_ppo.cli.group import Commands
-from mlx_ppo.cli.options import MAX_TOKENS, TEMPERATURE, Number, Place
+from mlx_ppo.cli.options import MAX_TOKENS, SET, TEMPERATURE, Number, Place, job_options
 from mlx_ppo.errors import RunError
 
-_SET = click.option(
-    "overrides",
-    "--set",
-    metavar="SECTION.KEY=VALUE",
-    multiple=True,
-    help="Change a key of the configuration, e.g. --set ppo.epochs=4. May be given several times.",
-)
-_DRY_RUN = click.option(
-    "--dry-run", is_flag=True, help="Check the configuration, read the data, print token statistics, train nothing."
-)
 _FILE = Place()
 
 
@@ -64,10 +54,7 @@ def init(directory: Path) -> None:
 
 @main.command()
 @click.argument("config", type=_FILE, required=False)
-@_SET
-@_DRY_RUN
-@click.option("--hosts", type=_FILE, help="JSON file of the machines that share the run; the same as parallel.hosts.")
-@click.option("--rank", type=click.IntRange(0), help="Which of them this is; default: the one with its address.")
+@job_options
 def train(config: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
     """Train a policy with PPO or a critic-free estimator; without CONFIG, the bundled example.
 
@@ -78,15 +65,16 @@ def train(config: Path | None, overrides: tuple[str, ...], **options: Any) -> No
     """
     from mlx_ppo.bundle import example_config
     from mlx_ppo.cli import jobs
+    from mlx_ppo.config.sections import TrainConfig
 
     if config is None:  # it may lie where nothing can be written, so runs go into the working folder
         config, overrides = example_config(), ("run.folder=runs", *overrides)
-    jobs.train(config, overrides, **options)
+    jobs.start(TrainConfig, config, overrides, jobs.Options(**options))
 
 
 @main.command()
 @click.argument("config", type=_FILE)
-@_SET
+@SET
 @click.option("--memory-gb", type=Number(0, min_open=True), help="Budget in GiB instead of the config's.")
 @click.option("--model-config", type=_FILE, help="Plan for the model of this config.json, which needn't be here.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Plan for this kind of device; default: this one.")
@@ -107,7 +95,7 @@ def plan(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
 
 @main.command()
 @click.argument("target", type=_FILE, required=False)
-@_SET
+@SET
 @click.option("--prompt-tokens", type=click.IntRange(2), help="Length of the prompts; default: the config's longest.")
 @click.option("--iterations", type=click.IntRange(1), default=3, show_default=True, help="Timed, after a first one.")
 @click.option("--output", type=_FILE, help="Keep the result in this file.")
@@ -132,9 +120,8 @@ def bench(target: Path | None, overrides: tuple[str, ...], **options: Any) -> No
 
 @main.command()
 @click.argument("config", type=_FILE)
-@_SET
-@_DRY_RUN
-def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+@job_options
+def sft(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
     """Supervised fine-tuning on texts, prompts with completions, or chats.
 
     \b
@@ -143,14 +130,13 @@ def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     from mlx_ppo.cli import jobs
     from mlx_ppo.config.supervised import SFTConfig
 
-    jobs.start(SFTConfig, config, overrides, dry_run=dry_run)
+    jobs.start(SFTConfig, config, overrides, jobs.Options(**options))
 
 
 @main.command()
 @click.argument("config", type=_FILE)
-@_SET
-@_DRY_RUN
-def reward(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+@job_options
+def reward(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
     """Train a reward model on human preferences or ratings.
 
     \b
@@ -159,7 +145,7 @@ def reward(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     from mlx_ppo.cli import jobs
     from mlx_ppo.config.supervised import RewardConfig
 
-    jobs.start(RewardConfig, config, overrides, dry_run=dry_run)
+    jobs.start(RewardConfig, config, overrides, jobs.Options(**options))
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,32 @@ class Place(click.Path):
         except OSError:
             pass
         return super().convert(value, param, ctx)
+
+
+SET = click.option(
+    "overrides",
+    "--set",
+    metavar="SECTION.KEY=VALUE",
+    multiple=True,
+    help="Change a key of the configuration, e.g. --set ppo.epochs=4. May be given several times.",
+)
+_OF_JOBS = (
+    SET,
+    click.option(
+        "--dry-run", is_flag=True, help="Check the configuration, read the data, print token statistics, train nothing."
+    ),
+    click.option(
+        "--hosts", type=Place(), help="JSON file of the machines that share the run; the same as parallel.hosts."
+    ),
+    click.option("--rank", type=click.IntRange(0), help="Which of them this is; default: the one with its address."),
+)
+
+
+def job_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command what jobs have in common."""
+    for option in reversed(_OF_JOBS):
+        command = option(command)
+    return command
 
 
 MAX_TOKENS = click.option(
