@@ -1,6 +1,6 @@
 """The processes that share a run: those that this one starts, or those on other machines that wait for it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from mlx_ppo.runtime.group import ALONE, Group, Ring
 from mlx_ppo.runtime.hosts import Place, placed
 from mlx_ppo.runtime.local_group import joined, local_group
 
-_WORKER = Path(__file__).with_name("follow_worker.py")
+WORKER = Path(__file__).with_name("follow_worker.py")
 
 
 class Work(NamedTuple):
@@ -53,20 +53,29 @@ def share_of(config: AnyJob, run: Run, work: Work) -> Share:
     begun = bool(checkpoint.steps(run.folder))  # by an earlier version, which had one process
     count = wanted or (1 if begun else worthwhile(work.multiplications, work.pieces))
     if place is None:
-        count = _fitting(count, work, asked=bool(wanted))
+        asked = "parallel.processes" if wanted else None
+        count = fitting(count, lambda processes: work.fixed + work.shared // processes, asked=asked)
     share = Share(count, first_threads(work.parameters, 1 if place is not None else count) if count > 1 else 0)
     run.note(shared=share._asdict())
     return share
 
 
-def _fitting(count: int, work: Work, *, asked: bool) -> int:
-    """As many processes as there is memory for beside this one, whose model is loaded."""
+def fitting(count: int, each: Callable[[int], int], *, asked: str | None) -> int:
+    """As many processes, up to a count, as there is memory for beside this one, whose model is loaded.
+
+    Args:
+        count: at most.
+        each: bytes of each of so many.
+        asked: the key by which a user asks for as many; None: they needn't be.
+    Raises:
+        ConfigError: there is less than what is asked for needs.
+    """
     room = default_budget()
-    while count > 1 and (need := (count - 1) * (work.fixed + work.shared // count)) > room:
+    while count > 1 and (need := (count - 1) * each(count)) > room:
         if asked:
             raise ConfigError(
-                f"parallel.processes: {count - 1} more of them take {need / GIB:.1f} GiB, more than the "
-                f"{room / GIB:.1f} that may be used; lower it"
+                f"{asked}: {count - 1} more processes take {need / GIB:.1f} GiB, more than the {room / GIB:.1f} that "
+                "may be used; lower it"
             )
         count -= 1
     return count
@@ -93,7 +102,7 @@ def sharing(config: AnyJob, processes: int, folder: Path) -> Iterator[Group]:
         yield ALONE
     else:
         order = {"folder": str(folder.resolve())}
-        with local_group(_WORKER, order, processes=processes, patience=config.parallel.patience) as group:
+        with local_group(WORKER, order, processes=processes, patience=config.parallel.patience) as group:
             yield group
 
 

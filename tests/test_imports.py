@@ -18,9 +18,9 @@ MODULES = {
 # Each package may import those above it and itself, nothing below: so no two packages need each other.
 LAYERS = (
     "errors", "files", "bundle", "config", "data", "algo", "runtime", "compute", "tokenizers", "rewards", "models",
-    "runs", "stages", "memory", "importing", "exporting", "bench", "reporting", "parallel", "evaluate", "supervised",
-    "sft", "reward_feedback", "reward_training", "comparison", "prompting", "train", "following", "follow_worker",
-    "api", "studio", "cli",
+    "runs", "stages", "memory", "importing", "exporting", "bench", "reporting", "parallel", "writing", "evaluate",
+    "supervised", "sft", "reward_feedback", "reward_training", "comparison", "prompting", "train", "following",
+    "follow_worker", "api", "studio", "cli",
 )  # fmt: skip
 # Beside the standard library, and with the longest match: what else.
 OUTSIDE = {

@@ -21,8 +21,9 @@ from mlx_ppo.rewards.scorer import TextScorer
 from mlx_ppo.rewards.verdicts import Rate, agreement, verdicts
 from mlx_ppo.runs.targets import Target, load_target
 from mlx_ppo.stages.records import Rollout
-from mlx_ppo.stages.rollout import Asked, Sampling, generate
+from mlx_ppo.stages.rollout import Asked, Sampling
 from mlx_ppo.tokenizers.load import completion_text
+from mlx_ppo.writing import Writers
 
 _SECONDS = 60.0  # that a reward function may take
 _LONGEST = 4096  # tokens of a prompt, where no run says it
@@ -38,13 +39,15 @@ def sample(
     max_tokens: int | None,
     temperature: float | None,
     seed: int,
+    processes: int,
 ) -> None:
     """Print completions of given prompts, of a file's, or of those of the run; without numbers, by the run's own."""
     target = load_target(model)
     prompts = _prompts(target, texts, file, count)
     how = _sampling(target, target, max_tokens, temperature, seed)._replace(samples_per_prompt=samples)
     click.echo(_said(how, model), err=True)
-    rollout = _write(target, prompts, how)
+    with Writers(processes) as writers:
+        rollout = _write(writers, model, target, prompts, how)
     for row, text in enumerate(_texts(target.trunk.tokenizer, rollout)):
         if row % samples == 0 and row:
             click.echo()
@@ -63,6 +66,7 @@ def compare(
     max_tokens: int | None,
     temperature: float | None,
     seed: int,
+    processes: int,
 ) -> None:
     """Print the second model's win rate over the first on the same prompts, by a reward or by a model that is asked.
 
@@ -75,14 +79,14 @@ def compare(
     asked = None if judge is None else ByModel(load_target(judge), question)
     source = next((t for t in reversed(targets) if isinstance(t.config, TrainConfig)), targets[1])
     prompts = _prompts(source, (), file, count)
-    with scorer if isinstance(scorer, TextScorer) else nullcontext():
+    with scorer if isinstance(scorer, TextScorer) else nullcontext(), Writers(processes) as writers:
         if isinstance(scorer, TextScorer):
             scorer.require_fields([prompt.record for prompt in prompts])
         rollouts = []
         for path, target in zip((first, second), targets, strict=True):
             how = _sampling(target, source, max_tokens, temperature, seed)
             click.echo(_said(how, path), err=True)
-            rollouts.append(_write(target, prompts, how))
+            rollouts.append(_write(writers, path, target, prompts, how))
         written = [_texts(target.trunk.tokenizer, rollout) for target, rollout in zip(targets, rollouts, strict=True)]
         found = []
         if scorer is not None:
@@ -180,11 +184,11 @@ def _said(how: Sampling, path: Path) -> str:
     return printable(f"{path}: temperature {how.temperature:g}, up to {how.max_tokens} tokens")
 
 
-def _write(target: Target, prompts: Sequence[Prompt], how: Sampling) -> Rollout:
+def _write(writers: Writers, path: Path, target: Target, prompts: Sequence[Prompt], how: Sampling) -> Rollout:
     asked = Asked([prompt.tokens for prompt in prompts], range(len(prompts)), [prompt.record for prompt in prompts])
     for line in target.trunk.within(max((len(prompt.tokens) for prompt in prompts), default=0) + how.max_tokens):
         click.echo(printable(line), err=True)
-    return generate(target.trunk, target.weights, asked, how)
+    return writers.write(path, target, asked, how)
 
 
 def _texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:

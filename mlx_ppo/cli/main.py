@@ -12,7 +12,7 @@ import mlx_ppo
 from mlx_ppo.cli import pages
 from mlx_ppo.cli.data import data
 from mlx_ppo.cli.group import Commands
-from mlx_ppo.cli.options import MAX_TOKENS, SET, TEMPERATURE, Number, Place, job_options
+from mlx_ppo.cli.options import MAX_TOKENS, PROCESSES, SET, TEMPERATURE, Number, Place, job_options
 from mlx_ppo.errors import RunError
 
 _FILE = Place()
@@ -200,6 +200,7 @@ def verify(run: Path) -> None:
 @MAX_TOKENS
 @TEMPERATURE
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@PROCESSES
 def sample(model: Path, prompts: tuple[str, ...], file: Path | None, count: int, **options: Any) -> None:
     """Write completions with MODEL: a run, a model folder, or a checkpoint of a run.
 
@@ -230,6 +231,7 @@ def sample(model: Path, prompts: tuple[str, ...], file: Path | None, count: int,
 @MAX_TOKENS
 @TEMPERATURE
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@PROCESSES
 def compare(first: Path, second: Path, **options: Any) -> None:
     """How often SECOND's completions win over FIRST's, with a confidence interval.
 

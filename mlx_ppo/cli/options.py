@@ -85,5 +85,11 @@ MAX_TOKENS = click.option(
 TEMPERATURE = click.option(
     "--temperature", type=Temperature(0), help="0: the most probable token; default: that of the run, 1 without one."
 )
+PROCESSES = click.option(
+    "--processes",
+    type=click.IntRange(0),
+    default=0,
+    help="Processes that write, each with a copy of the model; 0, the default: as many as are worthwhile.",
+)
 PORT = click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the page; default: any free one.")
 NO_BROWSER = click.option("--no-browser", is_flag=True, help="Only print the page's address.")
