@@ -12,7 +12,16 @@ import mlx_ppo
 from mlx_ppo.cli import pages
 from mlx_ppo.cli.data import data
 from mlx_ppo.cli.group import Commands
-from mlx_ppo.cli.options import MAX_TOKENS, PROCESSES, SET, TEMPERATURE, Number, Place, job_options
+from mlx_ppo.cli.options import (
+    MAX_TOKENS,
+    PROCESSES,
+    SET,
+    TEMPERATURE,
+    Number,
+    Place,
+    job_options,
+    plan_sharing_options,
+)
 from mlx_ppo.errors import RunError
 
 _FILE = Place()
@@ -80,6 +89,7 @@ def train(config: Path | None, overrides: tuple[str, ...], **options: Any) -> No
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Plan for this kind of device; default: this one.")
 @click.option("--measure", is_flag=True, help="Load the models and time two iterations: real peaks, tokens a second.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plan_sharing_options
 def plan(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
     """What a training run would need in memory, phase by phase, and what would fit.
 
@@ -87,10 +97,11 @@ def plan(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
     Examples:
       mlx-ppo plan configs/reviews.toml --memory-gb 1
       mlx-ppo plan my-ppo.toml --model-config llama-8b.json --device gpu --memory-gb 24
+      mlx-ppo plan my-ppo.toml --hosts hosts.json --bandwidth 10
     """
-    from mlx_ppo.cli.plan import show
+    from mlx_ppo.cli import plan_sharing
 
-    show(config, overrides, **options)
+    plan_sharing.plan(config, overrides, options)
 
 
 @main.command()

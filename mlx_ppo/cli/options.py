@@ -70,6 +70,21 @@ _OF_JOBS = (
 )
 
 
+_OF_SHARED_PLANS = (
+    click.option("--hosts", type=Place(), help="Predict an iteration that these machines share: a JSON file of them."),
+    click.option("--processes", type=click.IntRange(1, 64), help="Predict one that processes of this machine share."),
+    click.option("--bandwidth", type=Number(0, min_open=True), help="Gbit/s between them; default with --hosts: 1."),
+    click.option("--latency", type=Number(0), help="Milliseconds between them; default with --hosts: 0.2."),
+)
+
+
+def plan_sharing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command what predicts a shared iteration."""
+    for option in reversed(_OF_SHARED_PLANS):
+        command = option(command)
+    return command
+
+
 def job_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command what jobs have in common."""
     for option in reversed(_OF_JOBS):

@@ -118,10 +118,8 @@ class Accountant:
             resident["states kept below the adapters"] = self._kept(self.shapes.everywhere or self.shapes.responses)
         found = [self._load(away), _phase("rollout", resident, self._rollout(choices))]
         for name, trunk, cost in self._scores(choices):
-            there, passing = (
-                resident | self._taken(min(choices.score_batch, self.shapes.responses), choices),
-                cost.passing,
-            )
+            there = resident | self._taken(min(choices.score_batch, self.shapes.responses), choices)
+            passing = cost.passing
             if trunk is not None and any(trunk is other for other in away):
                 there[f"weights of the {self._trunks()[id(trunk)][0]}"] = _bytes(trunk.base)
                 passing = max(passing, {"a tensor as it is read": reading(trunk)}, key=lambda part: sum(part.values()))
@@ -149,6 +147,8 @@ class Accountant:
         terms["critic's trained weights"] = _bytes(self._critic_arrays())
         terms["reward adapters"] = sum(_bytes(model.weights.arrays) for model in self._rewards())
         terms["optimizer states"] = 2 * (_bytes(self.policy.arrays) + _bytes(self._critic_arrays()))
+        if self.shapes.everywhere > self.shapes.responses and self.config.model.train == "lora":  # by who leads
+            terms["state before the iteration, for when a process is lost"] = terms["optimizer states"] * 3 // 2
         return {name: size for name, size in terms.items() if size}
 
     def _trunks(self) -> dict[int, tuple[str, Trunk]]:

@@ -18,6 +18,7 @@ from mlx_ppo.runs.folder import open_config
 from mlx_ppo.runs.plan_file import PlanChange, PlanRecord, read_plan, write_plan
 from mlx_ppo.runtime.hosts import Place, placed
 
+_MIB = 1 << 20
 _OF_TOKEN = 8  # bytes of a prompt's token, as a rollout keeps it
 _OF_SLOT = 28  # of a response's: token, four kinds of log-probability and entropy, value, advantage, mask
 
@@ -154,6 +155,14 @@ def said(plan: Plan, processes: int) -> str:
         "keys and values in 8 bits": choices.kv_cache == "8-bit",
     }
     return ", ".join([text, *(what for what, so in told.items() if so)])
+
+
+def held(peaks: Sequence[int], record: PlanRecord) -> str:
+    """What the processes of a run needed in arrays, beside what its first plan expected of each, in one line."""
+    expected = max(phase["mlx_bytes"] for phase in record.phases.values())
+    each = ", ".join(f"{peak / _MIB:.0f}" for peak in peaks)
+    off = max(peaks) / expected - 1
+    return f"memory: at most {each} MiB of arrays in the processes, {expected / _MIB:.0f} planned ({off:+.0%})"
 
 
 def smaller(folder: Path) -> str | None:
