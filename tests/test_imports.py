@@ -19,8 +19,8 @@ MODULES = {
 LAYERS = (
     "errors", "files", "bundle", "config", "data", "algo", "runtime", "compute", "tokenizers", "rewards", "models",
     "runs", "stages", "memory", "importing", "exporting", "bench", "reporting", "parallel", "writing", "evaluate",
-    "supervised", "sft", "reward_feedback", "reward_training", "comparison", "prompting", "train", "following",
-    "follow_worker", "api", "studio", "cli",
+    "supervised", "sft", "reward_feedback", "reward_training", "comparison", "prompting", "frontier", "train",
+    "following", "follow_worker", "api", "studio", "cli",
 )  # fmt: skip
 # Beside the standard library, and with the longest match: what else.
 OUTSIDE = {
@@ -50,6 +50,7 @@ OUTSIDE = {
     "exporting": {"mlx", "mlx_lm", "numpy", "gguf"},
     "bench": {"mlx", "numpy"},
     "evaluate": {"mlx", "numpy"},
+    "frontier": {"mlx", "numpy"},
     "supervised": {"mlx", "numpy"},
     "sft": {"mlx", "numpy"},
     "reward_feedback": {"numpy"},

@@ -156,6 +156,7 @@ class Loading(NamedTuple):
     function: Callable[[RewardSource], TextScorer | None] = _started
     compact: bool = False  # quantised models stay so on a CPU
     evict: bool = False  # weights that only some phases read are in memory only while they are read
+    critic: bool = True  # where the configuration has one
 
 
 def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles, Weights, Weights | None]:  # noqa: B008
@@ -182,7 +183,7 @@ def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles
                 roles.evictable = evictable(roles, config)
                 roles.evict()  # before the next one is loaded
         critic_weights = None
-        if config.ppo.advantage == "gae":
+        if config.ppo.advantage == "gae" and loading.critic:
             roles.critic, critic_weights = _load_critic(config, roles, loading)
         trunk.share_below(_on_trunk(roles, policy, critic_weights))
         if loading.evict:

@@ -25,6 +25,7 @@ from mlx_ppo.runtime.system import flush
 CONFIG, RECORD, METRICS, SAMPLES, LOCK = "config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "lock"
 MEMORY, RESPONSES, HEALTH = "memory.jsonl", "responses.jsonl", "health.jsonl"
 LOGS = (METRICS, SAMPLES, MEMORY, RESPONSES, HEALTH)
+FRONTIER = "frontier.json"  # what the command of that name has found
 RESULTS = ("adapters", "model", "reward")  # finished folders of `sft` and `reward`
 _REPLACED = (RECORD, *LOGS, "plan.json", "report.json", *RESULTS)
 _ENDING_SECONDS = 60.0

@@ -50,16 +50,30 @@ def _of_run(run: Path, chosen: Path | None) -> Target:
             raise ModelError(f"{run}: not finished; go on with `mlx-ppo resume {run}`")
     assert isinstance(config, TrainConfig | SFTConfig)
     if chosen is None:
-        steps = checkpoint.steps(run)
-        if not steps:
-            raise ModelError(f"{run}: has no checkpoint yet")
-        back = checkpoint.chosen(run)
-        chosen = folder_of(run, steps[-1] if back is None else back)
+        chosen = folder_of(run, newest_step(run))
     trunk = load_trunk(config.model.path, dtype=config.model.dtype)
-    return Target(trunk, _weights(chosen, trunk, full=config.model.train == "full"), config)
+    return Target(trunk, trained_weights(chosen, trunk, full=config.model.train == "full"), config)
 
 
-def _weights(folder: Path, trunk: Trunk, *, full: bool) -> Weights:
+def newest_step(run: Path) -> int:
+    """The step of the checkpoint that stands for a run: its newest, or the one that it has gone back to.
+
+    Raises:
+        ModelError: it has none.
+    """
+    steps = checkpoint.steps(run)
+    if not steps:
+        raise ModelError(f"{run}: has no checkpoint yet")
+    back = checkpoint.chosen(run)
+    return steps[-1] if back is None else back
+
+
+def trained_weights(folder: Path, trunk: Trunk, *, full: bool) -> Weights:
+    """The policy's weights in a checkpoint, or in a folder of adapters.
+
+    Raises:
+        ModelError, RunError: there is no such checkpoint, or it is damaged.
+    """
     if folder.parent.name == "checkpoints":
         if not folder.is_dir():
             near = ", ".join(

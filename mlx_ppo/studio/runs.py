@@ -17,6 +17,7 @@ from mlx_ppo.runs.health import LONG, Facts, Monitor, collapsed, facts_of
 from mlx_ppo.runs.metrics import by_present_names
 from mlx_ppo.runs.plan_file import PLAN
 from mlx_ppo.studio.figures import PLANNED, SHARE, Column, figures, frontier, frontier_point, rounded, thinned
+from mlx_ppo.studio.frontier import kept
 from mlx_ppo.studio.logs import Log, Samples, rows_of
 from mlx_ppo.studio.texts import LONGEST, answers, completions, shown, spread
 
@@ -194,6 +195,7 @@ class RunReader:
             "x": x,
             "columns": columns,
             "frontier": frontier(kl, score, self.x, 2 * buckets),
+            "optimum": kept(self.folder),
             "health": self.health[-_KEPT:],
             "collapsed": self.has_collapsed(),
             "answers": answers(self.samples, longest=longest),

@@ -37,11 +37,21 @@ export class Panels {
     sections.splice(2, 0, ...texts);
     root.append(
       h("div", { class: "runs" }, this.summaries),
+      ...page.runs.filter((run) => run.optimum).map((run) => this.optimum(run)),
       ...(page.supervised ? [] : [h("section", { id: "health" }, h("h2", {}, "Health"), this.health)]), // rules are for train
       ...sections,
     );
     this.refresh();
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.charts.forEach((chart) => chart.draw()));
+  }
+
+  /** How near a policy is to the best one that its penalty allows, where `mlx-ppo frontier` was asked. */
+  optimum(run) {
+    const what = this.page.runs.length > 1 ? `: ${run.name}` : "";
+    const lines = run.optimum.lines.join("\n");
+    return h("section", { class: "optimum" }, h("h2", {}, `Share of the optimum${what}`), h("div", { class: "card" },
+      h("img", { src: run.optimum.picture, alt: "gain in score against KL, of the policy, of best-of-n and of the best possible policy; the figures stand beside" }),
+      h("pre", { tabindex: "0" }, lines)));
   }
 
   /** What isn't a figure, drawn from the document as it is now. */
