@@ -18,7 +18,7 @@ MODULES = {
 # Each package may import those above it and itself, nothing below: so no two packages need each other.
 LAYERS = (
     "errors", "files", "bundle", "config", "data", "algo", "runtime", "compute", "tokenizers", "rewards", "models",
-    "runs", "stages", "memory", "importing", "exporting", "bench", "reporting", "parallel", "writing", "evaluate",
+    "runs", "stages", "memory", "importing", "exporting", "bench", "parallel", "writing", "reporting", "evaluate",
     "supervised", "sft", "reward_feedback", "reward_training", "comparison", "prompting", "frontier", "train",
     "following", "follow_worker", "api", "studio", "cli",
 )  # fmt: skip

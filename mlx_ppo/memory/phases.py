@@ -25,6 +25,7 @@ from mlx_ppo.stages.losses import CriticTargets, Pass, PolicyTargets, critic_los
 from mlx_ppo.stages.scoring import critic_values, logprob_column, policy_columns, raw_of
 
 Terms = dict[str, int]
+OF_LEADER = "state before the iteration, for when a process is lost"  # kept by the process that leads alone
 _CACHE = "keys and values (KV cache)"
 _AHEAD = "work that mlx begins ahead"
 
@@ -95,8 +96,7 @@ class Accountant:
         trunk = roles.trunk
         self.possible = Possible(evict=bool(evictable(roles, config)), compact=compact is not None)
         self._compact = functools.cache(compact) if compact is not None else None
-        self._width = trunk.width
-        self._dtype = trunk.dtype
+        self._width, self._dtype = trunk.width, trunk.dtype
         state = mx.zeros((1, 1, self._width), self._dtype)
         self._vocabulary = shapes_of_call(trunk.logits, state).shape[-1]
         self._seen: dict[tuple[object, ...], Cost] = {}
@@ -147,8 +147,8 @@ class Accountant:
         terms["critic's trained weights"] = _bytes(self._critic_arrays())
         terms["reward adapters"] = sum(_bytes(model.weights.arrays) for model in self._rewards())
         terms["optimizer states"] = 2 * (_bytes(self.policy.arrays) + _bytes(self._critic_arrays()))
-        if self.shapes.everywhere > self.shapes.responses and self.config.model.train == "lora":  # by who leads
-            terms["state before the iteration, for when a process is lost"] = terms["optimizer states"] * 3 // 2
+        if self.shapes.everywhere > self.shapes.responses and self.config.model.train == "lora":
+            terms[OF_LEADER] = terms["optimizer states"] * 3 // 2
         return {name: size for name, size in terms.items() if size}
 
     def _trunks(self) -> dict[int, tuple[str, Trunk]]:
