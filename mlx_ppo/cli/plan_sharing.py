@@ -117,19 +117,11 @@ def _line(asked: Sharing, patience: float) -> Line:
 def _print(asked: Sharing, facts: dict[str, Any], measured: float) -> None:
     where = "machines like this one" if asked.hosts is not None else f"processes of this machine, {cores()} cores"
     table = Table(title=f"an iteration shared between {where}; computed")
-    names = (
-        "processes",
-        "GiB each",
-        "computing, s",
-        "exchanging, s",
-        "iteration, s",
-        "times as fast",
-        "MB sent by each",
-    )
+    names = ("processes", "GiB each", "compute s", "exchange s", "total s", "speed", "sent MB")
     for name in names:
         table.add_column(name, justify="right")
     for row in facts["computed"]:
-        size = f"{row['gib_each']:.2f}" + ("" if row["fits"] else " (too much)")
+        size = f"{row['gib_each']:.2f}" + ("" if row["fits"] else "!")
         figures = (row["computing"], row["exchanging"], row["iteration"])
         shown = [f"{value:.2f}" for value in (*figures, row["times_as_fast"], row["sent_mb"])]
         table.add_row(str(row["processes"]), size, *shown)
@@ -138,4 +130,6 @@ def _print(asked: Sharing, facts: dict[str, Any], measured: float) -> None:
     source = "measured, two processes" if line["measured"] else "as said, or the default"
     console.print(f"measured here: {measured:.2f} s an iteration of one process, responses of full length")
     console.print(f"line: {line['gigabits']:.2f} Gbit/s, {line['milliseconds']:.3f} ms ({source})")
+    if not all(row["fits"] for row in facts["computed"]):
+        console.print("!: more memory than there is")
     console.print("all in the table is computed from these: nothing was shared to make it")
