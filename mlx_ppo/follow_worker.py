@@ -33,6 +33,8 @@ def serve(requests: int, answers: int, arguments: list[str]) -> None:
 def _work(order: dict[str, Any], meet: Any) -> None:
     from pathlib import Path
 
+    from mlx_ppo import writing
+    from mlx_ppo.bench import sharing
     from mlx_ppo.following import follow
     from mlx_ppo.runs.folder import open_config
     from mlx_ppo.runtime.allocator import keeping_buffers
@@ -42,7 +44,13 @@ def _work(order: dict[str, Any], meet: Any) -> None:
     meet()
     ring = Ring(joined(order["rank"], order["hosts"], order["patience"]), order["patience"], meet)
     with keeping_buffers():
-        follow(open_config(Path(order["folder"])), ring)
+        if "trial" in order:
+            sharing.answer(ring)
+            meet()  # until the leader ends
+        elif "folder" in order:
+            follow(open_config(Path(order["folder"])), ring)
+        else:
+            writing.follow(ring)
 
 
 def _is_told(error: BaseException) -> bool:

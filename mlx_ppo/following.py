@@ -4,14 +4,17 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_ppo import reward_training, sft
 from mlx_ppo.compute.cpu import threads
 from mlx_ppo.config.sections import Job, TrainConfig
+from mlx_ppo.config.supervised import AnyJob, RewardConfig, SFTConfig
 from mlx_ppo.data.prompts import PromptStream
-from mlx_ppo.errors import ConfigError, RunError
+from mlx_ppo.errors import ConfigError
 from mlx_ppo.evaluate import evaluate
 from mlx_ppo.models.roles import Loading, load_roles
 from mlx_ppo.parallel import compared, meeting
 from mlx_ppo.prompting import asked_for, load_data, tokenizer_of
+from mlx_ppo.reporting import Silent
 from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.runtime.group import Group
 from mlx_ppo.runtime.hosts import Place
@@ -19,19 +22,6 @@ from mlx_ppo.runtime.phases import Limit, metering
 from mlx_ppo.stages import orders
 from mlx_ppo.stages.iteration import iterate
 from mlx_ppo.stages.state import initial_state
-
-
-class _Silent:
-    """Nobody watches a process that follows."""
-
-    def message(self, text: str) -> None:
-        """Said by the leader."""
-
-    def stage(self, name: str) -> None:
-        """Shown by the leader."""
-
-    def tokens(self, count: int) -> None:
-        """Counted by the leader."""
 
 
 class _Told(NamedTuple):
@@ -48,7 +38,7 @@ class _Told(NamedTuple):
         return self.choices
 
 
-def follow_far(config: TrainConfig, place: Place) -> None:
+def follow_far(config: AnyJob, place: Place) -> None:
     """Follow the machine that leads, having compared with it what both have.
 
     Raises:
@@ -67,14 +57,24 @@ def follow_far(config: TrainConfig, place: Place) -> None:
 
 
 def follow(config: Job, group: Group) -> None:
-    """Do what the leader says, until it ends.
+    """Do what the leader does, until it ends.
 
     Raises:
         UserError: as the leader's; it has the same reason to stop.
     """
-    if not isinstance(config, TrainConfig):
-        raise RunError(f"{type(config).__name__} isn't shared between processes")
-    silent = _Silent()
+    if isinstance(config, TrainConfig):
+        _follow_training(config, group)
+        return
+    with threads.choosing(group.told()["threads"]):
+        if isinstance(config, SFTConfig):
+            sft.follow(config, group)
+        elif isinstance(config, RewardConfig):
+            reward_training.follow(config, group)
+    group.told()  # the leader has ended
+
+
+def _follow_training(config: TrainConfig, group: Group) -> None:
+    silent = Silent()
     data, held_out = load_data(config, tokenizer_of(config), silent)
     told = group.told()
     mx.set_cache_limit(told["cache"])

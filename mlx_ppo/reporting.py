@@ -1,5 +1,6 @@
 """What a person is told of a run while it lasts."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 Sample = tuple[str, str, float]  # prompt, completion, score
@@ -19,3 +20,19 @@ class Reporter(Protocol):
 
     def iteration(self, metrics: dict[str, float], iterations: int, sample: Sample) -> None:
         """An iteration is done; the sample is a prompt, its completion and its score."""
+
+
+class Silent:
+    """Nobody watches: a process that follows, whose leader says everything."""
+
+    def message(self, text: str) -> None:
+        """Nothing is shown."""
+
+    def stage(self, name: str) -> None:
+        """Nothing is shown."""
+
+    def tokens(self, count: int) -> None:
+        """Nothing is shown."""
+
+    def step(self, done: int, total: int, figures: Mapping[str, float]) -> None:
+        """Nothing is shown."""

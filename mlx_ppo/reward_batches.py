@@ -9,14 +9,13 @@ import numpy as np
 
 from mlx_ppo.config.supervised import RewardConfig
 from mlx_ppo.data.batches import length_batches
-from mlx_ppo.data.feedback import Feedback, Numbers, Tokens
+from mlx_ppo.data.feedback import Feedback, Floats, Numbers, Tokens
 from mlx_ppo.data.preferences import derive_pairs
 
 
 class Ranked(NamedTuple):
-    """Rankings of the texts of a batch, of up to K each."""
+    """Rankings of the texts of a batch, of up to K each, one after the other."""
 
-    texts: mx.array  # [r, K] index into the texts
     goodness: mx.array  # [r, K]
     mask: mx.array  # [r, K] bool, True where there is a text
 
@@ -25,13 +24,17 @@ class Ranked(NamedTuple):
 class Batch:
     """Texts that are read together, with what is known of them."""
 
-    texts: Sequence[Tokens]
-    ratings: mx.array | None  # [n]
-    chosen: mx.array  # [p] index into texts
-    rejected: mx.array  # [p]
-    margins: mx.array  # [p]
+    texts: Sequence[Tokens]  # of pairs, first the chosen and then the rejected ones
+    units: Sequence[tuple[int, ...]]  # the texts that are looked at together: of a pair, of a ranking, or one
+    ratings: Floats | None  # [n]
+    pairs: int  # 0 where there are none
+    margins: Floats  # [p]
     ranked: Ranked | None
     noise_parts: tuple[int, ...]
+
+    def sizes(self) -> list[int]:
+        """Tokens of each unit."""
+        return [sum(len(self.texts[text]) for text in unit) for unit in self.units]
 
 
 def index_batches(feedback: Feedback, config: RewardConfig, seed: int, epoch: int) -> list[Numbers]:
@@ -63,7 +66,6 @@ def index_batches(feedback: Feedback, config: RewardConfig, seed: int, epoch: in
 def make_batch(feedback: Feedback, rows: Numbers, config: RewardConfig, parts: tuple[int, ...]) -> Batch:
     """The batch of some rows of `index_batches`; `parts`: of the key for its dropped tokens."""
     count = len(rows)
-    none = mx.zeros((0,), mx.int32)
     if feedback.rankings:
         return ranked_batch(feedback, rows, parts)
     paired = config.reward_training.objective != "regression"
@@ -72,10 +74,10 @@ def make_batch(feedback: Feedback, rows: Numbers, config: RewardConfig, parts: t
     margins = feedback.margins[rows[:, 2]] if paired and feedback.ratings is None else np.zeros(count, np.float32)
     return Batch(
         texts=[feedback.texts[text] for text in index],
-        ratings=mx.array(feedback.ratings[index]) if rated and feedback.ratings is not None else None,
-        chosen=mx.arange(count) if paired else none,
-        rejected=mx.arange(count) + count if paired else none,
-        margins=mx.array(margins),
+        units=[(at, at + count) for at in range(count)] if paired else [(at,) for at in range(count)],
+        ratings=feedback.ratings[index] if rated and feedback.ratings is not None else None,
+        pairs=count if paired else 0,
+        margins=margins,
         ranked=None,
         noise_parts=parts,
     )
@@ -86,17 +88,15 @@ def ranked_batch(feedback: Feedback, rows: Numbers, parts: tuple[int, ...]) -> B
     ranks = [feedback.rankings[row] for row in rows[:, 0]]
     sizes = np.array([len(one.texts) for one in ranks])
     mask = np.arange(sizes.max())[None, :] < sizes[:, None]
-    texts, goodness = np.zeros(mask.shape, np.int32), np.zeros(mask.shape, np.float64)
-    texts[mask] = np.arange(sizes.sum())
+    goodness, ends = np.zeros(mask.shape, np.float64), np.cumsum(sizes).tolist()
     # by their order: goodness of any size, in float32, could make ties
     goodness[mask] = np.concatenate([np.unique(one.goodness, return_inverse=True)[1] for one in ranks])
-    none = mx.zeros((0,), mx.int32)
     return Batch(
         texts=[feedback.texts[text] for one in ranks for text in one.texts],
+        units=[tuple(range(end - size, end)) for end, size in zip(ends, sizes.tolist(), strict=True)],
         ratings=None,
-        chosen=none,
-        rejected=none,
-        margins=mx.zeros((0,)),
-        ranked=Ranked(mx.array(texts), mx.array(goodness, mx.float32), mx.array(mask)),
+        pairs=0,
+        margins=np.zeros(0, np.float32),
+        ranked=Ranked(mx.array(goodness, mx.float32), mx.array(mask)),
         noise_parts=parts,
     )

@@ -12,10 +12,9 @@ import numpy as np
 from mlx_ppo.algo.losses import all_pairs_loss, pairwise_reward_loss, plackett_luce_loss
 from mlx_ppo.compute.sequences import make_sequences
 from mlx_ppo.config.supervised import RewardConfig
-from mlx_ppo.data.feedback import Feedback, Floats, load_feedback
+from mlx_ppo.data.feedback import Feedback, Floats
 from mlx_ppo.data.random import mx_key
-from mlx_ppo.data.tokenizer import Tokenizer
-from mlx_ppo.errors import ConfigError, DataError, RunError
+from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import HEAD, Weights
 from mlx_ppo.models.heads import (
     RewardFacts,
@@ -30,44 +29,36 @@ from mlx_ppo.models.reward_folder import fill_with_reward
 from mlx_ppo.models.roles import initial_weights
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.models.write import write_folder
+from mlx_ppo.reporting import Silent
 from mlx_ppo.reward_batches import Batch, Ranked, index_batches, make_batch, ranked_batch
+from mlx_ppo.reward_feedback import load_data
 from mlx_ppo.rewards.breakdown import Judged, breakdown, clear_pairs, fitted_scale, lines
 from mlx_ppo.rewards.figures import pair_figures, rating_figures
+from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.folder import Run, replace_file
+from mlx_ppo.runtime.group import ALONE, Group
 from mlx_ppo.runtime.signals import Interrupts
+from mlx_ppo.stages import orders
 from mlx_ppo.stages.optimizer import Optimizer
 from mlx_ppo.supervised import (
     Course,
     Earlier,
     Fit,
-    Noise,
     StepReporter,
     Task,
     drop_tokens,
     earlier_in,
     fit,
-    load_trainable,
-    require_room,
+    noise_of,
+    shared_run,
 )
-
-
-class Sets(NamedTuple):
-    """The feedback of a run."""
-
-    train: Feedback
-    validation: Feedback | None
-    test: Feedback | None
-
-    @property
-    def held_out(self) -> Feedback:
-        """On what the best weights are chosen: the validation feedback, where there is none the training's."""
-        return self.train if self.validation is None else self.validation
+from mlx_ppo.supervised_models import load_trainable, require_room, work_of
 
 
 class _Follow(NamedTuple):
-    """Who hears of the training, and where it is kept."""
+    """Who hears of the training, and where it is kept; no run in a process that follows another one's."""
 
-    run: Run
+    run: Run | None
     reporter: StepReporter
     interrupts: Interrupts
 
@@ -78,17 +69,10 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
     Raises:
         UserError: whatever is wrong with model or data, or went wrong.
     """
-    section = config.reward_training
-    trunk = load_trainable(config.model, config.run.seed)
-    sets = load_data(config, trunk.tokenizer, reporter)
-    lengths = [len(text) for text in sets.train.texts]
-    require_room(trunk, config.model, config.lora, lengths, section.batch_size, members=section.members)
-    longest = max((len(text) for part in sets if part for text in part.texts), default=0)
-    for remark in (*trunk.remarks, *trunk.within(longest)):
-        reporter.message(remark)
-    members = _train_members(trunk, sets, config, _Follow(run, reporter, interrupts))
-    facts = _facts(trunk, members, sets, config)
-    report, table = _report(trunk, members, sets, config)
+    job = _Job(config, reporter)
+    with shared_run(config, run, job.work, reporter) as group:
+        members = job.train(_Follow(run, reporter, interrupts), group)
+        facts, (report, table) = job.facts(members, group), job.report(members, group)
     for line in table:
         reporter.message(line)
     run.secure()
@@ -96,98 +80,139 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
     replace_file(run.folder / "report.txt", "\n".join(table) + "\n")
     result = write_folder(
         run.folder / "reward",
-        lambda folder: fill_with_reward(folder, trunk, members, facts, dtype=config.model.save_dtype),
+        lambda folder: fill_with_reward(folder, job.trunk, members, facts, dtype=config.model.save_dtype),
     )
     run.note_files(run.folder / "report.json", run.folder / "report.txt", result)
     return result
 
 
-def load_data(config: RewardConfig, tokenizer: Tokenizer, reporter: StepReporter) -> Sets:
-    """Training, validation and test feedback.
+def follow(config: RewardConfig, group: Group) -> None:
+    """Do the same steps as the process that leads, on this one's part of each batch.
 
     Raises:
-        ConfigError, DataError: a file can't be read, or doesn't go with the objective or with the others.
+        UserError: as `train_reward_model`.
     """
-    section, ranked = config.data, config.reward_training.rankings != "pairs"
+    job = _Job(config, Silent())
+    members = job.train(_Follow(None, Silent(), Interrupts()), group)
+    job.facts(members, group)
+    job.report(members, group)
 
-    def read(path: Path | None) -> Feedback | None:
-        if path is None:
-            return None
-        found, said = load_feedback(path, tokenizer, section, rankings=ranked)
-        for line in said:
-            reporter.message(line)
-        return found
 
-    train = read(section.train)
-    assert train is not None
-    others = [read(path) for path in (section.validation, section.test)]
-    if train.ratings is None and config.reward_training.objective != "pairs":
-        raise ConfigError(
-            f"reward_training.objective: {config.reward_training.objective!r} needs ratings, "
-            f"but {section.train} has pairs; use 'pairs'"
+class _Job:
+    """Model and feedback, loaded."""
+
+    def __init__(self, config: RewardConfig, reporter: StepReporter) -> None:
+        """Load them."""
+        self.config, section = config, config.reward_training
+        self.trunk = trunk = load_trainable(config.model, config.run.seed)
+        self.sets = sets = load_data(config, trunk.tokenizer, reporter)
+        lengths = [len(text) for text in sets.train.texts]
+        size, members = section.batch_size, section.members
+        kept = require_room(trunk, config.model, config.lora, lengths, size, members=members)
+        longest = max((len(text) for part in sets if part for text in part.texts), default=0)
+        for remark in (*trunk.remarks, *trunk.within(longest)):
+            reporter.message(remark)
+        first = [
+            make_batch(sets.train, rows, config, ()) for rows in index_batches(sets.train, config, config.run.seed, 0)
+        ]
+        texts = [len(text) for batch in first for text in batch.texts]
+        each = max(-(-len(batch.texts) // len(batch.units)) for batch in first)  # texts judged at once
+        weights = _first_weights(trunk, config, 0)
+        self.work = work_of(trunk, weights, texts, section.epochs * members, size, each * kept)
+
+    def train(self, who: _Follow, group: Group) -> list[Weights]:
+        """One member after the other, each with a seed of its own, on the one trunk; resumed, the last goes on."""
+        config, count = self.config, self.config.reward_training.members
+        newest = checkpoint.newest(who.run.folder) if who.run is not None else None
+        earlier = earlier_in(orders.shared(group, newest))
+        if earlier.members >= count and who.run is not None:
+            raise RunError(
+                f"{who.run.folder}: {earlier.members} members are finished and another one is begun, "
+                f"but reward_training.members is {count} now; set it to {earlier.members + 1} or more"
+            )
+        state = None
+        while earlier.members < count:
+            state, weights = self._train_member(earlier, who, group)
+            if config.model.train == "full":
+                weights = _rounded(weights, config.model.save_dtype)
+            earlier = earlier.then(state.optimizer.steps, state.epoch, weights)
+        assert state is not None
+        return [state.weights.holding(earlier.weights(number)) for number in range(count)]
+
+    def _train_member(self, earlier: Earlier, who: _Follow, group: Group) -> tuple[Fit, Weights]:
+        """The state at the end, and the best weights."""
+        config, sets, trunk, section = self.config, self.sets, self.trunk, self.config.reward_training
+        run = config.run.model_copy(update={"seed": config.run.seed + earlier.members})
+        plan = [index_batches(sets.train, config, run.seed, epoch) for epoch in range(section.epochs)]
+        total = sum(len(epoch) for epoch in plan)
+        optimizer = Optimizer(config.optimizer, learning_rate=config.optimizer.learning_rate, total_steps=total)
+
+        def batches(epoch: int) -> list[Batch]:
+            return [make_batch(sets.train, rows, config, (run.seed, epoch, at)) for at, rows in enumerate(plan[epoch])]
+
+        def loss(weights: Weights, batch: Batch, own: Sequence[int], key: mx.array) -> mx.array:
+            return _loss(trunk, weights, batch, own, config, key)
+
+        def validate(weights: Weights) -> dict[str, float]:
+            return measure(trunk, [weights], sets.held_out, config, group)
+
+        state = Fit(_first_weights(trunk, config, earlier.members), optimizer, earlier=earlier)
+        task = Task(trunk.engine, batches, Batch.sizes, loss, validate, group)
+        course = Course(run, section.epochs, 0, trunk.blocks, sets.validation is not None, section.members)
+        return state, fit(task, state, who.run, who.reporter, who.interrupts, course)
+
+    def report(self, members: Sequence[Weights], group: Group) -> tuple[dict[str, Any], list[str]]:
+        """Figures of the whole on the held-out sets, of each member on the first of them, and what they consist of.
+
+        The lines say the same to a person.
+        """
+        trunk, sets, config = self.trunk, self.sets, self.config
+        first = "training" if sets.validation is None else "validation"
+        parts = {first: sets.held_out} | ({} if sets.test is None else {"test": sets.test})
+        report: dict[str, Any] = {name: measure(trunk, members, part, config, group) for name, part in parts.items()}
+        table = [f"{name}: {_shown(figures)}" for name, figures in report.items()]
+        if len(members) > 1:
+            report["members"] = [measure(trunk, [member], sets.held_out, config, group) for member in members]
+            table += [f"member {at}, {first}: {_shown(figures)}" for at, figures in enumerate(report["members"], 1)]
+        report["breakdown"], scale = {}, 1.0
+        for name, part in parts.items():
+            judged = self._judged(members, part, group)
+            if config.reward_training.objective == "regression" and name == first:
+                scale = fitted_scale(judged.lead)
+            report["breakdown"][name] = breakdown(judged, scale)
+            table += lines(name, report["breakdown"][name])
+        return report, table
+
+    def _judged(self, members: Sequence[Weights], feedback: Feedback, group: Group) -> Judged:
+        raw = _outputs(self.trunk, members, feedback, self.config, group).mean(axis=0).astype(np.float64)
+        pairs = feedback.pairs
+        if feedback.ratings is not None:
+            pairs = clear_pairs(feedback.ratings.tolist(), self.config.reward_training.min_difference)
+        return Judged(raw, np.array([len(text) for text in feedback.texts]), feedback.sources, pairs)
+
+    def facts(self, members: Sequence[Weights], group: Group) -> RewardFacts:
+        """Normalisation over the training texts; rating points by least squares on the held-out ones."""
+        trunk, sets, config = self.trunk, self.sets, self.config
+        each = _outputs(trunk, members, sets.train, config, group)
+        reference = each.mean(axis=0)
+        slope = intercept = None
+        if sets.held_out.ratings is not None:
+            raw = _outputs(trunk, members, sets.held_out, config, group).mean(axis=0)
+            slope, intercept = (float(value) for value in np.polyfit(raw, sets.held_out.ratings, 1))
+        mean, deviation = float(reference.mean()), max(float(reference.std()), math.sqrt(np.finfo(np.float32).eps))
+        return RewardFacts(
+            placement="adapters" if config.model.train == "lora" else "folder",
+            pooling=config.reward_training.pooling,
+            mean=mean,
+            deviation=deviation,
+            slope=slope,
+            intercept=intercept,
+            trunk=trunk_fingerprint(trunk) if config.model.train == "lora" else None,
+            lowest=(float(reference.min()) - mean) / deviation,
+            highest=(float(reference.max()) - mean) / deviation,
+            format=1 if len(members) == 1 else 2,
+            member_means=tuple(float(own.mean()) for own in each) if len(members) > 1 else (),
         )
-    for other, path in zip(others, (section.validation, section.test), strict=True):
-        if other is not None and (other.ratings is None) != (train.ratings is None):
-            raise DataError(f"{path}: has another kind of feedback than {section.train}; both need pairs, or ratings")
-        if other is not None and other.ratings is not None:
-            _require_clear_pair(other.ratings, config.reward_training.min_difference, path)
-        shared = len(set(train.texts) & set(other.texts)) if other is not None else 0
-        if shared and path is not None:
-            reporter.message(f"warning: {shared} texts of {path.name} are also training texts")
-    return Sets(train, *others)
-
-
-def _require_clear_pair(ratings: Floats, min_difference: float, path: Path | None) -> None:
-    if np.ptp(ratings) < min_difference:
-        raise DataError(
-            f"{path}: no two ratings differ by min_difference = {min_difference:g}, so nothing can be measured on it"
-        )
-
-
-def _train_members(trunk: Trunk, sets: Sets, config: RewardConfig, follow: _Follow) -> list[Weights]:
-    """One model after the other, each with a seed of its own, on the one trunk; a resumed run goes on with its last."""
-    count, earlier = config.reward_training.members, earlier_in(follow.run)
-    if earlier.members >= count:
-        raise RunError(
-            f"{follow.run.folder}: {earlier.members} members are finished and another one is begun, "
-            f"but reward_training.members is {count} now; set it to {earlier.members + 1} or more"
-        )
-    state = None
-    while earlier.members < count:
-        state, weights = _train_member(trunk, sets, config, earlier, follow)
-        if config.model.train == "full":
-            weights = _rounded(weights, config.model.save_dtype)
-        earlier = earlier.then(state.optimizer.steps, state.epoch, weights)
-    assert state is not None
-    return [state.weights.holding(earlier.weights(number)) for number in range(count)]
-
-
-def _train_member(
-    trunk: Trunk, sets: Sets, config: RewardConfig, earlier: Earlier, follow: _Follow
-) -> tuple[Fit, Weights]:
-    """The state at the end, and the best weights."""
-    section, number = config.reward_training, earlier.members
-    run = config.run.model_copy(update={"seed": config.run.seed + number})
-    plan = [index_batches(sets.train, config, run.seed, epoch) for epoch in range(section.epochs)]
-    total = sum(len(epoch) for epoch in plan)
-    optimizer = Optimizer(config.optimizer, learning_rate=config.optimizer.learning_rate, total_steps=total)
-
-    def batches(epoch: int) -> list[Batch]:
-        return [make_batch(sets.train, rows, config, (run.seed, epoch, at)) for at, rows in enumerate(plan[epoch])]
-
-    def loss(weights: Weights, batch: Batch, key: mx.array) -> mx.array:
-        return _loss(trunk, weights, batch, config, key)
-
-    state = Fit(_first_weights(trunk, config, number), optimizer, earlier=earlier)
-    best = fit(
-        Task(trunk.engine, batches, loss, lambda weights: measure(trunk, [weights], sets.held_out, config)),
-        state,
-        follow.run,
-        follow.reporter,
-        follow.interrupts,
-        Course(run, section.epochs, 0, trunk.blocks, sets.validation is not None, section.members),
-    )
-    return state, best
 
 
 def _first_weights(trunk: Trunk, config: RewardConfig, number: int) -> Weights:
@@ -201,36 +226,56 @@ def _first_weights(trunk: Trunk, config: RewardConfig, number: int) -> Weights:
     return body.holding({**body.arrays, **head})
 
 
-def _loss(trunk: Trunk, weights: Weights, batch: Batch, config: RewardConfig, key: mx.array) -> mx.array:
+def _loss(
+    trunk: Trunk, weights: Weights, batch: Batch, own: Sequence[int], config: RewardConfig, key: mx.array
+) -> mx.array:
+    """What some units of a batch add to the mean loss of the whole batch."""
     section = config.reward_training
+    rows = sorted(text for unit in own for text in batch.units[unit])
     texts = drop_tokens(batch.texts, section.token_dropout, trunk.tokenizer.vocab_size, *batch.noise_parts)
-    sequences = make_sequences(texts, [()] * len(texts))
-    with trunk.using(weights), trunk.noise(*Noise(section.dropout, key)):
+    noise = noise_of(section.dropout, key, [len(text) for text in texts], rows)
+    sequences = make_sequences([texts[row] for row in rows], [()] * len(rows))
+    with trunk.using(weights), trunk.noise(*noise):
         raw = apply_head(weights.arrays, text_states(trunk, sequences, section.pooling, learning=True))
     total = mx.zeros(())
     if batch.ranked is not None:
-        total = total + _ranking_loss(raw, batch.ranked, config)
-    if batch.chosen.size:
-        chosen, rejected = raw[batch.chosen], raw[batch.rejected]
-        total = total + pairwise_reward_loss(chosen, rejected, margin=batch.margins, centering=section.centering).mean()
+        total = total + _ranking_loss(raw, batch.ranked, config, own)
+    if batch.pairs:
+        margins = mx.array(batch.margins[list(own)])
+        losses = pairwise_reward_loss(raw[: len(own)], raw[len(own) :], margin=margins, centering=section.centering)
+        total = total + losses.sum() * (1 / batch.pairs)
     if batch.ratings is not None:
-        total = total + mx.square(raw - batch.ratings).mean()
+        total = total + mx.square(raw - mx.array(batch.ratings[rows])).sum() * (1 / len(texts))
     return total
 
 
-def _ranking_loss(raw: mx.array, ranked: Ranked, config: RewardConfig) -> mx.array:
-    """Mean over the choices (plackett-luce) or prompts (all-pairs); centering is that of a pair with the same mean."""
+def _ranking_loss(raw: mx.array, ranked: Ranked, config: RewardConfig, own: Sequence[int]) -> mx.array:
+    """Mean over the choices (plackett-luce) or prompts (all-pairs); centering is that of a pair with the same mean.
+
+    Args:
+        raw: outputs of the texts of some rankings, in their order.
+        ranked: all rankings of the batch.
+        config: the loss.
+        own: which of them; the sum is divided by the number for all.
+    """
     section = config.reward_training
     loss = plackett_luce_loss if section.rankings == "plackett-luce" else all_pairs_loss
-    scores = raw[ranked.texts]
-    losses, counts = loss(scores, ranked.goodness, ranked.mask)
-    means = mx.where(ranked.mask, scores, 0.0).sum(axis=1) / ranked.mask.sum(axis=1)
-    return losses.sum() / mx.maximum(counts.sum(), 1.0) + section.centering * mx.square(2 * means).mean()
+    _, counts = loss(mx.zeros(ranked.mask.shape), ranked.goodness, ranked.mask)
+    goodness, mask = ranked.goodness[mx.array(list(own))], ranked.mask[mx.array(list(own))]
+    sizes = np.array(mask.sum(axis=1))
+    places = np.cumsum(sizes)[:, None] - sizes[:, None] + np.arange(mask.shape[1])[None, :]
+    scores = raw[mx.array(np.where(np.array(mask), places, 0))]
+    losses, _ = loss(scores, goodness, mask)
+    means = mx.where(mask, scores, 0.0).sum(axis=1) / mask.sum(axis=1)
+    centred = section.centering * mx.square(2 * means).sum() / len(ranked.mask)
+    return losses.sum() / mx.maximum(counts.sum(), 1.0) + centred
 
 
-def measure(trunk: Trunk, members: Sequence[Weights], feedback: Feedback, config: RewardConfig) -> dict[str, float]:
+def measure(
+    trunk: Trunk, members: Sequence[Weights], feedback: Feedback, config: RewardConfig, group: Group = ALONE
+) -> dict[str, float]:
     """Figures of a reward model on held-out feedback; `loss` is the one that picks the best weights."""
-    raw = _outputs(trunk, members, feedback, config).mean(axis=0)
+    raw = _outputs(trunk, members, feedback, config, group).mean(axis=0)
     section = config.reward_training
     if feedback.ratings is None:
         figures = pair_figures(raw[feedback.pairs[:, 0]], raw[feedback.pairs[:, 1]])
@@ -248,75 +293,21 @@ def _of_rankings(raw: Floats, feedback: Feedback, config: RewardConfig) -> dict[
     uncentred = config.model_copy(
         update={"reward_training": config.reward_training.model_copy(update={"centering": 0.0})}
     )
-    loss = float(np.array(_ranking_loss(mx.array(raw[order]), batch.ranked, uncentred)))
+    loss = float(np.array(_ranking_loss(mx.array(raw[order]), batch.ranked, uncentred, range(len(feedback.rankings)))))
     best = [ranks.goodness[int(raw[list(ranks.texts)].argmax())] == max(ranks.goodness) for ranks in feedback.rankings]
     return {"loss": loss, "best": float(np.mean(best))}
 
 
-def _outputs(trunk: Trunk, members: Sequence[Weights], feedback: Feedback, config: RewardConfig) -> Floats:
+def _outputs(
+    trunk: Trunk, members: Sequence[Weights], feedback: Feedback, config: RewardConfig, group: Group
+) -> Floats:
     """Every member's raw outputs [M, n] for all texts."""
     pooling = config.reward_training.pooling
-    return np.stack([text_outputs(trunk, member, feedback.texts, pooling) for member in members])
-
-
-def _report(
-    trunk: Trunk, members: Sequence[Weights], sets: Sets, config: RewardConfig
-) -> tuple[dict[str, Any], list[str]]:
-    """Figures of the whole on the held-out sets, of each member on the first of them, and what they consist of.
-
-    The lines say the same to a person.
-    """
-    first = "training" if sets.validation is None else "validation"
-    parts = {first: sets.held_out} | ({} if sets.test is None else {"test": sets.test})
-    report: dict[str, Any] = {name: measure(trunk, members, part, config) for name, part in parts.items()}
-    table = [f"{name}: {_shown(figures)}" for name, figures in report.items()]
-    if len(members) > 1:
-        report["members"] = [measure(trunk, [member], sets.held_out, config) for member in members]
-        table += [f"member {at}, {first}: {_shown(figures)}" for at, figures in enumerate(report["members"], 1)]
-    report["breakdown"], scale = {}, 1.0
-    for name, part in parts.items():
-        judged = _judged(trunk, members, part, config)
-        if config.reward_training.objective == "regression" and name == first:
-            scale = fitted_scale(judged.lead)
-        report["breakdown"][name] = breakdown(judged, scale)
-        table += lines(name, report["breakdown"][name])
-    return report, table
+    return np.stack([text_outputs(trunk, member, feedback.texts, pooling, group) for member in members])
 
 
 def _shown(figures: Mapping[str, float]) -> str:
     return "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
-
-
-def _judged(trunk: Trunk, members: Sequence[Weights], feedback: Feedback, config: RewardConfig) -> Judged:
-    raw = _outputs(trunk, members, feedback, config).mean(axis=0).astype(np.float64)
-    pairs = feedback.pairs
-    if feedback.ratings is not None:
-        pairs = clear_pairs(feedback.ratings.tolist(), config.reward_training.min_difference)
-    return Judged(raw, np.array([len(text) for text in feedback.texts]), feedback.sources, pairs)
-
-
-def _facts(trunk: Trunk, members: Sequence[Weights], sets: Sets, config: RewardConfig) -> RewardFacts:
-    """Normalisation over the training texts; rating points by least squares on the held-out ones."""
-    each = _outputs(trunk, members, sets.train, config)
-    reference = each.mean(axis=0)
-    slope = intercept = None
-    if sets.held_out.ratings is not None:
-        raw = _outputs(trunk, members, sets.held_out, config).mean(axis=0)
-        slope, intercept = (float(value) for value in np.polyfit(raw, sets.held_out.ratings, 1))
-    mean, deviation = float(reference.mean()), max(float(reference.std()), math.sqrt(np.finfo(np.float32).eps))
-    return RewardFacts(
-        placement="adapters" if config.model.train == "lora" else "folder",
-        pooling=config.reward_training.pooling,
-        mean=mean,
-        deviation=deviation,
-        slope=slope,
-        intercept=intercept,
-        trunk=trunk_fingerprint(trunk) if config.model.train == "lora" else None,
-        lowest=(float(reference.min()) - mean) / deviation,
-        highest=(float(reference.max()) - mean) / deviation,
-        format=1 if len(members) == 1 else 2,
-        member_means=tuple(float(own.mean()) for own in each) if len(members) > 1 else (),
-    )
 
 
 def _rounded(weights: Weights, dtype: str) -> Weights:

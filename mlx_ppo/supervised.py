@@ -1,34 +1,33 @@
 """The loop that `sft` and `reward` share: epochs of batches, validation, best weights, resume."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_ppo.compute.adapted import dimensions, layer_of
+from mlx_ppo.compute.adapted import Among
+from mlx_ppo.compute.cpu import threads
 from mlx_ppo.compute.engine import Engine
-from mlx_ppo.config.sections import LoraSection, RunSection
-from mlx_ppo.config.supervised import TrainableModelSection
+from mlx_ppo.config.sections import RunSection
+from mlx_ppo.config.supervised import RewardConfig, SFTConfig
 from mlx_ppo.data.random import mx_key, philox
-from mlx_ppo.errors import ConfigError, RunError
-from mlx_ppo.memory.budget import default_budget
-from mlx_ppo.memory.plan import GIB
+from mlx_ppo.errors import ProcessLost, RunError
 from mlx_ppo.models.adapters import HEAD, Weights, adapter_config
-from mlx_ppo.models.load import load_trunk
-from mlx_ppo.models.trunk import Trunk
-from mlx_ppo.models.write import write_adapters, write_model
+from mlx_ppo.parallel import Work, share_of, sharing
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.checkpoint import Checkpoint
 from mlx_ppo.runs.folder import METRICS, Run
+from mlx_ppo.runtime.group import ALONE, Group
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
+from mlx_ppo.stages import orders
 from mlx_ppo.stages.optimizer import Optimizer
 from mlx_ppo.stages.records import number
 
 Batch = TypeVar("Batch")
-_COPIES = 4  # of trained weights: they, their gradient, two moments
+_LOSS = "loss"  # beside the names of weights, which have a dot
 
 
 class StepReporter(Protocol):
@@ -45,14 +44,18 @@ class StepReporter(Protocol):
 class Task(Generic[Batch]):
     """What differs between the jobs.
 
-    `batches` must give the same list for the same epoch; `loss` is a mean over the batch; `validate` returns
-    named figures, of which the one called "loss" is to be as low as possible.
+    `batches` must give the same list for the same epoch, and `sizes` the tokens of each piece of a batch that can be
+    computed by itself; `loss` is what some of the pieces add to the mean over the whole batch; `validate` returns
+    named figures, of which the one called "loss" is to be as low as possible. The processes of `group` each compute
+    some of the pieces, and take the same steps.
     """
 
     engine: Engine
     batches: Callable[[int], Sequence[Batch]]
-    loss: Callable[[Weights, Batch, mx.array], mx.array]
+    sizes: Callable[[Batch], Sequence[int]]
+    loss: Callable[[Weights, Batch, Sequence[int], mx.array], mx.array]
     validate: Callable[[Weights], dict[str, float]]
+    group: Group = ALONE
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,8 @@ class Fit:
         self.best_epoch = saved.state["best_epoch"]
 
 
-def earlier_in(run: Run) -> Earlier:
-    """The members that were finished before what a run's last checkpoint is about."""
-    saved = checkpoint.newest(run.folder)
+def earlier_in(saved: Checkpoint | None) -> Earlier:
+    """The members that were finished before what a checkpoint is about."""
     if saved is None or not saved.state.get("members"):
         return Earlier()
     steps, epochs = saved.state["earlier"]
@@ -152,60 +154,107 @@ class Noise(NamedTuple):
 
     share: float
     key: mx.array
+    among: Among | None = None
+
+
+def noise_of(share: float, key: mx.array, lengths: Sequence[int], own: Sequence[int]) -> Noise:
+    """Dropout for some rows of a batch, all of which have these lengths in tokens."""
+    whole = len(own) == len(lengths)
+    return Noise(share, key, None if whole else Among(mx.array(list(own)), (len(lengths), max(lengths))))
 
 
 def fit(
     task: Task[Batch],
     state: Fit,
-    run: Run,
+    run: Run | None,
     reporter: StepReporter,
     interrupts: Interrupts,
     course: Course,
 ) -> Weights:
     """Train for some epochs and return the best weights by the criterion; resumes from the run's last checkpoint.
 
+    Args:
+        task: what is trained.
+        state: of the training; it is changed.
+        run: where it is kept; None in a process that follows another one's run.
+        reporter: told what happens.
+        interrupts: asked before every step.
+        course: how long.
     Raises:
         RunError: a loss or gradient is not finite; the last checkpoint stands.
         Interrupted: a signal came; the state is saved.
+        ProcessLost: another process is gone; the state is saved.
     """
+    return _Fitting(task, state, run, reporter, interrupts, course).run_through()
 
-    def save() -> None:
-        run.secure()
-        checkpoint.save(run.folder, state.as_checkpoint(course.blocks), keep_last=section.keep_last, best=None)
 
-    section, epochs, patience = course.section, course.epochs, course.patience
-    saved = checkpoint.newest(run.folder)
-    if saved is not None and saved.state.get("members", 0) == state.earlier.members:
-        state.restore(saved)
-        reporter.message(f"resuming after step {state.steps}")
-    del saved  # its weights would stay in memory beside the trained ones
-    run.cut_logs(state.steps)
-    total = course.members * epochs * len(task.batches(0))
-    while state.epoch < epochs and not (patience and state.epoch - state.best_epoch > patience):
-        batches = task.batches(state.epoch)
-        while state.done < len(batches):
+@dataclass(frozen=True)
+class _Fitting(Generic[Batch]):
+    """A training whose model and data are loaded."""
+
+    task: Task[Batch]
+    state: Fit
+    run: Run | None
+    reporter: StepReporter
+    interrupts: Interrupts
+    course: Course
+
+    def run_through(self) -> Weights:
+        """All epochs that are left; the best weights."""
+        state, epochs, patience = self.state, self.course.epochs, self.course.patience
+        self._start()
+        total = self.course.members * epochs * len(self.task.batches(0))
+        while state.epoch < epochs and not (patience and state.epoch - state.best_epoch > patience):
+            batches = self.task.batches(state.epoch)
             try:
-                interrupts.check()
-            except Interrupted:
-                save()
+                self._steps(batches, total)
+                figures = self.task.validate(state.weights)
+            except (Interrupted, ProcessLost):  # where all steps of the epoch are done, its end is still to come
+                self._save()
                 raise
-            loss = _step(task, state, batches[state.done], section.seed)
+            self._close_epoch(len(batches), figures)
+            self._save()
+        return state.weights.holding(state.best or state.weights.arrays)
+
+    def _start(self) -> None:
+        """Resume from the last checkpoint if there is one."""
+        saved = orders.shared(self.task.group, checkpoint.newest(self.run.folder) if self.run is not None else None)
+        if saved is not None and saved.state.get("members", 0) == self.state.earlier.members:
+            self.state.restore(saved)
+            self.reporter.message(f"resuming after step {self.state.steps}")
+        if self.run is not None:
+            self.run.cut_logs(self.state.steps)
+
+    def _steps(self, batches: Sequence[Batch], total: int) -> None:
+        """Those that are left of an epoch."""
+        state, section = self.state, self.course.section
+        while state.done < len(batches):
+            self.interrupts.check()
+            loss = _step(self.task, state, batches[state.done], section.seed)
             state.done, state.loss = state.done + 1, state.loss + loss
-            reporter.step(state.steps, total, {"loss": loss})
+            self.reporter.step(state.steps, total, {"loss": loss})
             if state.optimizer.steps % section.save_every == 0 and state.done < len(batches):
-                save()
-        mean = state.loss / len(batches)
+                self._save()
+
+    def _close_epoch(self, batches: int, figures: Mapping[str, float]) -> None:
+        state, value = self.state, figures["loss"]
+        epoch = state.earlier.epochs + state.epoch + 1
+        row = {"step": state.steps, "epoch": epoch, "loss": state.loss / batches}
         state.epoch, state.done, state.loss = state.epoch + 1, 0, 0.0
-        figures = task.validate(state.weights)
-        value = figures["loss"]
         if value < state.best_value:
             state.best, state.best_value, state.best_epoch = dict(state.weights.arrays), value, state.epoch
-        shown = {"loss": mean, **{f"validation_{name}": figure for name, figure in figures.items()}}
-        run.log(METRICS, [{"step": state.steps, "epoch": state.earlier.epochs + state.epoch, **shown}])
-        best = "  (best)" if value == state.best_value and course.validated else ""
-        reporter.message(_epoch(state, course) + "  ".join(f"{name} {v:.4f}" for name, v in shown.items()) + best)
-        save()
-    return state.weights.holding(state.best or state.weights.arrays)
+        row = {**row, **{f"validation_{name}": figure for name, figure in figures.items()}}
+        if self.run is not None:
+            self.run.log(METRICS, [row])
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in ("step", "epoch"))
+        best = "  (best)" if value == state.best_value and self.course.validated else ""
+        self.reporter.message(f"{_epoch(state, self.course)}{shown}{best}")
+
+    def _save(self) -> None:
+        if self.run is not None:
+            state, keep_last = self.state.as_checkpoint(self.course.blocks), self.course.section.keep_last
+            self.run.secure()
+            checkpoint.save(self.run.folder, state, keep_last=keep_last, best=None)
 
 
 def _epoch(state: Fit, course: Course) -> str:
@@ -214,13 +263,20 @@ def _epoch(state: Fit, course: Course) -> str:
 
 
 def _step(task: Task[Batch], state: Fit, batch: Batch, seed: int) -> float:
-    key = mx_key(seed, "noise", state.optimizer.steps)
+    key, arrays = mx_key(seed, "noise", state.optimizer.steps), dict(state.weights.arrays)
+    own = task.group.deal(task.sizes(batch))[task.group.rank]
 
     def loss_of(arrays: Mapping[str, mx.array]) -> mx.array:
-        return task.loss(state.weights.holding(arrays), batch, key)
+        return task.loss(state.weights.holding(arrays), batch, own, key)
 
-    loss, gradients = mx.value_and_grad(loss_of)(dict(state.weights.arrays))
+    if own:
+        loss, gradients = mx.value_and_grad(loss_of)(arrays)
+    else:  # there are more processes than pieces
+        loss, gradients = mx.zeros(()), {name: mx.zeros_like(array) for name, array in arrays.items()}
     mx.eval(loss, gradients)
+    if task.group.size > 1:
+        gradients = task.group.total({_LOSS: loss, **gradients})
+        loss = gradients.pop(_LOSS)
     value = number(loss)
     if not np.isfinite(value):
         raise RunError(f"the loss is not finite at step {state.steps + 1}; the update was not applied")
@@ -228,45 +284,21 @@ def _step(task: Task[Batch], state: Fit, batch: Batch, seed: int) -> float:
     return value
 
 
-def load_trainable(model: TrainableModelSection, seed: int) -> Trunk:
-    """The model that a job trains: the folder's weights, or random ones.
+@contextmanager
+def shared_run(config: SFTConfig | RewardConfig, run: Run, work: Work, reporter: StepReporter) -> Iterator[Group]:
+    """The processes that share a run, led by this one, for the length of a `with` block.
 
     Raises:
-        ModelError: whatever is wrong with the folder.
+        ProcessLost: one doesn't come.
+        ConfigError: there is no memory for them, or another machine has other inputs.
     """
-    random_seed = seed if model.initialise == "random" else None
-    return load_trunk(model.path, dtype=model.dtype, random_seed=random_seed, embeddings=model.embeddings)
-
-
-def require_room(
-    trunk: Trunk, model: TrainableModelSection, lora: LoraSection, texts: Sequence[int], rows: int, *, members: int = 1
-) -> None:
-    """Refuse, before memory is taken, what can't fit by its mere sizes; a plan, as `train` makes one, would say more.
-
-    Args:
-        trunk: what is trained.
-        model: how.
-        lora: with which adapters.
-        texts: tokens of each.
-        rows: texts of an optimizer step.
-        members: of an ensemble, whose adapters are all kept.
-    Raises:
-        ConfigError: says what takes how much, and which key to lower.
-    """
-    room, depth = default_budget(), trunk.blocks
-    chosen = [name for name in trunk.adapted if not lora.targets or layer_of(name)[1] in lora.targets]
-    sizes = [sum(dimensions(trunk.adapted[name])) for name in chosen]
-    copies = 4 * (_COPIES + members - 1)
-    adapters = copies * lora.rank * sum(sizes) * (lora.layers or depth) // depth if model.train == "lora" else 0
-    kept = 4 * trunk.width * depth * sum(sorted(texts)[-rows:])
-    for need, what, key in (
-        (adapters, f"adapters of rank {lora.rank}, their gradient and optimizer state", "lora.rank"),
-        (kept, f"the states of {min(rows, len(texts))} texts, one a block,", "batch_size or data.max_tokens"),
-    ):
-        if need > room:
-            raise ConfigError(
-                f"{key}: {what} take {need / GIB:.1f} GiB, more than the {room / GIB:.1f} that may be used; lower {key}"
-            )
+    share = share_of(config, run, work)
+    if share.processes > 1:
+        reporter.message(f"{share.processes} processes share every step, each with a copy of the model")
+    with threads.choosing(share.threads), sharing(config, share.processes, run.folder) as group:
+        if group.size > 1:
+            group.told(share._asdict())
+        yield group
 
 
 def drop_tokens(rows: Sequence[Sequence[int]], share: float, vocabulary: int, *parts: int | str) -> list[list[int]]:
@@ -281,10 +313,3 @@ def drop_tokens(rows: Sequence[Sequence[int]], share: float, vocabulary: int, *p
         other = generator.integers(0, vocabulary, len(row))
         noisy.append(np.where(replaced, other, np.array(row)).tolist())
     return noisy
-
-
-def write_result(folder: Path, trunk: Trunk, weights: Weights, model: TrainableModelSection) -> Path:
-    """The finished weights as a folder that stock mlx-lm loads: `model`, or `adapters` for LoRA."""
-    if model.train == "full":
-        return write_model(folder / "model", Path(trunk.name), trunk, weights, dtype=model.save_dtype)
-    return write_adapters(folder / "adapters", weights, trunk.blocks)

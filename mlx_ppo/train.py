@@ -14,7 +14,7 @@ from mlx_ppo.evaluate import Evaluation, evaluate, evaluation_rows
 from mlx_ppo.memory.budget import keeping_to
 from mlx_ppo.memory.keeping import Keeper, is_tight, limits_of, opening
 from mlx_ppo.memory.plan import GIB
-from mlx_ppo.memory.starting import plan_run, said
+from mlx_ppo.memory.starting import held, plan_run, said
 from mlx_ppo.memory.watchdog import watching
 from mlx_ppo.models.roles import Loading, Roles, load_roles
 from mlx_ppo.parallel import sharing
@@ -115,6 +115,7 @@ class _Training:
     before: checkpoint.Checkpoint | None = None  # the state as the iteration began, where processes may be lost
     slow: int = 0  # iterations in a row in which one process held the others up
     others: list[int] = field(default_factory=list)  # bytes at most in the last iteration, by process
+    most: list[int] = field(default_factory=list)  # in all of them
 
     def run_through(self, stream: PromptStream) -> Result:
         """All iterations that are left, each one sampled, scored, learned from, logged and, where due, saved."""
@@ -141,12 +142,19 @@ class _Training:
                 raise
         if self.stopping is not None and self.stopping.level == "best":
             self._go_back()
+        return self._finish(before)
+
+    def _finish(self, before: Evaluation) -> Result:
+        """The evaluation after training, and what the run leaves."""
+        state = self.state
         self.reporter.phase("evaluate", state.iteration, self.config.run.iterations)
         after = self._evaluation()
         if state.iteration not in self._summaries():  # a finished run that is resumed has it
             self._log_evaluation(after)
         if self.stopping is not None:
             self.run.note(stopped=self.stopping.step)
+        if len(self.most) > 1:
+            self.reporter.message(held(self.most, self.keeper.record))
         saved = checkpoint.folder_of(self.run.folder, state.iteration)
         return Result(before, after, saved, dict(self.monitor.current), self.stopping)
 
@@ -287,6 +295,7 @@ class _Training:
     def _close(self, spent: list[orders.Spent]) -> None:
         """Keep what the processes needed, and say it once where the others always wait for the same one."""
         self.others = [one.peak for one in spent]
+        self.most = [max(both) for both in zip(self.others, self.most or self.others, strict=True)]
         late = orders.held_up(spent) if len(spent) > 1 else None
         self.slow = self.slow + 1 if late is not None else 0
         if self.slow == _SLOW and late is not None:

@@ -18,10 +18,10 @@ MODULES = {
 # Each package may import those above it and itself, nothing below: so no two packages need each other.
 LAYERS = (
     "errors", "files", "bundle", "config", "data", "algo", "runtime", "compute", "tokenizers", "rewards", "models",
-    "runs", "stages", "memory", "importing", "exporting", "bench", "reporting", "evaluate", "supervised", "sft",
-    "reward_batches", "reward_training", "comparison", "best_of", "forgetting", "prompting", "frontier", "parallel",
-    "train", "following",
-    "follow_worker", "api", "studio", "cli",
+    "runs", "stages", "memory", "importing", "exporting", "bench", "parallel", "writing", "reporting", "evaluate",
+    "supervised", "supervised_models", "sft", "reward_feedback", "reward_batches", "reward_training",
+    "comparison", "best_of", "forgetting", "prompting", "frontier", "train", "following", "follow_worker", "api",
+    "studio", "cli",
 )  # fmt: skip
 # Beside the standard library, and with the longest match: what else.
 OUTSIDE = {
@@ -53,7 +53,8 @@ OUTSIDE = {
     "evaluate": {"mlx", "numpy"},
     "frontier": {"mlx", "numpy"},
     "supervised": {"mlx", "numpy"},
-    "sft": {"mlx"},
+    "sft": {"mlx", "numpy"},
+    "reward_feedback": {"numpy"},
     "reward_batches": {"mlx", "numpy"},
     "reward_training": {"mlx", "numpy"},
     "comparison": {"mlx", "numpy"},

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -13,24 +14,46 @@ from mlx_ppo.cli import PROGRAM
 from mlx_ppo.cli.work import Order, stopped, work, worth_keeping
 from mlx_ppo.config.file import read_config
 from mlx_ppo.config.sections import Job, TrainConfig
-from mlx_ppo.config.supervised import RewardConfig, SFTConfig
+from mlx_ppo.config.supervised import AnyJob, RewardConfig, SFTConfig
 from mlx_ppo.errors import DamageError
 from mlx_ppo.runs.folder import Run, create_run, open_config
 from mlx_ppo.runs.relocation import relocate
 from mlx_ppo.runtime.signals import Interrupted, catching_interrupts
 
+if TYPE_CHECKING:
+    from mlx_ppo.runtime.hosts import Place
 
-def train(path: Path, overrides: Sequence[str], *, dry_run: bool, hosts: Path | None, rank: int | None) -> None:
-    """Train, or follow the machine that does where a file of hosts says so."""
+
+class Options(NamedTuple):
+    """What may be said of a job beside its configuration."""
+
+    dry_run: bool
+    hosts: Path | None  # a file of the machines that share the run
+    rank: int | None  # of this one
+
+
+def start(job: type[Job], path: Path, overrides: Sequence[str], options: Options) -> None:
+    """Read the configuration, make a run folder, and do the job in it; or only look, with `dry_run`.
+
+    Where a file of hosts says that another machine leads, follow it.
+    """
     from mlx_ppo.runtime.hosts import placed
 
-    if hosts is not None:
-        overrides = [*overrides, f"parallel.hosts={json.dumps(os.path.abspath(hosts))}"]
-    config = read_config(TrainConfig, path, overrides)
-    place = placed(config.parallel.hosts, rank)
-    if dry_run or place is None or place.rank == 0:
-        start(TrainConfig, path, overrides, dry_run=dry_run)
-        return
+    if options.hosts is not None:
+        overrides = [*overrides, f"parallel.hosts={json.dumps(os.path.abspath(options.hosts))}"]
+    config = read_config(job, path, overrides)
+    assert isinstance(config, AnyJob)
+    place = placed(config.parallel.hosts, options.rank)
+    if options.dry_run:
+        dry(config)
+    elif place is not None and place.rank:
+        _follow(config, place)
+    else:
+        with _new_run(config) as folder:
+            _work(config, Order(str(folder)))
+
+
+def _follow(config: AnyJob, place: "Place") -> None:
     from mlx_ppo.following import follow_far
     from mlx_ppo.runtime.allocator import keeping_buffers
 
@@ -40,19 +63,8 @@ def train(path: Path, overrides: Sequence[str], *, dry_run: bool, hosts: Path | 
     click.echo(f"done: {place.hosts[0][0]} has the run")
 
 
-def start(job: type[Job], path: Path, overrides: Sequence[str], *, dry_run: bool) -> None:
-    """Read the configuration, make a run folder, and do the job in it; or only look, with `dry_run`."""
-    config = read_config(job, path, overrides)
-    if dry_run:
-        dry(config)
-        return
-    assert isinstance(config, TrainConfig | SFTConfig | RewardConfig)
-    with _new_run(config) as folder:
-        _work(config, Order(str(folder)))
-
-
 @contextmanager
-def _new_run(config: TrainConfig | SFTConfig | RewardConfig) -> Iterator[Path]:
+def _new_run(config: AnyJob) -> Iterator[Path]:
     """A fresh run folder, removed with the folders made for it where the job fails before there is anything to keep."""
     base = config.run.folder
     made = [place for place in (base, *base.parents) if not place.exists()]
@@ -149,7 +161,7 @@ def dry(config: Job) -> None:
             )
         elif isinstance(config, SFTConfig):
             from mlx_ppo import sft
-            from mlx_ppo.supervised import load_trainable, require_room
+            from mlx_ppo.supervised_models import load_trainable, require_room
 
             trunk = load_trainable(config.model, config.run.seed)
             _remark(trunk.remarks)
@@ -160,12 +172,12 @@ def dry(config: Job) -> None:
             if validation is not None:
                 _statistics("validation examples", [len(example.tokens) for example in validation.examples])
         elif isinstance(config, RewardConfig):
-            from mlx_ppo import reward_training
-            from mlx_ppo.supervised import load_trainable, require_room
+            from mlx_ppo import reward_feedback
+            from mlx_ppo.supervised_models import load_trainable, require_room
 
             trunk = load_trainable(config.model, config.run.seed)
             _remark(trunk.remarks)
-            sets = reward_training.load_data(config, trunk.tokenizer, display)
+            sets = reward_feedback.load_data(config, trunk.tokenizer, display)
             lengths = [len(text) for text in sets[0].texts]
             section = config.reward_training
             require_room(trunk, config.model, config.lora, lengths, section.batch_size, members=section.members)

@@ -22,8 +22,9 @@ from mlx_ppo.rewards.scorer import TextScorer
 from mlx_ppo.rewards.verdicts import Rate, agreement, verdicts
 from mlx_ppo.runs.targets import Target, load_target
 from mlx_ppo.stages.records import Rollout
-from mlx_ppo.stages.rollout import Asked, Sampling, distribution_of, generate
+from mlx_ppo.stages.rollout import Asked, Sampling, distribution_of
 from mlx_ppo.tokenizers.load import completion_text
+from mlx_ppo.writing import Writers
 
 _SECONDS = 60.0  # that a reward function may take
 _LONGEST = 4096  # tokens of a prompt, where no run says it
@@ -38,6 +39,7 @@ def sample(
     samples: int,
     max_tokens: int | None,
     seed: int,
+    processes: int,
     **drawing: float | None,
 ) -> None:
     """Print completions of given prompts, of a file's, or of those of the run; without numbers, by the run's own.
@@ -48,7 +50,8 @@ def sample(
     prompts = prompts_for(target, texts, file, count)
     how = sampling_for(target, target, max_tokens, seed, drawing)._replace(samples_per_prompt=samples)
     click.echo(said_of(how, model), err=True)
-    rollout = _write(target, prompts, how)
+    with Writers(processes) as writers:
+        rollout = _write(writers, model, target, prompts, how)
     for row, text in enumerate(_texts(target.trunk.tokenizer, rollout)):
         if row % samples == 0 and row:
             click.echo()
@@ -66,6 +69,7 @@ def compare(
     count: int,
     max_tokens: int | None,
     seed: int,
+    processes: int,
     **drawing: float | None,
 ) -> None:
     """Print the second model's win rate over the first on the same prompts, by a reward or by a model that is asked.
@@ -79,14 +83,14 @@ def compare(
     scorer = None if asked is not None and reward is None else _scorer(targets, reward, configured)
     source = next((t for t in reversed(targets) if isinstance(t.config, TrainConfig)), targets[1])
     prompts = prompts_for(source, (), file, count)
-    with scorer if isinstance(scorer, TextScorer) else nullcontext():
+    with scorer if isinstance(scorer, TextScorer) else nullcontext(), Writers(processes) as writers:
         if isinstance(scorer, TextScorer):
             scorer.require_fields([prompt.record for prompt in prompts])
         rollouts = []
         for path, target in zip((first, second), targets, strict=True):
             how = sampling_for(target, source, max_tokens, seed, drawing)
             click.echo(said_of(how, path), err=True)
-            rollouts.append(_write(target, prompts, how))
+            rollouts.append(_write(writers, path, target, prompts, how))
         written = [_texts(target.trunk.tokenizer, rollout) for target, rollout in zip(targets, rollouts, strict=True)]
         found = []
         if scorer is not None:
@@ -211,11 +215,11 @@ def said_of(how: Sampling, path: Path) -> str:
     return printable(f"{path}: {how.distribution.said}, up to {how.max_tokens} tokens")
 
 
-def _write(target: Target, prompts: Sequence[Prompt], how: Sampling) -> Rollout:
+def _write(writers: Writers, path: Path, target: Target, prompts: Sequence[Prompt], how: Sampling) -> Rollout:
     asked = Asked([prompt.tokens for prompt in prompts], range(len(prompts)), [prompt.record for prompt in prompts])
     for line in target.trunk.within(max((len(prompt.tokens) for prompt in prompts), default=0) + how.max_tokens):
         click.echo(printable(line), err=True)
-    return generate(target.trunk, target.weights, asked, how)
+    return writers.write(path, target, asked, how)
 
 
 def _texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:

@@ -14,7 +14,17 @@ from mlx_ppo.cli.agreement import agreement
 from mlx_ppo.cli.data import data
 from mlx_ppo.cli.frontier import frontier
 from mlx_ppo.cli.group import Commands
-from mlx_ppo.cli.options import DRY_RUN, JUDGE, MAX_TOKENS, SET, Number, Place, drawing
+from mlx_ppo.cli.options import (
+    JUDGE,
+    MAX_TOKENS,
+    PROCESSES,
+    SET,
+    Number,
+    Place,
+    drawing,
+    job_options,
+    plan_sharing_options,
+)
 from mlx_ppo.cli.reward import reward
 from mlx_ppo.errors import RunError
 
@@ -57,10 +67,7 @@ def init(directory: Path) -> None:
 
 @main.command()
 @click.argument("config", type=_FILE, required=False)
-@SET
-@DRY_RUN
-@click.option("--hosts", type=_FILE, help="JSON file of the machines that share the run; the same as parallel.hosts.")
-@click.option("--rank", type=click.IntRange(0), help="Which of them this is; default: the one with its address.")
+@job_options
 def train(config: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
     """Train a policy with PPO or a critic-free estimator; without CONFIG, the bundled example.
 
@@ -71,10 +78,11 @@ def train(config: Path | None, overrides: tuple[str, ...], **options: Any) -> No
     """
     from mlx_ppo.bundle import example_config
     from mlx_ppo.cli import jobs
+    from mlx_ppo.config.sections import TrainConfig
 
     if config is None:  # it may lie where nothing can be written, so runs go into the working folder
         config, overrides = example_config(), ("run.folder=runs", *overrides)
-    jobs.train(config, overrides, **options)
+    jobs.start(TrainConfig, config, overrides, jobs.Options(**options))
 
 
 @main.command()
@@ -85,6 +93,7 @@ def train(config: Path | None, overrides: tuple[str, ...], **options: Any) -> No
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Plan for this kind of device; default: this one.")
 @click.option("--measure", is_flag=True, help="Load the models and time two iterations: real peaks, tokens a second.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plan_sharing_options
 def plan(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
     """What a training run would need in memory, phase by phase, and what would fit.
 
@@ -92,10 +101,11 @@ def plan(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
     Examples:
       mlx-ppo plan configs/reviews.toml --memory-gb 1
       mlx-ppo plan my-ppo.toml --model-config llama-8b.json --device gpu --memory-gb 24
+      mlx-ppo plan my-ppo.toml --hosts hosts.json --bandwidth 10
     """
-    from mlx_ppo.cli.plan import show
+    from mlx_ppo.cli import plan_sharing
 
-    show(config, overrides, **options)
+    plan_sharing.plan(config, overrides, options)
 
 
 @main.command()
@@ -125,9 +135,8 @@ def bench(target: Path | None, overrides: tuple[str, ...], **options: Any) -> No
 
 @main.command()
 @click.argument("config", type=_FILE)
-@SET
-@DRY_RUN
-def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+@job_options
+def sft(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
     """Supervised fine-tuning on texts, prompts with completions, or chats.
 
     \b
@@ -136,7 +145,7 @@ def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     from mlx_ppo.cli import jobs
     from mlx_ppo.config.supervised import SFTConfig
 
-    jobs.start(SFTConfig, config, overrides, dry_run=dry_run)
+    jobs.start(SFTConfig, config, overrides, jobs.Options(**options))
 
 
 @main.command()
@@ -191,6 +200,7 @@ def verify(run: Path) -> None:
 @MAX_TOKENS
 @drawing
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@PROCESSES
 def sample(model: Path, prompts: tuple[str, ...], file: Path | None, count: int, **options: Any) -> None:
     """Write completions with MODEL: a run, a model folder, or a checkpoint of a run.
 
@@ -219,6 +229,7 @@ def sample(model: Path, prompts: tuple[str, ...], file: Path | None, count: int,
 @MAX_TOKENS
 @drawing
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@PROCESSES
 def compare(first: Path, second: Path, **options: Any) -> None:
     """How often SECOND's completions win over FIRST's, with a confidence interval.
 

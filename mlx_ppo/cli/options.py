@@ -66,6 +66,49 @@ JUDGE = click.option(
     metavar="MODEL|ADDRESS#MODEL",
     help="Model, here or served on this machine, that is shown both completions in both orders and asked for the best.",
 )
+
+
+SET = click.option(
+    "overrides",
+    "--set",
+    metavar="SECTION.KEY=VALUE",
+    multiple=True,
+    help="Change a key of the configuration, e.g. --set ppo.epochs=4. May be given several times.",
+)
+_OF_JOBS = (
+    SET,
+    click.option(
+        "--dry-run", is_flag=True, help="Check the configuration, read the data, print token statistics, train nothing."
+    ),
+    click.option(
+        "--hosts", type=Place(), help="JSON file of the machines that share the run; the same as parallel.hosts."
+    ),
+    click.option("--rank", type=click.IntRange(0), help="Which of them this is; default: the one with its address."),
+)
+
+
+_OF_SHARED_PLANS = (
+    click.option("--hosts", type=Place(), help="Predict an iteration that these machines share: a JSON file of them."),
+    click.option("--processes", type=click.IntRange(1, 64), help="Predict one that processes of this machine share."),
+    click.option("--bandwidth", type=Number(0, min_open=True), help="Gbit/s between them; default with --hosts: 1."),
+    click.option("--latency", type=Number(0), help="Milliseconds between them; default with --hosts: 0.2."),
+)
+
+
+def plan_sharing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command what predicts a shared iteration."""
+    for option in reversed(_OF_SHARED_PLANS):
+        command = option(command)
+    return command
+
+
+def job_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command what jobs have in common."""
+    for option in reversed(_OF_JOBS):
+        command = option(command)
+    return command
+
+
 MAX_TOKENS = click.option(
     "--max-tokens",
     type=click.IntRange(1, 1_000_000),
@@ -104,15 +147,11 @@ def drawing(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+PROCESSES = click.option(
+    "--processes",
+    type=click.IntRange(0),
+    default=0,
+    help="Processes that write, each with a copy of the model; 0, the default: as many as are worthwhile.",
+)
 PORT = click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the page; default: any free one.")
 NO_BROWSER = click.option("--no-browser", is_flag=True, help="Only print the page's address.")
-SET = click.option(
-    "overrides",
-    "--set",
-    metavar="SECTION.KEY=VALUE",
-    multiple=True,
-    help="Change a key of the configuration, e.g. --set ppo.epochs=4. May be given several times.",
-)
-DRY_RUN = click.option(
-    "--dry-run", is_flag=True, help="Check the configuration, read the data, print token statistics, train nothing."
-)

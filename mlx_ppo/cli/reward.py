@@ -1,23 +1,23 @@
 """`reward`: a reward model, or an ensemble of them."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from mlx_ppo.cli.options import DRY_RUN, SET, Place
+from mlx_ppo.cli.options import Place, job_options
 
 
 @click.command()
 @click.argument("config", type=Place())
-@SET
-@DRY_RUN
+@job_options
 @click.option(
     "--ensemble",
     metavar="N",
     type=click.IntRange(1, 100),
     help="Train N models that differ by their seeds; the same as --set reward_training.members=N.",
 )
-def reward(config: Path, overrides: tuple[str, ...], dry_run: bool, ensemble: int | None) -> None:
+def reward(config: Path, overrides: tuple[str, ...], ensemble: int | None, **options: Any) -> None:
     """Train a reward model on human preferences, rankings or ratings; or an ensemble, which knows when it is unsure.
 
     \b
@@ -30,4 +30,4 @@ def reward(config: Path, overrides: tuple[str, ...], dry_run: bool, ensemble: in
 
     if ensemble is not None:
         overrides = (*overrides, f"reward_training.members={ensemble}")
-    jobs.start(RewardConfig, config, overrides, dry_run=dry_run)
+    jobs.start(RewardConfig, config, overrides, jobs.Options(**options))

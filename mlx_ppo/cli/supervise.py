@@ -19,6 +19,7 @@ from mlx_ppo import errors
 from mlx_ppo.cli.work import Answers, Order, short, stopped, worth_keeping
 from mlx_ppo.errors import RunError
 from mlx_ppo.runs.folder import MEMORY, log_row
+from mlx_ppo.runtime import ring_lines
 from mlx_ppo.runtime.signals import STOPPING, holding_back_interrupts
 from mlx_ppo.runtime.system import adopt_orphans, memory_kills, most_held_by_children
 
@@ -29,6 +30,7 @@ JOURNAL = "journal.jsonl"
 _LAST = ("finished", "stopped", "failed", "crashed", "device", "lost")
 _GIB = 1 << 30
 _END_SECONDS = 5.0
+_LAST_WORDS = 1.0  # seconds
 
 
 class Journal:
@@ -118,6 +120,8 @@ class Trainer:
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "mlx_ppo.cli.work", str(writing)],
                     stdin=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    bufsize=0,
                     pass_fds=(writing,),
                     env=environment,
                 )
@@ -125,7 +129,8 @@ class Trainer:
                 os.close(writing)
             self._events = open(reading, "rb")  # noqa: SIM115  closed by `end`
             relay.attach(self._process)
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stderr is not None
+        self._errors = ring_lines.Relay(self._process.stderr, 2)
         with suppress(BrokenPipeError):  # it is dead already: `end` will tell
             self._process.stdin.write(json.dumps(order._asdict()).encode() + b"\n")
             self._process.stdin.flush()
@@ -143,7 +148,9 @@ class Trainer:
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         self._events.close()
-        return self._process.wait()
+        status = self._process.wait()
+        self._errors.end(_LAST_WORDS)
+        return status
 
 
 def supervise(order: Order, *, retries: int) -> list[str]:

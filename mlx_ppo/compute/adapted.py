@@ -5,7 +5,7 @@ Source: Hu et al. 2021, arXiv:2106.09685, eq. 3 (with mlx-lm's `scale` in place 
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,11 +14,18 @@ from mlx.utils import tree_flatten
 BRANCH_ENDS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "fc2", "w2", "wo", "dense_4h_to_h")
 
 
+class Among(NamedTuple):
+    """Rows of a batch that are read without the others, and get the noise that they would get among them."""
+
+    rows: mx.array  # [b], their places
+    shape: tuple[int, int]  # rows and positions of the whole batch
+
+
 class Adapted:
     """Mixin: the base layer's output plus scale * (x A) B while an adapter is attached; dropout where asked for."""
 
     attached: tuple[mx.array, mx.array, float] | None
-    noise: tuple[float, mx.array] | None
+    noise: tuple[float, mx.array, Among | None] | None
 
     def __call__(self, x: mx.array) -> mx.array:
         """[..., in] to [..., out]."""
@@ -31,8 +38,12 @@ class Adapted:
             )
             y = added.reshape(y.shape)
         if self.noise is not None:
-            share, key = self.noise
-            y = mx.where(mx.random.bernoulli(1 - share, y.shape, key=key), y / (1 - share), 0.0)
+            share, key, among = self.noise
+            shape = y.shape if among is None else (*among.shape, *y.shape[2:])
+            stays = mx.random.bernoulli(1 - share, shape, key=key)
+            if among is not None:
+                stays = stays[among.rows, : y.shape[1]]
+            y = mx.where(stays, y / (1 - share), 0.0)
         return y
 
 

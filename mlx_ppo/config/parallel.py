@@ -6,12 +6,12 @@ from mlx_ppo.config.fields import CountOrZero, InputPath, Positive, Section
 
 
 class ParallelSection(Section):
-    """Processes that share the work of a run; its prompts, seeds and completions don't depend on how many."""
+    """Processes that share the work of a run; its prompts, seeds, batches and completions don't depend on how many."""
 
     processes: CountOrZero = Field(
         0,
         description="how many; each has a copy of the models. 0: on a CPU as many as there are cores, where the run is "
-        "long enough and `memory.budget_gb`, which is that of all together, has room; otherwise 1",
+        "long enough and memory (with `train` that of `memory.budget_gb`, for all together) has room; otherwise 1",
     )
     hosts: InputPath | None = Field(
         None,

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from mlx_ppo.config.fields import Columns, Count, CountOrZero, InputPath, Length, NonNegative, Section
+from mlx_ppo.config.parallel import ParallelSection
 from mlx_ppo.config.sections import Job, LoraSection, ModelSection, OptimizerSection, RunSection, TrainConfig
 
 Epochs = Annotated[int, Field(ge=1, le=10_000)]
@@ -65,6 +66,7 @@ class SFTConfig(Job):
     data: ExampleDataSection
     sft: SFTSection = SFTSection()
     optimizer: OptimizerSection = OptimizerSection()
+    parallel: ParallelSection = ParallelSection()
 
 
 class FeedbackDataSection(Section):
@@ -128,6 +130,8 @@ class RewardConfig(Job):
     data: FeedbackDataSection
     reward_training: RewardTrainingSection = RewardTrainingSection()
     optimizer: OptimizerSection = OptimizerSection()
+    parallel: ParallelSection = ParallelSection()
 
 
+AnyJob = TrainConfig | SFTConfig | RewardConfig
 JOBS: dict[str, type[Job]] = {job.command: job for job in (TrainConfig, SFTConfig, RewardConfig)}

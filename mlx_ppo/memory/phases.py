@@ -26,6 +26,7 @@ from mlx_ppo.stages.losses import CriticTargets, Pass, PolicyTargets, critic_los
 from mlx_ppo.stages.scoring import critic_values, logprob_column, policy_columns, raw_of
 
 Terms = dict[str, int]
+OF_LEADER = "state before the iteration, for when a process is lost"  # kept by the process that leads alone
 _CACHE = "keys and values (KV cache)"
 _SETS = "sets of tokens that were sampled from"
 _AHEAD = "work that mlx begins ahead"
@@ -97,8 +98,7 @@ class Accountant:
         trunk = roles.trunk
         self.possible = Possible(evict=bool(evictable(roles, config)), compact=compact is not None)
         self._compact = functools.cache(compact) if compact is not None else None
-        self._width = trunk.width
-        self._dtype = trunk.dtype
+        self._width, self._dtype = trunk.width, trunk.dtype
         state = mx.zeros((1, 1, self._width), self._dtype)
         self._vocabulary = shapes_of_call(trunk.logits, state).shape[-1]
         self._supports = Supports(config.rollout, trunk.engine, self._vocabulary)
@@ -122,10 +122,8 @@ class Accountant:
             resident["states kept below the adapters"] = self._kept(responses)
         found = [self._load(away), _phase("rollout", resident, self._rollout(choices))]
         for name, trunk, cost in self._scores(choices):
-            there, passing = (
-                resident | self._taken(min(choices.score_batch, self.shapes.responses), choices),
-                cost.passing,
-            )
+            there = resident | self._taken(min(choices.score_batch, self.shapes.responses), choices)
+            passing = cost.passing
             if trunk is not None and any(trunk is other for other in away):
                 there[f"weights of the {self._trunks()[id(trunk)][0]}"] = _bytes(trunk.base)
                 passing = max(passing, {"a tensor as it is read": reading(trunk)}, key=lambda part: sum(part.values()))
@@ -153,6 +151,8 @@ class Accountant:
         terms["critic's trained weights"] = _bytes(self._critic_arrays())
         terms["reward adapters"] = sum(_bytes(own.arrays) for model in self._rewards() for own in model.members)
         terms["optimizer states"] = 2 * (_bytes(self.policy.arrays) + _bytes(self._critic_arrays()))
+        if self.shapes.everywhere > self.shapes.responses and self.config.model.train == "lora":
+            terms[OF_LEADER] = terms["optimizer states"] * 3 // 2
         return {name: size for name, size in terms.items() if size}
 
     def _trunks(self) -> dict[int, tuple[str, Trunk]]:

@@ -26,17 +26,20 @@ def parameters_of(accountant: Accountant) -> int:
 
 
 def most_processes(config: TrainConfig, accountant: Accountant) -> int:
-    """As many as have a core and a prompt of their own; 1 where a GPU computes, or where the run is short.
-
-    Also in a process that has shared a run before, which it can do only once, and where there is no loopback address.
-    """
-    if kind() != "CPU" or not may_join() or not reaches_itself():
-        return 1
+    """As many as have a core and a prompt of their own, where the run is worth them."""
     section, shapes = config.rollout, accountant.shapes
     tokens = section.prompts * section.samples_per_prompt * (shapes.prompt + shapes.response) * config.run.iterations
-    if tokens * parameters_of(accountant) * (4 + 6 * config.ppo.epochs) < _WORTH:
+    return worthwhile(tokens * parameters_of(accountant) * (4 + 6 * config.ppo.epochs), section.prompts)
+
+
+def worthwhile(multiplications: float, pieces: int) -> int:
+    """Processes for a work of so many multiplications, which comes in so many pieces; 1 where a GPU computes.
+
+    Also in a process that has shared a work before, which it can do only once, and where there is no loopback address.
+    """
+    if multiplications < _WORTH or kind() != "CPU" or not may_join() or not reaches_itself():
         return 1
-    return max(1, min(cores(), psutil.cpu_count(logical=False) or cores(), section.prompts, _MOST))
+    return max(1, min(cores(), psutil.cpu_count(logical=False) or cores(), pieces, _MOST))
 
 
 def first_threads(parameters: int, processes: int) -> int:

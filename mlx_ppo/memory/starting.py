@@ -10,7 +10,7 @@ from mlx_ppo.errors import ConfigError
 from mlx_ppo.memory.budget import default_budget
 from mlx_ppo.memory.choices import one_smaller, shapes_of
 from mlx_ppo.memory.model import config_of, weightless_roles
-from mlx_ppo.memory.phases import Accountant
+from mlx_ppo.memory.phases import OF_LEADER, Accountant, Phase
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, needed, plan_of, require_fit
 from mlx_ppo.memory.processes import first_threads, most_processes, parameters_of
 from mlx_ppo.models.load import is_quantised
@@ -18,6 +18,7 @@ from mlx_ppo.runs.folder import open_config
 from mlx_ppo.runs.plan_file import PlanChange, PlanRecord, read_plan, write_plan
 from mlx_ppo.runtime.hosts import Place, placed
 
+_MIB = 1 << 20
 _OF_TOKEN = 8  # bytes of a prompt's token, as a rollout keeps it
 _OF_SLOT = 28  # of a response's: token, four kinds of log-probability and entropy, value, advantage, mask
 
@@ -131,12 +132,18 @@ def plan_run(config: TrainConfig, prompts: Sequence[int], folder: Path) -> Plann
         processes=processes,
         budget=plan.budget,
         longest_prompt=accountant.shapes.prompt,
-        phases={phase.name: {"mlx_bytes": phase.peak, "numpy_bytes": phase.outside} for phase in plan.phases},
+        phases={phase.name: _sizes(phase) for phase in plan.phases},
         factors={},
         overhead=None,
     )
     write_plan(record, folder)
     return Planned(plan, accountant, record)
+
+
+def _sizes(phase: Phase) -> dict[str, int]:
+    """A phase as `plan.json` has it."""
+    leading = {"leader_bytes": phase.resident[OF_LEADER]} if OF_LEADER in phase.resident else {}
+    return {"mlx_bytes": phase.peak, "numpy_bytes": phase.outside, **leading}
 
 
 def said(plan: Plan, processes: int) -> str:
@@ -154,6 +161,21 @@ def said(plan: Plan, processes: int) -> str:
         "keys and values in 8 bits": choices.kv_cache == "8-bit",
     }
     return ", ".join([text, *(what for what, so in told.items() if so)])
+
+
+def held(peaks: Sequence[int], record: PlanRecord) -> str:
+    """What each process of a run needed in arrays, beside what the first plan expected of it, in one line."""
+    both = zip(peaks, expected_peaks(record), strict=True)
+    each = ", ".join(f"{peak / _MIB:.0f} of {planned / _MIB:.0f} ({peak / planned - 1:+.0%})" for peak, planned in both)
+    return f"memory: arrays of each process at most, of what was planned for it, in MiB: {each}"
+
+
+def expected_peaks(record: PlanRecord) -> list[int]:
+    """Bytes of arrays that the first plan expects at most, by process; the first keeps more than the others."""
+    phases = record.phases.values()
+    own = max(phase["mlx_bytes"] for phase in phases)
+    others = max(phase["mlx_bytes"] - phase.get("leader_bytes", 0) for phase in phases)
+    return [own, *[others] * (record.processes - 1)]
 
 
 def smaller(folder: Path) -> str | None:

@@ -19,6 +19,7 @@ from mlx_ppo.models.adapters import HEAD, Weights, adapters_scale, fitting_adapt
 from mlx_ppo.models.folder import check_model_folder
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.runtime.group import ALONE, Group
 
 REWARD_FILE = "reward.json"
 HEAD_FILE = "head.safetensors"
@@ -73,13 +74,25 @@ def text_states(trunk: Trunk, sequences: Sequences, pooling: str, *, learning: b
     return pooled(trunk.states(sequences, read=read, learning=learning), sequences, pooling)
 
 
-def text_outputs(trunk: Trunk, weights: Weights, texts: Sequence[Sequence[int]], pooling: str) -> Floats:
-    """Raw outputs [n] of a head and the weights it belongs to, for any number of texts, in their order."""
-    found = np.zeros(len(texts), np.float32)
-    for rows in length_batches([len(text) for text in texts], max_rows=_ROWS, max_tokens=None, seed_parts=None):
-        sequences = make_sequences([texts[row] for row in rows], [()] * len(rows))
+def text_outputs(
+    trunk: Trunk, weights: Weights, texts: Sequence[Sequence[int]], pooling: str, group: Group = ALONE
+) -> Floats:
+    """Raw outputs [n] of a head and the weights it belongs to, for any number of texts, in their order.
+
+    The processes of a group compute them together.
+    """
+    lengths = [len(text) for text in texts]
+    batches = length_batches(lengths, max_rows=_ROWS, max_tokens=None, seed_parts=None)
+
+    def outputs(at: int) -> Floats:
+        sequences = make_sequences([texts[row] for row in batches[at]], [()] * len(batches[at]))
         with trunk.using(weights):
-            found[rows] = np.array(apply_head(weights.arrays, text_states(trunk, sequences, pooling)))
+            return np.array(apply_head(weights.arrays, text_states(trunk, sequences, pooling)))
+
+    found = np.zeros(len(texts), np.float32)
+    computed = group.divided([sum(lengths[row] for row in rows) for rows in batches], outputs)
+    for rows, values in zip(batches, computed, strict=True):
+        found[rows] = values
     return found
 
 

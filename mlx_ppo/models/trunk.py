@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_ppo.compute.adapted import make_adaptable, make_noisy, parameters_of, plain
+from mlx_ppo.compute.adapted import Among, make_adaptable, make_noisy, parameters_of, plain
 from mlx_ppo.compute.engine import Capabilities, Engine
 from mlx_ppo.compute.probes import starts_from_kept
 from mlx_ppo.compute.sequences import Sequences
@@ -278,12 +278,15 @@ class Trunk:
             self._saving = False
 
     @contextmanager
-    def noise(self, share: float, key: mx.array) -> Iterator[None]:
-        """Dropout on embeddings and on the outputs of attention and feed-forward, within a `using` block."""
+    def noise(self, share: float, key: mx.array, among: Among | None = None) -> Iterator[None]:
+        """Dropout on embeddings and on the outputs of attention and feed-forward, within a `using` block.
+
+        `among`: what is read is a part of a batch, and gets its part of the whole batch's noise.
+        """
         keys = list(mx.random.split(key, len(self._noisy))) if share else []
         try:
             for layer, own in zip(self._noisy, keys, strict=bool(share)):
-                object.__setattr__(layer, "noise", (share, own))
+                object.__setattr__(layer, "noise", (share, own, among))
             yield
         finally:
             for layer in self._noisy:

@@ -59,7 +59,7 @@ class PlanRecord:
     choices: Choices
     budget: int | None  # bytes of a process
     longest_prompt: int
-    phases: Mapping[str, Mapping[str, int]]  # name -> mlx_bytes, numpy_bytes
+    phases: Mapping[str, Mapping[str, int]]  # name -> mlx_bytes, numpy_bytes; leader_bytes of the former
     factors: Mapping[str, float]  # measured over predicted, by phase, after the first iteration
     overhead: int | None  # bytes of the process beside arrays, measured; None: not yet
     changes: tuple[PlanChange, ...] = ()

@@ -204,17 +204,24 @@ def input_paths(config: Job) -> list[Path]:
     return list(dict.fromkeys(_paths(config.model_dump(exclude={"run", "parallel"}))))
 
 
-def identity(config: Job) -> dict[str, Any]:
+def identity(config: Job, known: Mapping[str, str]) -> dict[str, Any]:
     """Every key of a configuration but where runs are kept and who shares them; instead of a path what is there.
 
+    Args:
+        config: whose.
+        known: SHA-256 of files that needn't be read again.
     Raises:
         RunError: an input cannot be read.
     """
     found: dict[str, Any] = {}
+    read = dict(known)
 
     def add(key: str, value: Any) -> None:
         if isinstance(value, Path):
-            found[key] = sorted(hashes([value]).get(value, {}).values())
+            there = hashes([value], read)
+            for files in there.values():
+                read.update(files)
+            found[key] = sorted(there.get(value, {}).values())
         elif isinstance(value, dict):
             for name, item in value.items():
                 add(f"{key}.{name}" if key else name, item)
@@ -242,13 +249,16 @@ def _paths(value: Any) -> Iterator[Path]:
             yield from _paths(item)
 
 
-def hashes(paths: Iterable[Path]) -> dict[Path, dict[str, str]]:
+def hashes(paths: Iterable[Path], read: Mapping[str, str] | None = None) -> dict[Path, dict[str, str]]:
     """SHA-256 of each path that is a file, and of the files right inside each that is a folder (not hidden ones).
 
+    Args:
+        paths: of files and folders.
+        read: what is known of some files, by name.
     Raises:
         RunError: a file cannot be read.
     """
-    known: dict[str, str] = {}
+    known = dict(read or {})
     found: dict[Path, dict[str, str]] = {}
     for path in paths:
         try:

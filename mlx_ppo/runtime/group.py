@@ -58,6 +58,19 @@ class Group:
         """What every process has given, by rank; their shapes may differ."""
         return [list(arrays)]
 
+    def divided(
+        self, sizes: Sequence[int], work: Callable[[int], "np.ndarray[Any, Any]"]
+    ) -> list["np.ndarray[Any, Any]"]:
+        """The results of pieces of work of about these sizes, each done by one process; all get all of them."""
+        parts = self.deal(sizes)
+        given = self.gather([work(at) for at in parts[self.rank]])
+        found = [
+            (at, array)
+            for part, arrays in zip(parts, given, strict=True)
+            for at, array in zip(part, arrays, strict=True)
+        ]
+        return [array for _, array in sorted(found, key=lambda one: one[0])]
+
     def rows(self, array: mx.array, counts: Sequence[int]) -> mx.array:
         """The processes' rows below each other, as many as is said from each."""
         return array

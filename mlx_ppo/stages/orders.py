@@ -46,7 +46,7 @@ def held_up(spent: Sequence[Spent]) -> int | None:
 
 
 def shared(group: Group, saved: Checkpoint | None) -> Checkpoint | None:
-    """The leader's checkpoint at every process, to the bit.
+    """The leader's checkpoint at every process, to the bit; None where it has none.
 
     Args:
         group: of processes.
@@ -62,6 +62,8 @@ def shared(group: Group, saved: Checkpoint | None) -> Checkpoint | None:
         }
         head = {"step": saved.step, "state": saved.state, "arrays": kinds}
     head = group.told(head)
+    if head is None:
+        return None
     arrays = saved.arrays if saved is not None else _empty(head["arrays"])
     given = group.given({f"{file}/{name}": array for file, each in arrays.items() for name, array in each.items()})
     found = {file: {name: given[f"{file}/{name}"] for name in each} for file, each in arrays.items()}

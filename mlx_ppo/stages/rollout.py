@@ -1,7 +1,7 @@
 """Prompts into responses of the current policy, with the probability of every token as it was sampled."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -11,9 +11,9 @@ from mlx_ppo.compute.kv_cache import FULL
 from mlx_ppo.config.sections import RolloutSection
 from mlx_ppo.data.random import philox
 from mlx_ppo.models.adapters import Weights
-from mlx_ppo.models.roles import Roles
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.runs.plan_file import Choices
+from mlx_ppo.runtime.group import Group
 from mlx_ppo.runtime.phases import phase
 from mlx_ppo.stages.decoding import Decoder, Request, Response
 from mlx_ppo.stages.records import Rollout
@@ -117,10 +117,22 @@ def generate(
     return rollout._replace(support=decoder.supports.array([length for _, length in rollout.lengths]))
 
 
+class Together(Protocol):
+    """Processes that answer prompts with one model."""
+
+    @property
+    def trunk(self) -> Trunk:
+        """The language model."""
+
+    @property
+    def group(self) -> Group:
+        """The processes."""
+
+
 def generate_together(
-    roles: Roles, weights: Weights, asked: Asked, how: Sampling, on_tokens: Callable[[int], None] = lambda _: None
+    roles: Together, weights: Weights, asked: Asked, how: Sampling, on_tokens: Callable[[int], None] = lambda _: None
 ) -> Rollout:
-    """As `generate` on the shared trunk, by each process for its part of the prompts; all get all responses."""
+    """As `generate`, by each process for its part of the prompts; all get all responses."""
     group, samples = roles.group, how.samples_per_prompt
     if group.size == 1:
         return generate(roles.trunk, weights, asked, how, on_tokens)

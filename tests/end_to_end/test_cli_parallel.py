@@ -13,8 +13,10 @@ import pytest
 from mlx.core import load
 from test_cli_walls import LOOPBACK, MAIN, namespace, reaching_out, tracer
 
+from mlx_ppo.memory.starting import expected_peaks
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.folder import MEMORY, RESPONSES
+from mlx_ppo.runs.plan_file import read_plan
 
 CHAIN = {"prompts": 5, "max_tokens": 6, "batch_size": 8, "samples_per_prompt": 2}
 MODES = {
@@ -76,6 +78,21 @@ def test_three_and_four_do_too_and_each_is_repeatable(project):
     assert project.checkpoints("three") == project.checkpoints("again")
     rows = [json.loads(line) for line in (project.run("three") / MEMORY).read_text().splitlines()]
     assert all(len(row["processes"]) == 3 and min(row["processes"]) > 0 for row in rows)
+
+
+def test_each_process_needs_what_was_planned_for_it(project):
+    """With responses that seldom end before the longest, as plans expect them to."""
+    shape = ("rollout.prompts=32", "rollout.max_tokens=10", "rollout.temperature=1", "data.eval_count=4")
+    shape += ("ppo.minibatches=2", "ppo.epochs=1", "critic.warmup_iterations=1")
+    names = ("run.folder=runs", "run.name=a", "run.iterations=2", "parallel.processes=2")
+    shown = finished(project, "train", *(part for one in (*shape, *names) for part in ("--set", one)))
+    rows = [json.loads(line) for line in (project.run() / MEMORY).read_text().splitlines()]
+    planned = expected_peaks(read_plan(project.run()))
+    assert len(rows) == 2 and planned[0] > planned[1] > 20e6
+    for rank in range(2):
+        most = max(row["processes"][rank] for row in rows)
+        assert 0.9 < most / planned[rank] < 1.1, (rank, most, planned)
+    assert "arrays of each process at most, of what was planned for it" in shown
 
 
 def test_there_may_be_more_processes_than_prompts(project):
@@ -154,7 +171,8 @@ def test_a_process_that_is_lost_is_named_and_nothing_is_lost(project, started, n
     command, follower = started()
     follower.send_signal(number)
     _, errors = command.communicate(timeout=60)
-    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    (line,) = errors.splitlines()  # no word of the ring itself
+    assert line.startswith("error: ")
     assert command.returncode == 4 and f"process 2 of 2 (pid {follower.pid})" in line and words in line
     assert "Go on with: mlx-ppo resume" in line and not follower.is_running()
     saved = checkpoint.newest(project.run())

@@ -54,7 +54,7 @@ def test_adapters_that_would_fill_the_memory_are_refused(project, job, dry):
 
 @pytest.mark.parametrize("job", ["sft", "reward"])
 def test_texts_that_would_fill_the_memory_are_refused(project, job, monkeypatch):
-    monkeypatch.setattr("mlx_ppo.supervised.default_budget", lambda: 1_000_000)
+    monkeypatch.setattr("mlx_ppo.supervised_models.default_budget", lambda: 1_000_000)
     sizes = {"sft": {"sft": {"batch_size": 10**9}}, "reward": {"reward_training": {"batch_size": 10**9}}}
     project.jsonl("texts.jsonl", [{"text": "the film " * 60}] * 40)
     project.jsonl("ratings.jsonl", [{"text": f"the film {i} " * 60, "rating": i % 5} for i in range(40)])

@@ -39,6 +39,9 @@ def exchanged(ring):
     assert [part[0].shape for part in given] == [(rank, 2) for rank in range(size)]
     assert [bool(part[1][0]) for part in given] == [rank > 0 for rank in range(size)]
     assert ring.gather([]) == [[]] * size
+    sizes = [3, 1, 5, 2, 4]
+    found = ring.divided(sizes, lambda at: np.full(sizes[at], 10 * at + 1.5))
+    assert [array.tolist() for array in found] == [[10 * at + 1.5] * size for at, size in enumerate(sizes)]
     assert ring.told({"text": "é", "values": [1.5, None]} if ring.leads else None)["text"] == "é"
     counts = [rank % 2 for rank in range(size)]
     rows = mx.full((counts[ring.rank], 2, 3), ring.rank + 0.1, mx.bfloat16)
