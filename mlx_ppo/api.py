@@ -14,7 +14,6 @@ from mlx_ppo.errors import UnhealthyError
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.heads import load_reward_model as _load_reward_model
 from mlx_ppo.reporting import Reporter
-from mlx_ppo.reward_training import raw_outputs
 from mlx_ppo.runs.callbacks import Callback
 from mlx_ppo.runs.folder import Run, create_run
 from mlx_ppo.runs.provenance import device, engine
@@ -171,7 +170,7 @@ def score(model: RewardModel, prompts: Sequence[str | Messages], completions: Se
         asked = prompt_field(record, "prompt")
         prefix = prompt_tokens(asked, tokenizer, record.where)
         rows.append(tuple(answered_tokens(asked, prefix, completion, tokenizer, record.where)[0]))
-    raw = raw_outputs(model.trunk, model.weights, rows, model.facts.pooling)
+    raw = model.of_texts(rows).mean(axis=0)
     return [float(value) for value in (raw - model.facts.mean) / model.facts.deviation]
 
 

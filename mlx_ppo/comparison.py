@@ -21,7 +21,6 @@ from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import token_statistics
-from mlx_ppo.reward_training import raw_outputs
 from mlx_ppo.rewards.figures import Floats
 from mlx_ppo.rewards.functions import RewardFunction
 from mlx_ppo.rewards.judge import Judge as Asking
@@ -70,8 +69,9 @@ class ByReward:
             prefix = prompt_tokens(said, tokenizer, where)
             for text in (pair.first, pair.second):
                 rows.append(tuple(answered_tokens(said, prefix, text, tokenizer, where)[0]))
-        raw = raw_outputs(model.trunk, model.weights, rows, model.facts.pooling).reshape(-1, 2)
-        return (raw[:, 1] - raw[:, 0]) / np.float32(model.facts.deviation)
+        raw = model.of_texts(rows).mean(axis=0).reshape(-1, 2)
+        margins: Floats = (raw[:, 1] - raw[:, 0]) / np.float32(model.facts.deviation)
+        return margins
 
 
 class ByFunction:

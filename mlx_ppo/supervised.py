@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -55,6 +55,26 @@ class Task(Generic[Batch]):
     validate: Callable[[Weights], dict[str, float]]
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What came before in a run that trains several models one after the other, the members of an ensemble."""
+
+    members: int = 0
+    steps: int = 0
+    epochs: int = 0
+    finished: Mapping[str, mx.array] = field(default_factory=dict)  # their weights: `<number from 0>/<name>`
+
+    def weights(self, member: int) -> dict[str, mx.array]:
+        """Those of a member that is finished."""
+        start = f"{member}/"
+        return {name.removeprefix(start): array for name, array in self.finished.items() if name.startswith(start)}
+
+    def then(self, steps: int, epochs: int, weights: Weights) -> "Earlier":
+        """With one more member, trained for so many steps and epochs."""
+        own = {f"{self.members}/{name}": array for name, array in weights.arrays.items()}
+        return Earlier(self.members + 1, self.steps + steps, self.epochs + epochs, {**self.finished, **own})
+
+
 @dataclass
 class Fit:
     """Everything that training changes."""
@@ -67,22 +87,31 @@ class Fit:
     best: dict[str, mx.array] = field(default_factory=dict)
     best_value: float = float("inf")
     best_epoch: int = 0
+    earlier: Earlier = Earlier()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.earlier.steps + self.optimizer.steps
 
     def as_checkpoint(self, blocks: int) -> Checkpoint:
         """The state as files."""
         own = {name: array for name, array in self.weights.arrays.items() if not name.startswith(HEAD)}
         head = {name: array for name, array in self.weights.arrays.items() if name.startswith(HEAD)}
         arrays = {"adapters": own, "head": head, "optimizer": self.optimizer.state(), "best": self.best}
+        arrays["finished"] = dict(self.earlier.finished)
         value = self.best_value if np.isfinite(self.best_value) else None
-        state = {
+        state: dict[str, Any] = {
             "epoch": self.epoch,
             "done": self.done,
             "loss": self.loss,
             "best_value": value,
             "best_epoch": self.best_epoch,
         }
+        if self.earlier.members:
+            state |= {"members": self.earlier.members, "earlier": [self.earlier.steps, self.earlier.epochs]}
         document = {"adapter_config.json": adapter_config(self.weights, blocks)}
-        return Checkpoint(self.optimizer.steps, {n: a for n, a in arrays.items() if a}, state, document)
+        return Checkpoint(self.steps, {n: a for n, a in arrays.items() if a}, state, document)
 
     def restore(self, saved: Checkpoint) -> None:
         """Go back to a checkpoint of the same configuration."""
@@ -90,12 +119,21 @@ class Fit:
         if not checkpoint.alike(arrays, self.weights.arrays):
             raise RunError("the checkpoint has other weights than this configuration; nothing was loaded")
         self.weights = self.weights.holding({name: arrays[name] for name in self.weights.arrays})
-        self.optimizer.load(dict(saved.arrays.get("optimizer", {})), saved.step)
+        self.optimizer.load(dict(saved.arrays.get("optimizer", {})), saved.step - self.earlier.steps)
         self.best = dict(saved.arrays.get("best", {}))
         value = saved.state["best_value"]
         self.best_value = float("inf") if value is None else value
         self.epoch, self.done, self.loss = (saved.state[name] for name in ("epoch", "done", "loss"))
         self.best_epoch = saved.state["best_epoch"]
+
+
+def earlier_in(run: Run) -> Earlier:
+    """The members that were finished before what a run's last checkpoint is about."""
+    saved = checkpoint.newest(run.folder)
+    if saved is None or not saved.state.get("members"):
+        return Earlier()
+    steps, epochs = saved.state["earlier"]
+    return Earlier(saved.state["members"], steps, epochs, dict(saved.arrays["finished"]))
 
 
 class Course(NamedTuple):
@@ -106,6 +144,7 @@ class Course(NamedTuple):
     patience: int  # epochs without a better criterion after which training ends; 0: never
     blocks: int  # of the trunk, for the checkpoints' description
     validated: bool  # the criterion is taken on held-out data
+    members: int = 1  # that are trained so, one after the other
 
 
 class Noise(NamedTuple):
@@ -136,12 +175,12 @@ def fit(
 
     section, epochs, patience = course.section, course.epochs, course.patience
     saved = checkpoint.newest(run.folder)
-    if saved is not None:
+    if saved is not None and saved.state.get("members", 0) == state.earlier.members:
         state.restore(saved)
-        reporter.message(f"resuming after step {state.optimizer.steps}")
+        reporter.message(f"resuming after step {state.steps}")
     del saved  # its weights would stay in memory beside the trained ones
-    run.cut_logs(state.optimizer.steps)
-    total = epochs * len(task.batches(0))
+    run.cut_logs(state.steps)
+    total = course.members * epochs * len(task.batches(0))
     while state.epoch < epochs and not (patience and state.epoch - state.best_epoch > patience):
         batches = task.batches(state.epoch)
         while state.done < len(batches):
@@ -152,24 +191,26 @@ def fit(
                 raise
             loss = _step(task, state, batches[state.done], section.seed)
             state.done, state.loss = state.done + 1, state.loss + loss
-            reporter.step(state.optimizer.steps, total, {"loss": loss})
+            reporter.step(state.steps, total, {"loss": loss})
             if state.optimizer.steps % section.save_every == 0 and state.done < len(batches):
                 save()
-        row = {"step": state.optimizer.steps, "epoch": state.epoch + 1, "loss": state.loss / len(batches)}
+        mean = state.loss / len(batches)
         state.epoch, state.done, state.loss = state.epoch + 1, 0, 0.0
         figures = task.validate(state.weights)
         value = figures["loss"]
         if value < state.best_value:
             state.best, state.best_value, state.best_epoch = dict(state.weights.arrays), value, state.epoch
-        row = {**row, **{f"validation_{name}": figure for name, figure in figures.items()}}
-        run.log(METRICS, [row])
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in ("step", "epoch"))
-        reporter.message(
-            f"epoch {state.epoch} of {epochs}: {shown}"
-            + ("  (best)" if value == state.best_value and course.validated else "")
-        )
+        shown = {"loss": mean, **{f"validation_{name}": figure for name, figure in figures.items()}}
+        run.log(METRICS, [{"step": state.steps, "epoch": state.earlier.epochs + state.epoch, **shown}])
+        best = "  (best)" if value == state.best_value and course.validated else ""
+        reporter.message(_epoch(state, course) + "  ".join(f"{name} {v:.4f}" for name, v in shown.items()) + best)
         save()
     return state.weights.holding(state.best or state.weights.arrays)
+
+
+def _epoch(state: Fit, course: Course) -> str:
+    member = f"member {state.earlier.members + 1} of {course.members}, " if course.members > 1 else ""
+    return f"{member}epoch {state.epoch} of {course.epochs}: "
 
 
 def _step(task: Task[Batch], state: Fit, batch: Batch, seed: int) -> float:
@@ -182,7 +223,7 @@ def _step(task: Task[Batch], state: Fit, batch: Batch, seed: int) -> float:
     mx.eval(loss, gradients)
     value = number(loss)
     if not np.isfinite(value):
-        raise RunError(f"the loss is not finite at step {state.optimizer.steps + 1}; the update was not applied")
+        raise RunError(f"the loss is not finite at step {state.steps + 1}; the update was not applied")
     state.weights, _ = state.optimizer.step(task.engine, state.weights, gradients, what="model")
     return value
 
@@ -198,7 +239,7 @@ def load_trainable(model: TrainableModelSection, seed: int) -> Trunk:
 
 
 def require_room(
-    trunk: Trunk, model: TrainableModelSection, lora: LoraSection, texts: Sequence[int], rows: int
+    trunk: Trunk, model: TrainableModelSection, lora: LoraSection, texts: Sequence[int], rows: int, *, members: int = 1
 ) -> None:
     """Refuse, before memory is taken, what can't fit by its mere sizes; a plan, as `train` makes one, would say more.
 
@@ -208,13 +249,15 @@ def require_room(
         lora: with which adapters.
         texts: tokens of each.
         rows: texts of an optimizer step.
+        members: of an ensemble, whose adapters are all kept.
     Raises:
         ConfigError: says what takes how much, and which key to lower.
     """
     room, depth = default_budget(), trunk.blocks
     chosen = [name for name in trunk.adapted if not lora.targets or layer_of(name)[1] in lora.targets]
     sizes = [sum(dimensions(trunk.adapted[name])) for name in chosen]
-    adapters = _COPIES * 4 * lora.rank * sum(sizes) * (lora.layers or depth) // depth if model.train == "lora" else 0
+    copies = 4 * (_COPIES + members - 1)
+    adapters = copies * lora.rank * sum(sizes) * (lora.layers or depth) // depth if model.train == "lora" else 0
     kept = 4 * trunk.width * depth * sum(sorted(texts)[-rows:])
     for need, what, key in (
         (adapters, f"adapters of rank {lora.rank}, their gradient and optimizer state", "lora.rank"),

@@ -19,8 +19,9 @@ MODULES = {
 LAYERS = (
     "errors", "files", "bundle", "config", "data", "algo", "runtime", "compute", "tokenizers", "rewards", "models",
     "runs", "stages", "memory", "importing", "exporting", "bench", "reporting", "evaluate", "supervised", "sft",
-    "reward_training", "comparison", "prompting", "frontier", "parallel", "train", "following", "follow_worker", "api",
-    "studio", "cli",
+    "reward_batches", "reward_training", "comparison", "best_of", "forgetting", "prompting", "frontier", "parallel",
+    "train", "following",
+    "follow_worker", "api", "studio", "cli",
 )  # fmt: skip
 # Beside the standard library, and with the longest match: what else.
 OUTSIDE = {
@@ -53,8 +54,11 @@ OUTSIDE = {
     "frontier": {"mlx", "numpy"},
     "supervised": {"mlx", "numpy"},
     "sft": {"mlx"},
+    "reward_batches": {"mlx", "numpy"},
     "reward_training": {"mlx", "numpy"},
     "comparison": {"mlx", "numpy"},
+    "best_of": {"mlx", "numpy"},
+    "forgetting": {"mlx", "numpy"},
     "parallel": {"numpy"},
     "train": {"numpy"},
     "following": {"mlx"},

@@ -143,6 +143,65 @@ def pairwise_reward_loss(
     return mx.logaddexp(0.0, -lead) + centering * mx.square(chosen + rejected)
 
 
+def plackett_luce_loss(scores: mx.array, goodness: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+    """Negative log-likelihood of rankings of several responses to a prompt, for a reward model.
+
+        L = sum_i log(1 + sum_{j worse than i} exp(s_j - s_i))
+
+    Without ties it is that of choosing the best response, then the best of the rest, and so on; of two responses it is
+    the loss of Bradley and Terry. Responses that are equally good say nothing of each other: neither is among those
+    that the other one was chosen from, so that a ranking whose responses are all equally good has loss 0.
+
+    Args:
+        scores: [B, K], of up to K responses a row, in any order.
+        goodness: [B, K], higher is better; equal numbers are a tie.
+        mask: [B, K] bool, True where there is a response.
+
+    Returns:
+        loss, [B] float32, and the number of choices it is the sum of, [B] float32: responses with a worse one.
+
+    Raises:
+        ValueError: the shapes differ.
+    Source: Plackett 1975, "The analysis of permutations"; Luce 1959, "Individual choice behavior".
+    """
+    lead, worse = _leads(scores, goodness, mask)
+    itself = mx.eye(scores.shape[1], dtype=mx.bool_)
+    behind = mx.where(worse | itself, -lead, -mx.inf)
+    return mx.logsumexp(behind, axis=2).sum(axis=1), worse.any(axis=2).astype(mx.float32).sum(axis=1)
+
+
+def all_pairs_loss(scores: mx.array, goodness: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+    """Bradley-Terry loss of a reward model on all pairs of a prompt's ranked responses together.
+
+        L = mean_{j worse than i} -log sigmoid(s_i - s_j)
+
+    Args:
+        scores: [B, K], of up to K responses a row, in any order.
+        goodness: [B, K], higher is better; equal numbers are a tie, which makes no pair.
+        mask: [B, K] bool, True where there is a response.
+
+    Returns:
+        loss, [B] float32, 0 without a pair, and 1 where there is one, else 0, [B] float32.
+
+    Raises:
+        ValueError: the shapes differ.
+    Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 1.
+    """
+    lead, worse = _leads(scores, goodness, mask)
+    pairs = worse.astype(mx.float32).sum(axis=(1, 2))
+    total = mx.where(worse, mx.logaddexp(0.0, -lead), 0.0).sum(axis=(1, 2))
+    return total / mx.maximum(pairs, 1.0), (pairs > 0).astype(mx.float32)
+
+
+def _leads(scores: mx.array, goodness: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+    """Score of i less that of j, [B, K, K] (i, j), and whether j is the worse one; 0 and False where one is masked."""
+    require_same_shape(scores=scores, goodness=goodness, mask=mask)
+    scores = mx.where(mask, scores.astype(mx.float32), 0.0)
+    both = mask[:, :, None] & mask[:, None, :]
+    worse = both & (goodness[:, :, None] > goodness[:, None, :])
+    return mx.where(both, scores[:, :, None] - scores[:, None, :], 0.0), worse
+
+
 def aggregate(
     loss: mx.array,
     mask: mx.array,

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from mlx_ppo.data.tokenizer import Tokenizer
 
 _COLUMN = re.compile(r"[A-Za-z_]+=.+", re.DOTALL)
-_KINDS = {"pairs": "pairs", "ratings": "rated", "examples": "examples", "prompts": "prompts"}
+_KINDS = {
+    "pairs": "pairs", "ratings": "rated", "rankings": "rankings", "examples": "examples", "prompts": "prompts",
+}  # fmt: skip
 
 
 @click.command()
@@ -106,6 +108,9 @@ def _lines(one: "Seen", tokenizer: "Tokenizer", unit: str) -> list[str]:
         ends = " EOS" if tokens[-1] in tokenizer.eos_ids else ""
         return [f"    {before}[[{rest}{ends}]]  (loss on {len(tokens) - one.start} of {len(tokens)} {unit})"]
     texts = [tokenizer.decode(tokens) for tokens in one.texts]
+    if len(texts) > 1 and one.ratings:
+        ranked = sorted(zip(one.ratings, texts, strict=True), key=lambda answer: -answer[0])
+        return [f"    {value:g}: {text}" for value, text in ranked]
     if len(texts) == 2:
         return [f"    chosen:   {texts[0]}", f"    rejected: {texts[1]}"]
     rated = f"  (rated {', '.join(f'{rating:g}' for rating in one.ratings)})" if one.ratings else ""

@@ -1,4 +1,4 @@
-"""`import` and `export`: models from other programs, and policies for them."""
+"""`import`, `merge` and `export`: models and adapters from other programs, and policies for them."""
 
 from pathlib import Path
 
@@ -60,3 +60,26 @@ def import_(file: Path, directory: Path, dtype: str) -> None:
     from mlx_ppo.importing.convert import import_model
 
     click.echo(import_model(file, directory, dtype=dtype))
+
+
+@click.command()
+@click.argument("model", type=_FILE)
+@click.argument("adapter", type=_FILE)
+@click.argument("directory", type=_FILE)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Type of the weights; default: the model's own.",
+)
+def merge(model: Path, adapter: Path, directory: Path, dtype: str | None) -> None:
+    """Make a model folder, DIRECTORY, of MODEL with ADAPTER merged into its weights; training then starts from it.
+
+    ADAPTER is mlx-lm's or PEFT's: LoRA or DoRA, on linear layers, embeddings or experts. A run from DIRECTORY has new
+    LoRA adapters, and the merged model as its reference.
+
+    \b
+    Example: mlx-ppo merge models/smollm2 my-dora models/smollm2-dora
+    """
+    from mlx_ppo.exporting.merge import merge as merge_adapters
+
+    click.echo(merge_adapters(model, adapter, directory, dtype=dtype))

@@ -167,7 +167,8 @@ def dry(config: Job) -> None:
             _remark(trunk.remarks)
             sets = reward_training.load_data(config, trunk.tokenizer, display)
             lengths = [len(text) for text in sets[0].texts]
-            require_room(trunk, config.model, config.lora, lengths, config.reward_training.batch_size)
+            section = config.reward_training
+            require_room(trunk, config.model, config.lora, lengths, section.batch_size, members=section.members)
             for name, feedback in zip(("training", "validation", "test"), sets, strict=True):
                 if feedback is not None:
                     _statistics(f"{name} texts", [len(text) for text in feedback.texts])

@@ -45,9 +45,9 @@ def sample(
     `drawing`: temperature, top_k, top_p, min_p.
     """
     target = load_target(model)
-    prompts = _prompts(target, texts, file, count)
-    how = _sampling(target, target, max_tokens, seed, drawing)._replace(samples_per_prompt=samples)
-    click.echo(_said(how, model), err=True)
+    prompts = prompts_for(target, texts, file, count)
+    how = sampling_for(target, target, max_tokens, seed, drawing)._replace(samples_per_prompt=samples)
+    click.echo(said_of(how, model), err=True)
     rollout = _write(target, prompts, how)
     for row, text in enumerate(_texts(target.trunk.tokenizer, rollout)):
         if row % samples == 0 and row:
@@ -78,14 +78,14 @@ def compare(
     asked = _asked(judge, question, configured if reward is None else None)
     scorer = None if asked is not None and reward is None else _scorer(targets, reward, configured)
     source = next((t for t in reversed(targets) if isinstance(t.config, TrainConfig)), targets[1])
-    prompts = _prompts(source, (), file, count)
+    prompts = prompts_for(source, (), file, count)
     with scorer if isinstance(scorer, TextScorer) else nullcontext():
         if isinstance(scorer, TextScorer):
             scorer.require_fields([prompt.record for prompt in prompts])
         rollouts = []
         for path, target in zip((first, second), targets, strict=True):
-            how = _sampling(target, source, max_tokens, seed, drawing)
-            click.echo(_said(how, path), err=True)
+            how = sampling_for(target, source, max_tokens, seed, drawing)
+            click.echo(said_of(how, path), err=True)
             rollouts.append(_write(target, prompts, how))
         written = [_texts(target.trunk.tokenizer, rollout) for target, rollout in zip(targets, rollouts, strict=True)]
         found = []
@@ -159,7 +159,13 @@ def _scorer(targets: Sequence[Target], reward: str | None, config: TrainConfig |
     return load_reward_model(folder, trunk)
 
 
-def _prompts(target: Target, texts: Sequence[str], file: Path | None, count: int) -> list[Prompt]:
+def prompts_for(target: Target, texts: Sequence[str], file: Path | None, count: int) -> list[Prompt]:
+    """The prompts that are written out, else the first ones of a file, else of the run's evaluations.
+
+    Raises:
+        ConfigError: there are none.
+        DataError: the file is wrong.
+    """
     tokenizer = target.trunk.tokenizer
     if texts:
         empty = [text for text in texts if not text.strip()]
@@ -187,7 +193,7 @@ def _prompts(target: Target, texts: Sequence[str], file: Path | None, count: int
     return list(read.prompts[:count])
 
 
-def _sampling(
+def sampling_for(
     target: Target, source: Target, max_tokens: int | None, seed: int, drawing: Mapping[str, float | None]
 ) -> Sampling:
     """What is given, else the target's own settings, else those of the run that gives the prompts."""
@@ -200,7 +206,8 @@ def _sampling(
     return how._replace(**drawn._asdict())
 
 
-def _said(how: Sampling, path: Path) -> str:
+def said_of(how: Sampling, path: Path) -> str:
+    """How a model writes, in a line."""
     return printable(f"{path}: {how.distribution.said}, up to {how.max_tokens} tokens")
 
 

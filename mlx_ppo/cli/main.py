@@ -9,24 +9,15 @@ from typing import Any
 import click
 
 import mlx_ppo
-from mlx_ppo.cli import exchange, pages
+from mlx_ppo.cli import evaluations, exchange, pages
 from mlx_ppo.cli.agreement import agreement
 from mlx_ppo.cli.data import data
 from mlx_ppo.cli.frontier import frontier
 from mlx_ppo.cli.group import Commands
-from mlx_ppo.cli.options import JUDGE, MAX_TOKENS, Number, Place, drawing
+from mlx_ppo.cli.options import DRY_RUN, JUDGE, MAX_TOKENS, SET, Number, Place, drawing
+from mlx_ppo.cli.reward import reward
 from mlx_ppo.errors import RunError
 
-_SET = click.option(
-    "overrides",
-    "--set",
-    metavar="SECTION.KEY=VALUE",
-    multiple=True,
-    help="Change a key of the configuration, e.g. --set ppo.epochs=4. May be given several times.",
-)
-_DRY_RUN = click.option(
-    "--dry-run", is_flag=True, help="Check the configuration, read the data, print token statistics, train nothing."
-)
 _FILE = Place()
 
 
@@ -66,8 +57,8 @@ def init(directory: Path) -> None:
 
 @main.command()
 @click.argument("config", type=_FILE, required=False)
-@_SET
-@_DRY_RUN
+@SET
+@DRY_RUN
 @click.option("--hosts", type=_FILE, help="JSON file of the machines that share the run; the same as parallel.hosts.")
 @click.option("--rank", type=click.IntRange(0), help="Which of them this is; default: the one with its address.")
 def train(config: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
@@ -88,7 +79,7 @@ def train(config: Path | None, overrides: tuple[str, ...], **options: Any) -> No
 
 @main.command()
 @click.argument("config", type=_FILE)
-@_SET
+@SET
 @click.option("--memory-gb", type=Number(0, min_open=True), help="Budget in GiB instead of the config's.")
 @click.option("--model-config", type=_FILE, help="Plan for the model of this config.json, which needn't be here.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Plan for this kind of device; default: this one.")
@@ -109,7 +100,7 @@ def plan(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
 
 @main.command()
 @click.argument("target", type=_FILE, required=False)
-@_SET
+@SET
 @click.option("--prompt-tokens", type=click.IntRange(2), help="Length of the prompts; default: the config's longest.")
 @click.option("--iterations", type=click.IntRange(1), default=3, show_default=True, help="Timed, after a first one.")
 @click.option("--output", type=_FILE, help="Keep the result in this file.")
@@ -134,8 +125,8 @@ def bench(target: Path | None, overrides: tuple[str, ...], **options: Any) -> No
 
 @main.command()
 @click.argument("config", type=_FILE)
-@_SET
-@_DRY_RUN
+@SET
+@DRY_RUN
 def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Supervised fine-tuning on texts, prompts with completions, or chats.
 
@@ -146,22 +137,6 @@ def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     from mlx_ppo.config.supervised import SFTConfig
 
     jobs.start(SFTConfig, config, overrides, dry_run=dry_run)
-
-
-@main.command()
-@click.argument("config", type=_FILE)
-@_SET
-@_DRY_RUN
-def reward(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """Train a reward model on human preferences or ratings.
-
-    \b
-    Example: mlx-ppo reward configs/reviews-reward.toml
-    """
-    from mlx_ppo.cli import jobs
-    from mlx_ppo.config.supervised import RewardConfig
-
-    jobs.start(RewardConfig, config, overrides, dry_run=dry_run)
 
 
 @main.command()
@@ -294,10 +269,13 @@ def doctor(offline_proof: bool, acceptance: bool, minutes: float | None, as_json
 
 
 for command in (
+    *evaluations.COMMANDS,
     agreement,
+    reward,
     data,
     exchange.export,
     exchange.import_,
+    exchange.merge,
     frontier,
     pages.studio,
     pages.label,

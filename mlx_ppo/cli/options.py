@@ -106,3 +106,13 @@ def drawing(command: Callable[..., Any]) -> Callable[..., Any]:
 
 PORT = click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the page; default: any free one.")
 NO_BROWSER = click.option("--no-browser", is_flag=True, help="Only print the page's address.")
+SET = click.option(
+    "overrides",
+    "--set",
+    metavar="SECTION.KEY=VALUE",
+    multiple=True,
+    help="Change a key of the configuration, e.g. --set ppo.epochs=4. May be given several times.",
+)
+DRY_RUN = click.option(
+    "--dry-run", is_flag=True, help="Check the configuration, read the data, print token statistics, train nothing."
+)

@@ -181,6 +181,9 @@ def _default(key: str) -> object:
 
 
 def _feedback_problems(section: RewardTrainingSection) -> list[Problem]:
+    if section.rankings != "pairs" and section.objective != "pairs":
+        why = f"{section.rankings!r} is for ranked answers; {section.objective!r} of the objective is for ratings"
+        return [("reward_training.rankings", f"{why}. Set one of the two to 'pairs'")]
     if section.objective != "regression" and section.min_difference == 0:
         return [("reward_training.min_difference", "must be above 0: texts of equal ratings make no pair")]
     return []

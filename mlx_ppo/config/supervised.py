@@ -93,13 +93,23 @@ class RewardTrainingSection(Section):
         description="the head reads the last token's final state, the mean over the text, "
         "or the sum divided by the root of the length",
     )
+    rankings: Literal["pairs", "all-pairs", "plackett-luce"] = Field(
+        "pairs",
+        description="several ranked answers to a prompt: each pair by itself; a prompt's pairs together, weighing as "
+        "one (InstructGPT); or the likelihood of the ranking. The last two read each answer once a step",
+    )
+    members: Annotated[int, Field(ge=1, le=100)] = Field(
+        1,
+        description="models of an ensemble, which differ by their seeds: adapters (train = full: weights) and heads on "
+        "one trunk, trained one after the other",
+    )
     min_difference: NonNegative = Field(1.0, description="ratings make a pair where they differ by at least this much")
     pairs_per_item: Annotated[int, Field(ge=1, le=1000)] = Field(
         4, description="pairs drawn for each rated text and epoch"
     )
     centering: NonNegative = Field(0.0, description="factor on (chosen + rejected)^2, which keeps scores near 0")
     epochs: Epochs = Field(5, description="passes over the feedback")
-    batch_size: Count = Field(32, description="texts (or pairs) an optimizer step")
+    batch_size: Count = Field(32, description="texts (or pairs, or rankings) an optimizer step")
     token_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of input tokens replaced by random ones while training"
     )

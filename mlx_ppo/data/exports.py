@@ -1,11 +1,11 @@
-"""What people said in Argilla and in Label Studio, as rows of ratings or of pairs."""
+"""What people said in Argilla and in Label Studio, as rows of ratings, of pairs or of rankings."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from mlx_ppo.data.chat import Messages
 from mlx_ppo.data.dialogues import Row, UnusableError
-from mlx_ppo.data.rankings import all_pairs, finite, prompt_of
+from mlx_ppo.data.rankings import Ranked, all_pairs, finite, prompt_of
 
 _PROMPTS = ("prompt", "instruction", "question")
 _ANSWERS = ("completion", "response", "answer", "output", "text")
@@ -53,8 +53,11 @@ def argilla_rated(row: Row) -> list[Row]:
     return [_answered(fields) | {"ratings": said} for said in rated.values()]
 
 
-def argilla_pairs(row: Row) -> list[Row]:
-    """A pair for each who preferred one of two fields, all pairs for each who ranked them."""
+def argilla_pairs(row: Row, of_ranking: Callable[[Ranked], list[Row]] = all_pairs) -> list[Row]:
+    """A pair for each who preferred one of two fields; for each who ranked them all pairs, or what `of_ranking` gives.
+
+    Beside rankings, a preference is a ranking of two.
+    """
     fields, questions = _argilla(row)
     texts = {name: value for name, value in fields.items() if isinstance(value, str) and name not in _PROMPTS}
     found: list[Row] = []
@@ -65,7 +68,7 @@ def argilla_pairs(row: Row) -> list[Row]:
                 found.append({"prompt": _prompt(fields), "chosen": texts[value], "rejected": texts[other]})
             elif _is_ranking(value, texts):
                 answers, ranks = [texts[item["value"]] for item in value], [-float(item["rank"]) for item in value]
-                found += all_pairs((_prompt(fields), answers, ranks))
+                found += of_ranking((_prompt(fields), answers, ranks))
     return found
 
 

@@ -10,7 +10,7 @@ from mlx_ppo.data.examples import Example, example_tokens
 from mlx_ppo.data.jsonl import Record
 from mlx_ppo.data.known_layouts import Kind
 from mlx_ppo.data.layouts import Found, find, line_of
-from mlx_ppo.data.preferences import both_sides, margin_of, rated_tokens, ratings_of
+from mlx_ppo.data.preferences import both_sides, margin_of, ranked_answers, rated_tokens, ratings_of
 from mlx_ppo.data.prompts import asked
 from mlx_ppo.data.sequences import prompt_tokens
 from mlx_ppo.data.tokenizer import Tokenizer
@@ -50,9 +50,9 @@ class Seen:
     """A row as the model reads it."""
 
     record: Record
-    texts: tuple[tuple[int, ...], ...]  # tokens: one text, or chosen and rejected
+    texts: tuple[tuple[int, ...], ...]  # tokens: one text, or chosen and rejected, or all answers
     start: int | None  # the first token on which the loss of `sft` counts; None for other kinds
-    ratings: tuple[float, ...] = ()
+    ratings: tuple[float, ...] = ()  # of the text, or of each answer
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,11 @@ def _rated(record: Record, tokenizer: Tokenizer) -> Seen:
     return Seen(record, (tuple(rated_tokens(record, tokenizer)),), None, ratings)
 
 
+def _ranking(record: Record, tokenizer: Tokenizer) -> Seen:
+    answers = ranked_answers(record, tokenizer)
+    return Seen(record, tuple(tuple(tokens) for tokens, _ in answers), None, tuple(value for _, value in answers))
+
+
 def _prompt(record: Record, tokenizer: Tokenizer) -> Seen:
     return Seen(record, (tuple(prompt_tokens(asked(record), tokenizer, record.where)),), None)
 
@@ -142,6 +147,7 @@ def _prompt(record: Record, tokenizer: Tokenizer) -> Seen:
 _READ: dict[Kind, Callable[[Record, Tokenizer], Seen]] = {
     "pairs": _pair,
     "rated": _rated,
+    "rankings": _ranking,
     "examples": _example,
     "prompts": _prompt,
 }

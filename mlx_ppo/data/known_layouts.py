@@ -20,7 +20,7 @@ from mlx_ppo.data.dialogues import (
     turns,
 )
 
-Kind = Literal["pairs", "rated", "examples", "prompts"]
+Kind = Literal["pairs", "rated", "rankings", "examples", "prompts"]
 NATIVE = ("prompt", "text", "messages", "completion", "chosen", "rating", "ratings")  # names that the readers take
 
 
@@ -123,7 +123,11 @@ def _shp(row: Row) -> list[Row]:
 
 
 def _ranked(read: Callable[[Row], rankings.Ranked]) -> dict[Kind, Callable[[Row], list[Row]]]:
-    return {"pairs": lambda row: rankings.all_pairs(read(row)), "rated": lambda row: rankings.all_rated(read(row))}
+    return {
+        "pairs": lambda row: rankings.all_pairs(read(row)),
+        "rated": lambda row: rankings.all_rated(read(row)),
+        "rankings": lambda row: rankings.one_ranking(read(row)),
+    }
 
 
 def _rated(row: Row, names: Sequence[str]) -> list[Row]:
@@ -169,7 +173,15 @@ def _by_people(row: Row) -> list[Row]:
 _SCORES = ("overall_score", "fine-grained_score", "rating", "score")
 
 LAYOUTS: tuple[Layout, ...] = (  # the first that fits
-    Layout("argilla", exports.is_argilla, {"rated": exports.argilla_rated, "pairs": exports.argilla_pairs}),
+    Layout(
+        "argilla",
+        exports.is_argilla,
+        {
+            "rated": exports.argilla_rated,
+            "pairs": exports.argilla_pairs,
+            "rankings": partial(exports.argilla_pairs, of_ranking=rankings.one_ranking),
+        },
+    ),
     Layout(
         "label studio",
         exports.is_label_studio,

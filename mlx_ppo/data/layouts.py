@@ -13,7 +13,14 @@ from mlx_ppo.data.jsonl import Record
 from mlx_ppo.data.known_layouts import LAYOUTS, NATIVE, Kind, Layout
 from mlx_ppo.errors import DataError
 
-_NOUNS = {"pairs": "pairs of {}", "rated": "rated {}", "examples": "{} to imitate", "prompts": "prompts of {}"}
+_NOUNS = {
+    "pairs": "pairs of {}",
+    "rated": "rated {}",
+    "rankings": "rankings of {}",
+    "examples": "{} to imitate",
+    "prompts": "prompts of {}",
+}
+SOURCE = "source"  # field of a row that says where it is from, by which figures are taken apart
 PLAIN = "plain"
 
 
@@ -65,7 +72,7 @@ def find(path: Path, *wanted: Kind, columns: Sequence[str] = ()) -> Found:
 
     Args:
         path: JSONL, a JSON list, CSV or Parquet, maybe packed by gzip.
-        wanted: kinds of rows; where a layout has several of them, the first that it is for.
+        wanted: kinds of rows; where a layout has several of them rankings, or else the first that it is for.
         columns: "name=column", where a row's `name` is in the file; dots go into objects.
 
     Raises:
@@ -84,6 +91,7 @@ def find(path: Path, *wanted: Kind, columns: Sequence[str] = ()) -> Found:
     if not kinds:
         has = " or ".join(_NOUNS[kind].format("answers") for kind in layout.rows)
         raise DataError(f"{path}: this is {name}, which gives {has}, not {_NOUNS[wanted[0]].format('answers')}")
+    kinds.sort(key=lambda kind: kind != "rankings")
     tried = [_converted(read, layout, kind) for kind in kinds]
     given = [found for found in tried if found.records] or [found for found in tried if found.bad] or tried
     return given[0]
@@ -123,11 +131,13 @@ def _converted(read: Rows, layout: Layout, kind: Kind) -> Found:
             bad.append(DataError(f"{record.where}: {error}"))
             continue
         without += not rows
-        records += [Record(record.path, record.line, row) for row in rows]
+        source = {SOURCE: record.fields[SOURCE]} if SOURCE in record.fields else {}
+        records += [Record(record.path, record.line, source | row) for row in rows]
     bad.sort(key=line_of)
     if layout.merge and kind == "rated":
         records = _merged(records)
-    return Found(records, kind, layout.name, read.form, bad, len(read.records) + len(read.bad), without, layout.note)
+    note = "" if kind == "rankings" else layout.note
+    return Found(records, kind, layout.name, read.form, bad, len(read.records) + len(read.bad), without, note)
 
 
 def line_of(error: DataError) -> int:

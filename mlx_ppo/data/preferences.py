@@ -1,4 +1,4 @@
-"""Human judgement for reward training: pairs of answers, and rated texts."""
+"""Human judgement for reward training: pairs of answers, rankings of several, and rated texts."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_ppo.data.jsonl import Record, kind, number, one_field, text_field
-from mlx_ppo.data.layouts import records_as
+from mlx_ppo.data.layouts import SOURCE, records_as
 from mlx_ppo.data.random import philox
+from mlx_ppo.data.rankings import finite
 from mlx_ppo.data.sequences import (
     LengthLimit,
     Overlong,
@@ -32,6 +33,7 @@ class Pair:
     rejected: tuple[int, ...]
     margin: float  # by how much the chosen one should score higher, 0 if the file doesn't say
     where: str
+    source: str = ""  # where the row is from, "" if the file doesn't say
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Rated:
     spread: float  # their population standard deviation, 0 for a single one
     count: int  # how many there are
     where: str
+    source: str = ""  # where the row is from, "" if the file doesn't say
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,31 @@ class RatedSet:
 
     rated: tuple[Rated, ...]
     dropped: int
+    truncated: int
+    said: str | None = None  # how the file was read, where that isn't plain
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Two or more different answers to one prompt, each as prompt, answer and EOS; not all of them equally good."""
+
+    answers: tuple[tuple[int, ...], ...]
+    goodness: tuple[float, ...]  # of each answer; higher is better, equal numbers are a tie
+    where: str
+    source: str = ""  # where the row is from, "" if the file doesn't say
+
+    @property
+    def has_ties(self) -> bool:
+        """Whether two answers are equally good."""
+        return len(set(self.goodness)) < len(self.goodness)
+
+
+@dataclass(frozen=True)
+class RankingSet:
+    """The rankings of a file, and how many answers were too long."""
+
+    rankings: tuple[Ranking, ...]
+    dropped: int  # answers, with those of rankings of which too few were left
     truncated: int
     said: str | None = None  # how the file was read, where that isn't plain
 
@@ -85,7 +113,7 @@ def load_pairs(
         short_chosen, short_rejected = limit.keep_end(chosen), limit.keep_end(rejected)
         longest = max(len(chosen), len(rejected))
         if limit.admits(longest, record.where, useless_when_cut=short_chosen == short_rejected):
-            pairs.append(Pair(short_chosen, short_rejected, margin, record.where))
+            pairs.append(Pair(short_chosen, short_rejected, margin, record.where, source_of(record)))
     limit.require_some(pairs, path)
     return PairSet(tuple(pairs), limit.dropped, limit.truncated, said)
 
@@ -110,9 +138,74 @@ def load_rated(
             continue
         mean = math.fsum(ratings) / len(ratings)
         spread = math.sqrt(math.fsum((rating - mean) ** 2 for rating in ratings) / len(ratings))
-        rated.append(Rated(limit.keep_end(tokens), mean, spread, len(ratings), record.where))
+        kept = limit.keep_end(tokens)
+        rated.append(Rated(kept, mean, spread, len(ratings), record.where, source_of(record)))
     limit.require_some(rated, path)
     return RatedSet(tuple(rated), limit.dropped, limit.truncated, said)
+
+
+def load_rankings(
+    path: Path, tokenizer: Tokenizer, *, max_tokens: int, overlong: Overlong, columns: Sequence[str] = ()
+) -> RankingSet:
+    """Rankings from any layout that has several answers to a prompt with ranks or scores; a pair is one of two.
+
+    Truncation is that of `load_pairs`. What is dropped for its length is an answer, not its ranking: the others' order
+    says as much without it. Answers that are the same to the tokenizer, or when cut, count once, at their best place.
+
+    Raises:
+        DataError: a line is wrong, or no ranking is left.
+    """
+    limit = LengthLimit(max_tokens, overlong)
+    rankings = []
+    records, said = records_as(path, "rankings", "pairs", columns=columns)
+    for record in records:
+        best: dict[tuple[int, ...], float] = {}
+        for tokens, value in ranked_answers(record, tokenizer):
+            if limit.admits(len(tokens), record.where):
+                kept = limit.keep_end(tokens)
+                best[kept] = max(value, best.get(kept, value))
+        if len(set(best.values())) > 1:
+            rankings.append(Ranking(tuple(best), tuple(best.values()), record.where, source_of(record)))
+        else:
+            limit.dropped += len(best)
+    limit.require_some(rankings, path)
+    return RankingSet(tuple(rankings), limit.dropped, limit.truncated, said)
+
+
+def ranked_answers(record: Record, tokenizer: Tokenizer) -> list[tuple[list[int], float]]:
+    """Tokens of a row's prompt with each answer, and how good the answer is; of a pair 1 and 0.
+
+    Raises:
+        DataError: the row is wrong.
+    """
+    answers, goodness = (record.fields.get(name) for name in ("answers", "scores"))
+    if "chosen" in record.fields or not _is_ranking(answers, goodness):
+        if record.fields.get("margin"):
+            raise DataError(f"{record.where}: 'margin' is for pairs; rankings have none, remove it")
+        chosen, rejected = both_sides(record, tokenizer)
+        return [(chosen, 1.0), (rejected, 0.0)]
+    prompt = prompt_field(record, "prompt")
+    prefix = prompt_tokens(prompt, tokenizer, record.where)
+    found = [answered_tokens(prompt, prefix, answer, tokenizer, record.where)[0] for answer in answers or ()]
+    return list(zip(found, goodness or (), strict=True))
+
+
+def _is_ranking(answers: object, goodness: object) -> bool:
+    return (
+        isinstance(answers, list)
+        and isinstance(goodness, list)
+        and len(answers) == len(goodness)
+        and all(isinstance(answer, str) for answer in answers)
+        and all(finite(value) for value in goodness)
+    )
+
+
+def source_of(record: Record) -> str:
+    """Where a row says that it is from, "" if it doesn't."""
+    value = record.fields.get(SOURCE)
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value if item is not None)
+    return "" if value is None or isinstance(value, dict) else str(value)
 
 
 def derive_pairs(ratings: Sequence[float], *, min_difference: float, per_item: int, seed: int) -> npt.NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Several answers to a prompt, rated or ranked, as rows of pairs or of ratings."""
+"""Several answers to a prompt, rated or ranked, as rows of pairs, of ratings or of rankings."""
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
@@ -38,6 +38,17 @@ def all_pairs(ranked: Ranked) -> list[Row]:
         if goodness[better] > goodness[worse] and answers[better] != answers[worse]:
             found.append({"prompt": prompt, "chosen": answers[better], "rejected": answers[worse]})
     return found
+
+
+def one_ranking(ranked: Ranked) -> list[Row]:
+    """All answers with how good each is, in a row as `answers_in_lists` reads it; none where none is better."""
+    prompt, answers, goodness = ranked
+    best: dict[str, float] = {}  # an answer that is there twice counts once, by its better place
+    for answer, value in zip(answers, goodness, strict=True):
+        best[answer] = max(value, best.get(answer, value))
+    if len(set(best.values())) < 2:
+        return []
+    return [{"prompt": prompt, "answers": list(best), "scores": list(best.values())}]
 
 
 def all_rated(ranked: Ranked) -> list[Row]:

@@ -1,8 +1,7 @@
 """`export`: load a run's policy, write it in the wanted form beside its place, check it, move it there."""
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from mlx_ppo.models.gate import misread
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.peft import fill_with_peft, given_adapters
 from mlx_ppo.models.trunk import Trunk
-from mlx_ppo.models.write import fill_with_adapters, write_folder
+from mlx_ppo.models.write import fill_with_adapters, new_parents, write_folder
 from mlx_ppo.runs.targets import load_target
 from mlx_ppo.stages.rollout import distribution_of
 
@@ -60,7 +59,7 @@ def export(run: Path, target: Path, *, form: str, dtype: str | None, bits: int |
     _check_options(form, dtype, bits)
     if os.path.lexists(target):
         raise ConfigError(f"{target}: already there; name a new folder")
-    with exactly(), _new_parents(target):
+    with exactly(), new_parents(target):
         policy = _load(run)
         if form == "adapters":
             return _adapters(policy, target)
@@ -78,19 +77,6 @@ def _check_options(form: str, dtype: str | None, bits: int | None) -> None:
         raise ConfigError(f"--dtype: {form} has no type {dtype!r}; {mend}")
     if bits is not None and form != "fused":
         raise ConfigError("--quantize: only with --format fused" + ("; use --dtype q8_0" if form == "gguf" else ""))
-
-
-@contextlib.contextmanager
-def _new_parents(target: Path) -> Iterator[None]:
-    """Folders above the target that are made for it go again if it isn't."""
-    missing = [folder for folder in target.absolute().parents if not folder.exists()]
-    try:
-        yield
-    except BaseException:
-        for folder in missing:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
 
 
 def _load(run: Path) -> Policy:

@@ -12,7 +12,7 @@ from mlx_ppo.compute.portable import DTYPES
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.memory.weightless import shapes_of_call, weightless
-from mlx_ppo.models.adapters import Weights, load_adapters, new_adapters
+from mlx_ppo.models.adapters import Weights, new_adapters
 from mlx_ppo.models.folder import check_model_folder
 from mlx_ppo.models.heads import (
     RewardFacts,
@@ -20,6 +20,7 @@ from mlx_ppo.models.heads import (
     check_classifier,
     check_lies_on,
     is_classifier,
+    load_members,
     new_head,
     read_reward_facts,
 )
@@ -110,12 +111,15 @@ def weightless_roles(
         else:
             facts = read_reward_facts(path)
         if facts.placement == "adapters":
+            members = [adapters.holding({**adapters.arrays, **new_head(shared.width)})] * facts.members
             if model_config is None:
                 check_lies_on(path, shared)
-                adapters = load_adapters(path, shared.adapted)
-            return RewardModel(shared, adapters.holding({**adapters.arrays, **new_head(shared.width)}), facts)
+                members = load_members(path, shared, facts)
+            return RewardModel(shared, members[0], facts, members[1:])
         own = trunk(path, dtype=dtype)
-        return RewardModel(own, Weights(new_head(own.width)), facts)
+        head = new_head(own.width)
+        others = [Weights({**own.base, **head})] * (facts.members - 1)  # whole models: only their sizes count
+        return RewardModel(own, Weights(head), facts, others)
 
     def function(*_: object) -> None:
         return None

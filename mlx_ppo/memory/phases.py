@@ -151,7 +151,7 @@ class Accountant:
         terms = {f"weights of the {what}": _bytes(trunk.base) for what, trunk in trunks.items()}
         terms["policy's trained weights"] = _bytes(self.policy.arrays)
         terms["critic's trained weights"] = _bytes(self._critic_arrays())
-        terms["reward adapters"] = sum(_bytes(model.weights.arrays) for model in self._rewards())
+        terms["reward adapters"] = sum(_bytes(own.arrays) for model in self._rewards() for own in model.members)
         terms["optimizer states"] = 2 * (_bytes(self.policy.arrays) + _bytes(self._critic_arrays()))
         return {name: size for name, size in terms.items() if size}
 

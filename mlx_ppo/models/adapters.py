@@ -19,6 +19,7 @@ from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
 
 HEAD = "head."
+MERGE = "merge it into the model first (`mlx-ppo merge`)"
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def _check_kind(folder: Path, described: Mapping[str, Any]) -> None:
     if "peft_type" in described:
         raise _OtherKind(f"{folder}: adapters in PEFT's format; convert them to mlx-lm's, or fuse them into the model")
     if kind == "dora":
-        raise _OtherKind(f"{folder}: DoRA adapters; only LoRA can be trained on: fuse them into the model first")
+        raise _OtherKind(f"{folder}: DoRA adapters; only LoRA can be trained on: {MERGE}")
     if kind == "full":
-        raise _OtherKind(f"{folder}: weights of a full fine-tuning, not adapters; fuse them into the model first")
+        raise _OtherKind(f"{folder}: weights of a full fine-tuning, not adapters: {MERGE}")
 
 
 class _OtherKind(Exception):
@@ -118,6 +119,16 @@ def load_adapters(folder: Path, adapted: Mapping[str, nn.Module]) -> Weights:
     Raises:
         ModelError: the folder isn't one, or its adapters don't fit the trunk.
     """
+    scale = adapters_scale(folder)
+    return fitting_adapters(folder, read_arrays(folder / "adapters.safetensors"), scale, adapted)
+
+
+def adapters_scale(folder: Path) -> float:
+    """The factor on the output of a folder's LoRA adapters, of which its `adapter_config.json` tells.
+
+    Raises:
+        ModelError: it tells of none.
+    """
     try:
         described = json_object(folder / "adapter_config.json")
         _check_kind(folder, described)
@@ -128,21 +139,31 @@ def load_adapters(folder: Path, adapted: Mapping[str, nn.Module]) -> Weights:
         raise ModelError(f"{folder}: not a folder of LoRA adapters in mlx-lm's format ({error})") from None
     if not math.isfinite(scale):
         raise ModelError(f"{folder}: its lora_parameters have the scale {scale}, which can't be")
-    arrays = read_arrays(folder / "adapters.safetensors")
+    return scale
+
+
+def fitting_adapters(
+    where: Path, arrays: Mapping[str, mx.array], scale: float, adapted: Mapping[str, nn.Module]
+) -> Weights:
+    """Adapters that were read from `where`, in float32.
+
+    Raises:
+        ModelError: they don't fit the trunk, or are damaged.
+    """
     for name, array in arrays.items():
         layer, _, side = name.rpartition(".")
         module = adapted.get(layer)
         if module is None or side not in ("lora_a", "lora_b"):
             raise ModelError(
-                f"{folder}: {name} belongs to no linear layer of this model; was it trained on another one?"
+                f"{where}: {name} belongs to no linear layer of this model; was it trained on another one?"
             )
         expected = dimensions(module)[0 if side == "lora_a" else 1]
         if array.ndim != 2 or array.shape[0 if side == "lora_a" else 1] != expected:
-            raise ModelError(f"{folder}: {name} has shape {array.shape}, which doesn't fit this model")
+            raise ModelError(f"{where}: {name} has shape {array.shape}, which doesn't fit this model")
         if f"{layer}.lora_b" not in arrays or f"{layer}.lora_a" not in arrays:
-            raise ModelError(f"{folder}: {layer} has only one of lora_a and lora_b")
+            raise ModelError(f"{where}: {layer} has only one of lora_a and lora_b")
         if arrays[f"{layer}.lora_a"].shape[-1] != arrays[f"{layer}.lora_b"].shape[0]:
-            raise ModelError(f"{folder}: lora_a and lora_b of {layer} have different ranks")
+            raise ModelError(f"{where}: lora_a and lora_b of {layer} have different ranks")
         if not mx.isfinite(array).all().item():
-            raise ModelError(f"{folder}: {name} contains NaN or infinity; the adapters are damaged")
+            raise ModelError(f"{where}: {name} contains NaN or infinity; the adapters are damaged")
     return Weights({name: array.astype(mx.float32) for name, array in sorted(arrays.items())}, scale)

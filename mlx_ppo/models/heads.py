@@ -3,30 +3,45 @@
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_ppo.compute.sequences import Sequences
+from mlx_ppo.compute.sequences import Sequences, make_sequences
+from mlx_ppo.data.batches import length_batches
 from mlx_ppo.data.model_files import fingerprint, json_object, read_arrays
 from mlx_ppo.errors import ModelError
-from mlx_ppo.models.adapters import HEAD, Weights, load_adapters
+from mlx_ppo.models.adapters import HEAD, Weights, adapters_scale, fitting_adapters, load_adapters
 from mlx_ppo.models.folder import check_model_folder
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
 
 REWARD_FILE = "reward.json"
 HEAD_FILE = "head.safetensors"
+MOST_MEMBERS = 100  # of an ensemble
 _SCORE = "score.weight"
 _LARGEST_NUMBER = 1e30
+_ROWS = 64  # texts that are read together
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def new_head(width: int) -> dict[str, mx.array]:
     """A scalar head that gives 0 for every state of size `width`."""
     return {f"{HEAD}weight": mx.zeros((width,)), f"{HEAD}bias": mx.zeros(())}
+
+
+def drawn_head(width: int, key: mx.array) -> dict[str, mx.array]:
+    """A scalar head for a member of an ensemble: normal weights of variance 1 / (width + 1), so that members differ.
+
+    Source: Stiennon et al. 2020, arXiv:2009.01325, appendix B.1.
+    """
+    weight = mx.random.normal((width,), key=key) / np.sqrt(np.float32(width + 1))
+    return {f"{HEAD}weight": weight, f"{HEAD}bias": mx.zeros(())}
 
 
 def apply_head(arrays: Mapping[str, mx.array], states: mx.array) -> mx.array:
@@ -58,6 +73,16 @@ def text_states(trunk: Trunk, sequences: Sequences, pooling: str, *, learning: b
     return pooled(trunk.states(sequences, read=read, learning=learning), sequences, pooling)
 
 
+def text_outputs(trunk: Trunk, weights: Weights, texts: Sequence[Sequence[int]], pooling: str) -> Floats:
+    """Raw outputs [n] of a head and the weights it belongs to, for any number of texts, in their order."""
+    found = np.zeros(len(texts), np.float32)
+    for rows in length_batches([len(text) for text in texts], max_rows=_ROWS, max_tokens=None, seed_parts=None):
+        sequences = make_sequences([texts[row] for row in rows], [()] * len(rows))
+        with trunk.using(weights):
+            found[rows] = np.array(apply_head(weights.arrays, text_states(trunk, sequences, pooling)))
+    return found
+
+
 @dataclass(frozen=True)
 class RewardFacts:
     """What a trained reward model says of itself in `reward.json`.
@@ -65,6 +90,9 @@ class RewardFacts:
     A raw output x becomes the normalised score (x - mean) / deviation: mean 0 and deviation 1 over reference texts.
     Where the feedback was ratings, slope * x + intercept is the rating that x predicts, in rating points.
     Folders of earlier versions don't tell between which scores their training texts lie.
+
+    An ensemble's raw output is the mean of its members'. The score of one member is (x - its own mean) / deviation, so
+    that the mean of the members' scores is the ensemble's.
     """
 
     placement: Literal["adapters", "folder"]
@@ -77,10 +105,19 @@ class RewardFacts:
     lowest: float | None = None  # normalised scores of the training texts lie between these two
     highest: float | None = None
     format: int = 1
+    member_means: tuple[float, ...] = ()  # of an ensemble: the mean of each member's raw outputs; format is 2 then
+
+    @property
+    def members(self) -> int:
+        """Of how many models it consists."""
+        return max(1, len(self.member_means))
 
     def write(self, folder: Path) -> None:
         """Write `reward.json` into a folder."""
-        (folder / REWARD_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+        content = asdict(self)
+        if not self.member_means:
+            del content["member_means"]
+        (folder / REWARD_FILE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def read_reward_facts(folder: Path) -> RewardFacts:
@@ -94,14 +131,16 @@ def read_reward_facts(folder: Path) -> RewardFacts:
         raise ModelError(f"{folder}: not a reward model ({_why_none(folder)}")
     content = json_object(file)
     try:
-        facts = RewardFacts(**content)
+        means = content.get("member_means", [])
+        facts = RewardFacts(**{**content, "member_means": tuple(means)})
     except TypeError:
         raise ModelError(f"{file}: not a description this version understands") from None
     optional = (facts.slope, facts.intercept, facts.lowest, facts.highest)
-    numbers = (facts.mean, facts.deviation, *(value for value in optional if value is not None))
+    numbers = (facts.mean, facts.deviation, *facts.member_means, *(value for value in optional if value is not None))
     finite = all(type(value) in (int, float) and abs(value) < _LARGEST_NUMBER for value in numbers)
     known = facts.placement in ("adapters", "folder") and facts.pooling in ("last", "mean", "sqrt")
-    if not (finite and known and facts.deviation > 0 and facts.format == 1):
+    ensemble = facts.format == 2 and 2 <= len(facts.member_means) <= MOST_MEMBERS
+    if not (finite and known and facts.deviation > 0 and (ensemble or (facts.format == 1 and not means))):
         raise ModelError(f"{file}: not a description this version understands")
     return facts
 
@@ -132,18 +171,28 @@ def trunk_fingerprint(trunk: Trunk) -> str:
 
 
 class RewardModel:
-    """A trained reward model: adapters and head on a shared trunk, or a model of its own."""
+    """A trained reward model: adapters and head on a shared trunk, or a model of its own; or several on one trunk."""
 
-    def __init__(self, trunk: Trunk, weights: Weights, facts: RewardFacts) -> None:
-        """Join a trunk, the weights on it (with the head), and the facts."""
+    def __init__(self, trunk: Trunk, weights: Weights, facts: RewardFacts, others: Sequence[Weights] = ()) -> None:
+        """Join a trunk, the weights on it (with the head), and the facts; `others`: further members of an ensemble."""
         self.trunk = trunk
         self.weights = weights
         self.facts = facts
+        self.members = (weights, *others)
 
     def raw(self, sequences: Sequences) -> mx.array:
-        """Raw outputs [B] for whole texts; prompts may be shared where only the last token's state is read."""
-        with self.trunk.using(self.weights):
-            return apply_head(self.weights.arrays, text_states(self.trunk, sequences, self.facts.pooling))
+        """Raw outputs [B] for whole texts, an ensemble's mean; see `raw_of` for shared prompts."""
+        return joined([self.raw_of(member, sequences) for member in range(len(self.members))])
+
+    def raw_of(self, member: int, sequences: Sequences) -> mx.array:
+        """A member's raw outputs [B]; prompts may be shared where only the last token's state is read."""
+        weights = self.members[member]
+        with self.trunk.using(weights):
+            return apply_head(weights.arrays, text_states(self.trunk, sequences, self.facts.pooling))
+
+    def of_texts(self, texts: Sequence[Sequence[int]]) -> Floats:
+        """Every member's raw outputs [M, n] for any number of texts, in their order."""
+        return np.stack([text_outputs(self.trunk, member, texts, self.facts.pooling) for member in self.members])
 
     @property
     def shares_prompts(self) -> bool:
@@ -154,11 +203,26 @@ class RewardModel:
         """Scores of mean 0 and deviation 1 on the reference texts."""
         return (raw - self.facts.mean) / self.facts.deviation
 
+    def member_scores(self, raw: Sequence[mx.array]) -> list[mx.array]:
+        """Every member's scores, on the scale of the ensemble's, from its own raw outputs."""
+        means = self.facts.member_means or (self.facts.mean,)
+        return [(own - mean) / self.facts.deviation for own, mean in zip(raw, means, strict=True)]
+
     def points(self, raw: mx.array) -> mx.array | None:
         """Predicted ratings in rating points, where the model was trained on ratings."""
         if self.facts.slope is None or self.facts.intercept is None:
             return None
         return raw * self.facts.slope + self.facts.intercept
+
+
+def joined(raw: Sequence[mx.array]) -> mx.array:
+    """The raw output of an ensemble from its members': their mean."""
+    return raw[0] if len(raw) == 1 else mx.stack(list(raw)).mean(axis=0)
+
+
+def member_file(number: int) -> str:
+    """The file of an ensemble's member, counted from 1: what it lays on the trunk, and its head."""
+    return f"member-{number}.safetensors"
 
 
 def is_classifier(folder: Path) -> bool:
@@ -206,14 +270,53 @@ def load_reward_model(folder: Path, shared: Trunk | None, *, dtype: str = "auto"
         if shared is None:
             raise ModelError(f"{folder}: these are adapters for a trunk; give the trunk's folder as the model")
         check_lies_on(folder, shared)
-        trunk, weights = shared, load_adapters(folder, shared.adapted)
+        trunk = shared
     else:
-        trunk, weights = load_trunk(folder, dtype=dtype), Weights({})
-    head = read_arrays(folder / HEAD_FILE)
+        trunk = load_trunk(folder, dtype=dtype)
+    first, *others = load_members(folder, trunk, facts)
+    return RewardModel(trunk, first, facts, others)
+
+
+def load_members(folder: Path, trunk: Trunk, facts: RewardFacts) -> list[Weights]:
+    """The weights on a trunk, with the head, of a reward model's members, or of the only one.
+
+    Raises:
+        ModelError: a file is missing or damaged, or doesn't fit the trunk.
+    """
+    if facts.members == 1:
+        head = _checked_head(folder / HEAD_FILE, read_arrays(folder / HEAD_FILE), trunk)
+        body = load_adapters(folder, trunk.adapted) if facts.placement == "adapters" else Weights({})
+        return [body.holding({**body.arrays, **head})]
+    found = []
+    for number in range(1, facts.members + 1):
+        file = folder / member_file(number)
+        arrays = read_arrays(file)
+        head = _checked_head(file, {name: array for name, array in arrays.items() if name.startswith(HEAD)}, trunk)
+        own = {name: array for name, array in arrays.items() if not name.startswith(HEAD)}
+        if facts.placement == "adapters":
+            body = fitting_adapters(file, own, adapters_scale(folder), trunk.adapted)
+        else:
+            body = Weights(_checked_model(file, own, trunk, whole=number > 1))
+        found.append(body.holding({**body.arrays, **head}))
+    return found
+
+
+def _checked_head(file: Path, head: Mapping[str, mx.array], trunk: Trunk) -> dict[str, mx.array]:
     expected = {name: array.shape for name, array in new_head(trunk.width).items()}
     if {name: array.shape for name, array in head.items()} != expected:
-        raise ModelError(f"{folder / HEAD_FILE}: not a scalar head for states of size {trunk.width}")
+        raise ModelError(f"{file}: not a scalar head for states of size {trunk.width}")
     if not all(mx.isfinite(array).all().item() for array in head.values()):
-        raise ModelError(f"{folder / HEAD_FILE}: contains NaN or infinity; the weights are damaged")
-    arrays = {**weights.arrays, **{name: array.astype(mx.float32) for name, array in head.items()}}
-    return RewardModel(trunk, weights.holding(arrays), facts)
+        raise ModelError(f"{file}: contains NaN or infinity; the weights are damaged")
+    return {name: array.astype(mx.float32) for name, array in head.items()}
+
+
+def _checked_model(file: Path, arrays: Mapping[str, mx.array], trunk: Trunk, *, whole: bool) -> dict[str, mx.array]:
+    """A member's own weights in the trunk's type; the first member's are those in the folder's model.safetensors."""
+    expected = {name: array.shape for name, array in trunk.base.items()} if whole else {}
+    if {name: array.shape for name, array in arrays.items()} != expected:
+        raise ModelError(f"{file}: its weights aren't those of a member of this ensemble")
+    if not all(mx.isfinite(array).all().item() for array in arrays.values()):
+        raise ModelError(f"{file}: contains NaN or infinity; the weights are damaged")
+    cast = {name: array.astype(trunk.base[name].dtype) for name, array in arrays.items()}
+    mx.eval(cast)
+    return cast

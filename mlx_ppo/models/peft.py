@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx_ppo.compute.adapted import dimensions, layer_of
 from mlx_ppo.data.model_files import json_object, read_arrays
 from mlx_ppo.errors import ModelError
-from mlx_ppo.models.adapters import HEAD, Weights, load_adapters
+from mlx_ppo.models.adapters import HEAD, MERGE, Weights, load_adapters
 
 CONFIG, ARRAYS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -62,7 +62,7 @@ def read_peft(folder: Path, adapted: Mapping[str, nn.Module]) -> Weights:
         ModelError: it isn't LoRA, has something that this program can't compute, or doesn't fit the trunk.
     """
     described = json_object(folder / CONFIG)
-    _check(folder, described)
+    check(folder, described)
     if not (folder / ARRAYS).exists() and (folder / "adapter_model.bin").exists():
         raise ModelError(f"{folder}: adapter_model.bin is a pickle, which can run code; save it as {ARRAYS}")
     sides: dict[str, dict[str, mx.array]] = {}
@@ -78,7 +78,7 @@ def read_peft(folder: Path, adapted: Mapping[str, nn.Module]) -> Weights:
     for layer, pair in sides.items():
         _check_pair(folder, layer, pair, adapted[layer])
     rank = max(len(pair["A"]) for pair in sides.values())
-    factors = {layer: _factor(folder, described, layer, len(pair["A"])) for layer, pair in sides.items()}
+    factors = {layer: factor(folder, described, layer, len(pair["A"])) for layer, pair in sides.items()}
     scale = max(factors.values(), key=abs)
     arrays: dict[str, mx.array] = {}
     for layer, pair in sorted(sides.items()):
@@ -91,13 +91,18 @@ def read_peft(folder: Path, adapted: Mapping[str, nn.Module]) -> Weights:
     return Weights(arrays, scale)
 
 
-def _check(folder: Path, described: Mapping[str, Any]) -> None:
+def check(folder: Path, described: Mapping[str, Any], *, merging: bool = False) -> None:
+    """Refuse by name what these adapters have beyond LoRA; `merging`: beyond what can be merged exactly.
+
+    Raises:
+        ModelError: names it.
+    """
     kind = described["peft_type"]
     if kind != "LORA":
-        raise ModelError(f"{folder}: PEFT's {kind}; only LoRA can be trained on: merge it into the model first")
-    mend = "merge it into the model first"
-    if described.get("use_dora"):
-        raise ModelError(f"{folder}: DoRA adapters; only LoRA can be trained on: {mend}")
+        raise ModelError(f"{folder}: PEFT's {kind}; only LoRA can be read: merge it into the model with PEFT")
+    mend = "merge it into the model with PEFT"
+    if described.get("use_dora") and not merging:
+        raise ModelError(f"{folder}: DoRA adapters; only LoRA can be trained on: {MERGE}")
     if described.get("init_lora_weights", True) not in _ON_WHAT_IS_THERE:
         raise ModelError(
             f"{folder}: init_lora_weights = {json.dumps(described['init_lora_weights'])} changes the model's own "
@@ -107,8 +112,8 @@ def _check(folder: Path, described: Mapping[str, Any]) -> None:
         raise ModelError(
             f"{folder}: bias = {json.dumps(described['bias'])}: it trained the model's biases, too; {mend}"
         )
-    if whole := described.get("modules_to_save"):
-        raise ModelError(f"{folder}: modules_to_save: it trained all of {', '.join(map(str, whole))}, too; {mend}")
+    if (whole := described.get("modules_to_save")) and not merging:
+        raise ModelError(f"{folder}: modules_to_save: it trained all of {', '.join(map(str, whole))}, too; {MERGE}")
     known = _TAKEN | _WITHOUT_EFFECT | {"use_dora", "init_lora_weights", "bias", "modules_to_save"}
     others = sorted(key for key, value in described.items() if key not in known and value not in (None, False, [], {}))
     if others:
@@ -127,8 +132,12 @@ def _check_pair(folder: Path, layer: str, pair: Mapping[str, mx.array], module: 
             raise ModelError(f"{folder}: {layer} contains NaN or infinity; the adapters are damaged")
 
 
-def _factor(folder: Path, described: Mapping[str, Any], layer: str, rank: int) -> float:
-    """The factor on a layer's product: `alpha_pattern`, matched to the end of a name as PEFT does, goes first."""
+def factor(folder: Path, described: Mapping[str, Any], layer: str, rank: int) -> float:
+    """The factor on a layer's product: `alpha_pattern`, matched to the end of a name as PEFT does, goes first.
+
+    Raises:
+        ModelError: there is none.
+    """
     try:
         own = (alpha for key, alpha in (described.get("alpha_pattern") or {}).items() if _matches(key, layer))
         alpha = float(next(own, described.get("lora_alpha", 8)))

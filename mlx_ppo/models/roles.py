@@ -71,6 +71,17 @@ class Roles:
     evictable: list[Trunk] = field(default_factory=list)  # their frozen weights are in memory only while they are read
     group: Group = ALONE  # the processes that share the rows
 
+    def add(self, source: RewardSource, dtype: str, loading: "Loading") -> None:
+        """Load one more source of scores; of several with one name the later ones get a number.
+
+        Raises:
+            ModelError, ConfigError: whatever is wrong with it.
+        """
+        loaded = _load_source(source, self.trunk, dtype, loading)
+        same = sum(other.name.rpartition("-")[0] == loaded.name or other.name == loaded.name for other in self.sources)
+        loaded.name += f"-{same + 1}" if same else ""
+        self.sources.append(loaded)
+
     def bring(self, trunk: Trunk) -> None:
         """Have a trunk's frozen weights in memory; of the evictable ones, only one is there at a time.
 
@@ -184,14 +195,11 @@ def load_roles(config: TrainConfig, loading: Loading = Loading()) -> tuple[Roles
     policy = initial_weights(trunk, config.model, config.lora, key="policy", seed=config.run.seed)
     reference = policy if config.model.adapter is not None else Weights({})
     roles = Roles(trunk, reference, None)
+    around = loading.surroundings._replace(samples=config.rollout.samples_per_prompt, seed=config.run.seed)
+    loading = loading._replace(surroundings=around)
     try:
         for source in config.reward:
-            loaded = _load_source(source, trunk, config, loading)
-            same = sum(
-                other.name.rpartition("-")[0] == loaded.name or other.name == loaded.name for other in roles.sources
-            )
-            loaded.name += f"-{same + 1}" if same else ""
-            roles.sources.append(loaded)
+            roles.add(source, config.model.dtype, loading)
             if loading.evict:
                 roles.evictable = evictable(roles, config)
                 roles.evict()  # before the next one is loaded
@@ -224,7 +232,8 @@ def evictable(roles: Roles, config: TrainConfig) -> list[Trunk]:
 def _on_trunk(roles: Roles, policy: Weights, critic: Weights | None) -> list[Weights]:
     """The weights of every role that lies on the shared trunk."""
     rewards = [source.scorer for source in roles.sources if isinstance(source.scorer, RewardModel)]
-    found = [policy, roles.reference, *(model.weights for model in rewards if model.trunk is roles.trunk)]
+    found = [policy, roles.reference]
+    found += [weights for model in rewards if model.trunk is roles.trunk for weights in model.members]
     if critic is not None and roles.critic is not None and roles.critic.trunk is roles.trunk:
         found.append(critic)
     return found
@@ -261,17 +270,17 @@ def _is_trained(array: mx.array) -> bool:
     return bool(mx.issubdtype(array.dtype, mx.floating))
 
 
-def _load_source(source: RewardSource, trunk: Trunk, config: TrainConfig, loading: Loading) -> Source:
+def _load_source(source: RewardSource, trunk: Trunk, dtype: str, loading: Loading) -> Source:
     if source.kind == "model":
         assert source.path is not None
-        model = loading.reward(source.path, trunk, dtype=config.model.dtype)
-        return Source(source.path.name, source.weight, model, own_tokens=not _same_tokens(model.trunk, trunk))
+        model = loading.reward(source.path, trunk, dtype=dtype)
+        return Source(source.path.name, source.weight, model, own_tokens=not same_tokens(model.trunk, trunk))
     name = "judge" if source.kind == "judge" else source.rule or parse_reference(source.function or "")[1]
-    around = loading.surroundings._replace(samples=config.rollout.samples_per_prompt, seed=config.run.seed)
-    return Source(name, source.weight, loading.function(source, around), gate=source.gate)
+    return Source(name, source.weight, loading.function(source, loading.surroundings), gate=source.gate)
 
 
-def _same_tokens(other: Trunk, trunk: Trunk) -> bool:
+def same_tokens(other: Trunk, trunk: Trunk) -> bool:
+    """Whether a model reads texts as the same tokens as another one."""
     probe = "The film is a moving, 90-minute story — of two friends.\n\tdef f(x): return x**2  # 好的"
     mine, theirs = trunk.tokenizer, other.tokenizer
     return other is trunk or (
@@ -301,7 +310,7 @@ def _separate_critic(config: TrainConfig, roles: Roles, loading: Loading) -> tup
                 path = source.path
                 break
     trunk = loading.trunk(path or config.model.path, dtype=config.model.dtype)
-    if not _same_tokens(trunk, roles.trunk):
+    if not same_tokens(trunk, roles.trunk):
         raise ModelError(f"{trunk.name}: its tokenizer differs from the policy's; a critic must share it")
     weights = Weights({**_trainable(trunk), **new_head(trunk.width)})
     trunk.evict()  # for good: the critic brings all of them itself

@@ -102,6 +102,7 @@ SUPERVISED = (
     Metric(
         "validation_slope", "slope", ".3f", "of the rating regressed on the output; 1 where a regression is calibrated"
     ),
+    Metric("validation_best", "best answer", ".1%", "how often the highest score is that of a ranking's best answer"),
     Metric("validation_calibration_error", "calibration error", ".3f", "mean |confidence - accuracy| over pairs"),
 )
 NORMAL_SUPERVISED = {
@@ -112,6 +113,7 @@ NORMAL_SUPERVISED = {
     "validation_accuracy_all": "above 50 %, below that of the clear pairs",
     "validation_correlation": "rises from 0 towards 1",
     "validation_slope": "near 1 with the regression objective",
+    "validation_best": "clearly above one in as many as there are answers, which is chance",
     "validation_calibration_error": "below 0.1",
 }
 

@@ -55,6 +55,7 @@ def iteration_metrics(
     metrics |= {"score_low": low, "score_median": median, "score_high": high}
     metrics.update({f"points/{name}": number(values.mean()) for name, values in scored.points.items()})
     metrics.update({f"score/{name}": number(values.mean()) for name, values in scored.by_source.items()})
+    metrics.update({f"disagreement/{name}": number(values.mean()) for name, values in scored.disagreement.items()})
     return metrics
 
 
@@ -103,7 +104,8 @@ def kept_responses(scored: Scored, seed: int, step: int) -> dict[str, int]:
 def response_columns(rollout: Rollout, scored: Scored) -> dict[str, list[float]]:
     """What is logged of every response of an iteration: a list for each column, in the rollout's order.
 
-    The scores, by source too, and predicted ratings; tokens; 1 where it ended by itself; nats from the reference.
+    The scores, by source too, predicted ratings, and how far the members of an ensemble disagree; tokens; 1 where it
+    ended by itself; nats from the reference.
     """
     kl = mx.where(rollout.mask, scored.old_logprobs - scored.ref_logprobs, 0.0).sum(axis=1)
     columns = {
@@ -113,6 +115,7 @@ def response_columns(rollout: Rollout, scored: Scored) -> dict[str, list[float]]
         "kl": kl,
         **{f"score/{name}": values for name, values in scored.by_source.items()},
         **{f"points/{name}": values for name, values in scored.points.items()},
+        **{f"disagreement/{name}": values for name, values in scored.disagreement.items()},
     }
     return {name: [float(f"{value:.4g}") for value in np.array(column)] for name, column in columns.items()}
 

@@ -80,6 +80,7 @@ class Scored(NamedTuple):
     entropy: mx.array  # [B, T] float32, of the policy's distribution at each token
     values: mx.array | None  # [B, T] float32, the critic's; None without one
     points: Mapping[str, mx.array] = MappingProxyType({})  # [B] float32 each: predicted ratings, by source
+    disagreement: Mapping[str, mx.array] = MappingProxyType({})  # [B] float32 each: deviation of an ensemble's members
 
 
 class PPOBatch(NamedTuple):

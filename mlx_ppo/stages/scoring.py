@@ -1,8 +1,9 @@
 """A rollout into scores, old and reference log-probabilities, and values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +14,7 @@ from mlx_ppo.config.rewards import ScoreSection
 from mlx_ppo.data.batches import length_batches
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights
-from mlx_ppo.models.heads import RewardModel
+from mlx_ppo.models.heads import RewardModel, joined
 from mlx_ppo.models.roles import Critic, Roles, Source, token_statistics
 from mlx_ppo.rewards.judge_scorer import JudgeScorer
 from mlx_ppo.runs.plan_file import Choices
@@ -22,12 +23,19 @@ from mlx_ppo.runtime.phases import ASKING, phase
 from mlx_ppo.stages.records import Rollout, Scored, number
 from mlx_ppo.tokenizers.load import completion_text
 
+Name = TypeVar("Name", bound=Hashable)
+
 
 class RawScores(NamedTuple):
     """Scores of each source before weights, penalties and clipping."""
 
     normalised: dict[str, mx.array]  # [B] each: the model's normalised score, or the function's value
     points: dict[str, mx.array]  # [B] each: predicted ratings, for models trained on ratings
+    members: Mapping[str, list[mx.array]] = MappingProxyType({})  # [B] for each member of an ensemble: its scores
+
+    def disagreement(self) -> dict[str, mx.array]:
+        """The deviation [B] of the scores of each ensemble's members."""
+        return {name: mx.sqrt(mx.stack(scores).var(axis=0)) for name, scores in self.members.items()}
 
 
 def raw_scores(roles: Roles, rollout: Rollout, *, batch_size: int) -> RawScores:
@@ -40,7 +48,8 @@ def raw_scores(roles: Roles, rollout: Rollout, *, batch_size: int) -> RawScores:
     """
     normalised: dict[str, mx.array] = {}
     points: dict[str, mx.array] = {}
-    parts, own, models = _parts(roles, rollout), list[mx.array](), list[str]()
+    members: dict[str, list[mx.array]] = {}
+    parts, own, models = _parts(roles, rollout), list[mx.array](), list[tuple[str, int]]()
     for source in sorted(roles.sources, key=lambda source: _on_shared_trunk(source, roles)):
         if isinstance(source.scorer, RewardModel):
             model = source.scorer
@@ -49,30 +58,34 @@ def raw_scores(roles: Roles, rollout: Rollout, *, batch_size: int) -> RawScores:
             with phase("score reward"):
                 roles.bring(model.trunk)
                 rows = parts[roles.group.rank]
-                found = _by_rows(read, rows, batch_size, raw_of(model), sharing=model.shares_prompts)
-            own += found
-            models.append(source.name)
+                for member in range(len(model.members)):
+                    own += _by_rows(read, rows, batch_size, raw_of(model, member), sharing=model.shares_prompts)
+                    models.append((source.name, member))
         else:
             asked = _ask_function(roles, source, rollout) if roles.group.leads else None
             normalised[source.name] = mx.array(roles.group.told(asked), mx.float32)
     whole = _of_all(roles.group, parts, models, own)
     for source in roles.sources:
         if isinstance(source.scorer, RewardModel):
-            normalised[source.name] = source.scorer.normalised(whole[source.name])
-            in_points = source.scorer.points(whole[source.name])
+            each = [whole[source.name, member] for member in range(len(source.scorer.members))]
+            raw = joined(each)
+            normalised[source.name] = source.scorer.normalised(raw)
+            if len(each) > 1:
+                members[source.name] = source.scorer.member_scores(each)
+            in_points = source.scorer.points(raw)
             if in_points is not None:
                 points[source.name] = in_points
         _require_finite(normalised[source.name], f"a score of the reward {source.name!r}", rollout, roles)
-    return RawScores({source.name: normalised[source.name] for source in roles.sources}, points)
+    return RawScores({source.name: normalised[source.name] for source in roles.sources}, points, members)
 
 
 def _on_shared_trunk(source: Source, roles: Roles) -> bool:
     return isinstance(source.scorer, RewardModel) and source.scorer.trunk is roles.trunk
 
 
-def raw_of(model: RewardModel) -> Callable[[Sequences], list[mx.array]]:
-    """A reward model's raw outputs [B]."""
-    return lambda sequences: [model.raw(sequences)]
+def raw_of(model: RewardModel, member: int = 0) -> Callable[[Sequences], list[mx.array]]:
+    """The raw outputs [B] of a reward model, or of a member of an ensemble."""
+    return lambda sequences: [model.raw_of(member, sequences)]
 
 
 def _read_anew(model: RewardModel, roles: Roles, rollout: Rollout) -> Rollout:
@@ -110,9 +123,15 @@ def _ask_function(roles: Roles, source: Source, rollout: Rollout) -> list[float]
 def combined_scores(raw: RawScores, roles: Roles, rollout: Rollout, section: ScoreSection, max_tokens: int) -> mx.array:
     """One score [B] for each response: the sources by weight (0: only logged), gates, penalties for length, clipping.
 
+    In a sum an ensemble counts as one source, by its mean; for the lowest, and for mean less deviation, each of its
+    members is a source.
+
     Source of the cautious combination: Coste et al. 2024, arXiv:2310.02743, section 3 (there the variance).
     """
-    columns = [source.weight * raw.normalised[source.name] for source in roles.sources if source.weight]
+    each = {name: [scores] for name, scores in raw.normalised.items()}
+    if section.combine != "sum":
+        each |= raw.members
+    columns = [source.weight * scores for source in roles.sources if source.weight for scores in each[source.name]]
     weighted = mx.stack(columns or [mx.zeros((len(rollout.prompts),))])
     if section.combine == "worst":
         scores = weighted.min(axis=0)
@@ -172,7 +191,7 @@ def score(
     _require_finite(reference, "a log-probability of the reference", rollout, roles)
     if values is not None:
         _require_finite(values, "a value of the critic", rollout, roles)
-    return Scored(scores, raw.normalised, old, reference, entropy, values, raw.points)
+    return Scored(scores, raw.normalised, old, reference, entropy, values, raw.points, raw.disagreement())
 
 
 def policy_columns(
@@ -262,8 +281,8 @@ def _by_rows(
 
 
 def _of_all(
-    group: Group, parts: Sequence[Sequence[int]], names: Sequence[str], own: Sequence[mx.array]
-) -> dict[str, mx.array]:
+    group: Group, parts: Sequence[Sequence[int]], names: Sequence[Name], own: Sequence[mx.array]
+) -> dict[Name, mx.array]:
     """Columns of all rows by name, from each process's of its own part; a process without rows gives none."""
     if group.size == 1:
         return dict(zip(names, own, strict=True))

@@ -82,6 +82,10 @@ TRAIN = (
     Figure(_WRITES, "Share finished", ("finished",)),
     Figure(_WRITES, "Repetition", ("repetition",)),
     Figure(_WRITES, "Different pairs of tokens", ("distinct_2",)),
+    Figure(_EARNS, "Disagreement of an ensemble", prefix="disagreement/",
+           sentence="mean over the responses of the deviation of the members' scores: how unsure an ensemble of reward "
+           "models is of itself",
+           normal="rises where the policy leaves what the members have seen; score.combine = 'cautious' holds it back"),
     Figure(_WRITES, "Beyond the reward model's training", prefix="beyond/", form=".0%",
            sentence="share of the responses that score above every text the reward model was trained on, where it only "
            "guesses", normal="a few in a hundred at most"),

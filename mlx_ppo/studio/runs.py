@@ -266,7 +266,10 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _total(folder: Path, command: str) -> float | None:
     section, key = _TOTALS.get(command, ("", ""))
     found = _settings(folder).get(section, {})
-    return _number(found.get(key)) if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    total, members = _number(found.get(key)), _number(found.get("members", 1))
+    return total * members if total is not None and members is not None else None
 
 
 def _planned(folder: Path) -> dict[str, float]:

@@ -13,12 +13,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.compute.sequences import make_sequences
 from mlx_ppo.data.prompts import Prompt, PromptStream, load_prompts
-from mlx_ppo.errors import UserError
-from mlx_ppo.models.heads import load_reward_model, text_states
+from mlx_ppo.errors import ModelError, UserError
+from mlx_ppo.models.adapters import Weights
+from mlx_ppo.models.heads import apply_head, load_reward_model, text_states
+from mlx_ppo.models.roles import same_tokens
 from mlx_ppo.runs.targets import Target, load_target
 from mlx_ppo.runtime.offline import refuse_connections
 from mlx_ppo.stages.rollout import Asked, Sampling, generate
@@ -32,7 +35,8 @@ _LONGEST_PROMPT = 4096  # tokens
 _NICENESS = 10
 
 Tokens = tuple[int, ...]
-States = Callable[[Sequence[Tokens]], list[str]]  # of prompts with their completions
+# Of two completions with their prompt: their states; for each member of an ensemble, what it gives to a above b.
+States = Callable[[Sequence[Tokens]], tuple[list[str], list[float]]]
 
 
 def main(argument: str) -> int:
@@ -118,7 +122,9 @@ def _pairs(
             "by": dict(zip("ab", names, strict=True)),
         }
         if states is not None:
-            row["states"] = dict(zip("ab", states([answer.tokens for answer in both]), strict=True))
+            found, leads = states([answer.tokens for answer in both])
+            row["states"] = dict(zip("ab", found, strict=True))
+            row |= {"leads": leads} if leads else {}
             row["states_by"] = BY_REWARD if order.reward else "model"
         yield row
 
@@ -130,15 +136,25 @@ def _states(writers: Sequence[Target], reward: str) -> States | None:
     """
     if len(writers) > 1:
         return None
-    trunk, weights, pooling = writers[0].trunk, writers[0].weights, "mean"
+    members: Sequence[Weights] = (writers[0].weights,)
+    trunk, pooling = writers[0].trunk, "mean"
     if reward:
         model = load_reward_model(Path(reward), trunk)
-        weights, pooling = model.weights, model.facts.pooling
+        if not same_tokens(model.trunk, trunk):
+            raise ModelError(f"{reward}: its tokenizer differs from that of {trunk.name}; train one on that model")
+        trunk, members, pooling = model.trunk, model.members, model.facts.pooling
 
-    def states(texts: Sequence[Tokens]) -> list[str]:
-        with trunk.using(weights):
-            found = text_states(trunk, make_sequences(texts, [()] * len(texts)), pooling)
-        return [packed(row) for row in np.array(found, np.float64)]
+    def states(texts: Sequence[Tokens]) -> tuple[list[str], list[float]]:
+        sequences, each = make_sequences(texts, [()] * len(texts)), []
+        for weights in members:
+            with trunk.using(weights):
+                each.append(text_states(trunk, sequences, pooling))
+                mx.eval(each)
+        first = [packed(row) for row in np.array(each[0], np.float64)]
+        if len(members) == 1:
+            return first, []
+        scores = [np.array(apply_head(own.arrays, found)) for own, found in zip(members, each, strict=True)]
+        return first, [float(one[0] - one[1]) for one in scores]
 
     return states
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_ppo.data.rankings import finite
 from mlx_ppo.rewards.verdicts import wilson
 from mlx_ppo.studio.lines import Row
 from mlx_ppo.studio.questions import AGAIN
@@ -72,6 +73,20 @@ def fit_head(differences: Floats, outcomes: Floats) -> Head:
     return Head(weights, np.asarray(np.linalg.inv(curvature), np.float64))
 
 
+def ensemble_disagreement(pairs: Sequence[Row]) -> Floats | None:
+    """[n]: how far an ensemble's members disagree on each pair, as `Head.disagreement` has it: p (1 - p) v.
+
+    v is the variance over the members of what each gives to the one completion above the other, p the probability by
+    their mean. None where some pair has no such numbers.
+    """
+    leads: list[Any] = [pair.get("leads") for pair in pairs]
+    if not leads or not all(isinstance(own, list) and len(own) > 1 and all(map(finite, own)) for own in leads):
+        return None
+    mean = np.array([np.mean(own) for own in leads])
+    chance = 1 / (1 + np.exp(-np.clip(mean, -500, 500)))
+    return np.asarray(chance * (1 - chance) * np.array([np.var(own) for own in leads]))
+
+
 class Learned(NamedTuple):
     """How often a head fitted on other answers is right about an answer, with half of them and with all."""
 
@@ -126,6 +141,9 @@ class Teacher:
     def choose(self, open_pairs: Sequence[Row], pairs: Mapping[str, Row], standing: Mapping[str, Row]) -> Row | None:
         """The open pair on which the heads that the answers leave possible disagree most.
 
+        Where the reward model is an ensemble, its members' disagreement is added, and chooses alone as long as there
+        are too few answers.
+
         Args:
             open_pairs: those to choose from.
             pairs: all pairs of the set, by number.
@@ -137,11 +155,13 @@ class Teacher:
             if not all(pair.get("states_by") == BY_REWARD for pair in open_pairs) or not self._read(pairs):
                 return None
             rows, outcomes = self._answered(pairs, standing)
+            doubts = ensemble_disagreement(open_pairs)
             if len(rows) < FIRST:
-                return None
+                return None if doubts is None else open_pairs[int(doubts.argmax())]
             head = fit_head(self._differences[rows], outcomes)
             free = [self._place[str(pair["id"])] for pair in open_pairs]
-            return open_pairs[int(head.disagreement(self._differences[free]).argmax())]
+            found = head.disagreement(self._differences[free])
+            return open_pairs[int((found if doubts is None else found + doubts).argmax())]
 
     def measure(self, pairs: Mapping[str, Row], standing: Mapping[str, Row], seed: int) -> Learned | None:
         """How far the answers have taught; measured anew after every tenth answer."""

@@ -119,6 +119,7 @@ def test_a_file_is_recognised_and_said(tmp_path, name, packed):
         path = tmp_path / name
         path.write_bytes(gzip.compress((LAYOUTS / name).read_bytes()))
     records, said = records_as(path, *ALL)
+    records[-1].fields.pop("source", None)  # stays in every layout
     assert records[-1].fields == last
     if not packed:
         assert said == (line and f"{name}: {line}")

@@ -13,6 +13,7 @@ import pytest
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.folder import check_model_folder
 from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.merging import merged_arrays
 from mlx_ppo.models.peft import fill_with_peft, given_adapters
 
 PYTHON = os.environ.get("MLX_PPO_TORCH_PYTHON")
@@ -72,3 +73,14 @@ def test_peft_reads_what_is_written(
     found = logits(folders / kind, weights)
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), found, rtol=0, atol=1e-4)
     assert np.abs(np.load(tmp_path / "plain.npy") - found).max() > 1e-2
+
+
+@pytest.mark.parametrize("form", ["plain", "dora", "embedding"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_peft_saved_is_merged_to_its_logits(folders: Path, tmp_path: Path, kind: str, form: str) -> None:
+    by_torch("torch_peft.py", "make", folders / kind, tmp_path, form)
+    trunk = load_trunk(folders / kind, dtype="float32")
+    found = logits(folders / kind, Weights(merged_arrays(tmp_path, trunk)))
+    wanted, plain = np.load(tmp_path / "logits.npy"), np.load(tmp_path / "plain.npy")
+    assert np.abs(wanted - plain).max() > 1e-2
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)

@@ -15,6 +15,8 @@ TOKENS = [1, 5, 77, 1234, 9, 4021, 300, 7, 11, 4567, 12, 13]
 FORMS = {
     "plain": {"r": 4, "lora_alpha": 8},
     "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True},
+    "dora": {"r": 4, "lora_alpha": 8, "use_dora": True},
+    "embedding": {"r": 4, "lora_alpha": 8},
     "patterns": {"r": 4, "lora_alpha": 8, "rank_pattern": {r".*\.0\..*": 2}, "alpha_pattern": {r".*\.1\..*": 3}},
 }
 
@@ -24,10 +26,14 @@ def main(order: str, model: str, adapters: str, form: str = "plain") -> None:
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
     if order == "make":
         torch.manual_seed(0)
-        found = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **FORMS[form]))
+        embedding = "wte" if base.config.model_type == "gpt2" else "embed_tokens"
+        targets = [embedding] if form == "embedding" else "all-linear"
+        found = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **FORMS[form]))
         for name, parameter in found.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
+            elif "magnitude" in name:
+                parameter.data *= 1 + 0.3 * torch.rand_like(parameter)
         found.save_pretrained(adapters)
     else:
         found = PeftModel.from_pretrained(base, adapters)

@@ -14,7 +14,15 @@ from mlx_ppo.models.load import load_trunk
 from mlx_ppo.studio.order import Order
 from mlx_ppo.studio.questions import AGAIN
 from mlx_ppo.studio.sampling import sample
-from mlx_ppo.studio.selection import FIRST, Teacher, fit_head, learned, main_directions, packed
+from mlx_ppo.studio.selection import (
+    FIRST,
+    Teacher,
+    ensemble_disagreement,
+    fit_head,
+    learned,
+    main_directions,
+    packed,
+)
 
 WIDTH = 12
 
@@ -118,6 +126,31 @@ def test_without_a_reward_model_or_answers_the_order_stays_random() -> None:
     assert Teacher().choose(list(plain.values()), plain, {}) is None and Teacher().measure(plain, {}, 0) is None
 
 
+def test_the_members_of_an_ensemble_choose_before_there_are_answers_and_are_heard_later() -> None:
+    differences, outcomes = taste(60, 5)
+    pairs = rows_of(differences)
+    for number, pair in enumerate(pairs.values()):
+        pair["leads"] = [0.1, 0.1, 0.1] if number != 47 else [-3.0, 0.5, 2.0]
+    free = list(pairs.values())[30:]
+    for answers in (0, FIRST - 1, 30):
+        chosen = Teacher().choose(free, pairs, answers_of(pairs, outcomes[:answers], False))
+        assert chosen is not None and chosen["id"] == "000047"
+    free[3] = {key: value for key, value in free[3].items() if key != "leads"}
+    assert Teacher().choose(free, pairs, {}) is None, "without the members' numbers of every pair, at random"
+
+
+@pytest.mark.parametrize("leads", [None, [], [1.0], [1.0, "2"], [1.0, float("nan")], [1.0, True], "ab", {"a": 1}])
+def test_numbers_that_no_ensemble_wrote_are_not_read(leads: object) -> None:
+    assert ensemble_disagreement([{"leads": leads}]) is None
+
+
+def test_members_disagree_by_the_variance_of_their_logits() -> None:
+    found = ensemble_disagreement([{"leads": [1.0, -1.0]}, {"leads": [9.0, 7.0]}, {"leads": [0.5, 0.5]}])
+    assert found is not None
+    sure = 1 / (1 + np.exp(-8))
+    assert found == pytest.approx([0.25, sure * (1 - sure), 0.0])
+
+
 def test_ties_and_repeats_are_no_sides() -> None:
     differences, outcomes = taste(60, 6)
     pairs = rows_of(differences)
@@ -153,8 +186,8 @@ def test_pairs_are_sampled_with_the_reward_models_states(tmp_path: Path) -> None
             text = text if row["cut"]["a"] else (*text, trunk.tokenizer.eos_id)
             sequences = make_sequences([text], [()])
             if judge is not None:
-                with trunk.using(judge.weights):
-                    expected = np.array(text_states(trunk, sequences, judge.facts.pooling))[0]
+                with judge.trunk.using(judge.weights):
+                    expected = np.array(text_states(judge.trunk, sequences, judge.facts.pooling))[0]
             else:
                 expected = np.array(text_states(trunk, sequences, "mean"))[0]
             assert row["states"]["a"] == packed(expected.astype(np.float64)) or np.allclose(
