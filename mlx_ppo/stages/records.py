@@ -31,9 +31,9 @@ class Rollout(NamedTuple):
     temperature: float  # of the sampling distribution
     max_tokens: int  # bound on a response
     kept: mx.array | None = None  # [B, P + T, D], the states that enter the trunk's `split` block; 0 where no token is
-    support: mx.array | None = (
-        None  # [N, ceil(V / 32)] uint32, what each counted token was drawn from; None: all tokens
-    )
+    # [N, ceil(V / 32)] uint32, what each counted token was drawn from; None: all tokens, or it wasn't kept
+    support: mx.array | None = None
+    truncated: bool = False  # drawn from such sets
 
     @property
     def lengths(self) -> list[tuple[int, int]]:

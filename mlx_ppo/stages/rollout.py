@@ -201,4 +201,5 @@ def _joined(
         temperature=how.temperature,
         max_tokens=how.max_tokens,
         kept=kept,
+        truncated=how.distribution.truncates,
     )

@@ -218,7 +218,13 @@ def critic_values(critic: Critic, weights: Weights) -> Callable[[Sequences], lis
 def policy_logprobs(
     roles: Roles, weights: Weights, rollout: Rollout, *, temperature: float, batch_size: int
 ) -> mx.array:
-    """Log-probabilities [B, T] of the responses under some weights on the shared trunk, such as the reference's."""
+    """Log-probabilities [B, T] of the responses under some weights on the shared trunk, such as the reference's.
+
+    Raises:
+        ValueError: the sets that tokens were drawn from weren't kept.
+    """
+    if rollout.truncated and rollout.support is None:
+        raise ValueError("without the sets that they were drawn from, tokens have no log-probabilities")
     parts, column = _parts(roles, rollout), logprob_column(roles, weights, temperature)
     found = _by_rows(rollout, parts[roles.group.rank], batch_size, column, sharing=roles.trunk.capabilities.shares)
     return _of_all(roles.group, parts, ["logprobs"], found)["logprobs"]

@@ -12,10 +12,12 @@ from mlx_ppo.algo.truncation import unpacked
 from mlx_ppo.compute.sequences import Sequences
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.load import load_trunk
+from mlx_ppo.models.roles import Roles
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.stages.losses import Pass
 from mlx_ppo.stages.records import Rollout
 from mlx_ppo.stages.rollout import Asked, Sampling, generate
+from mlx_ppo.stages.scoring import policy_logprobs
 
 MakeWorld = Callable[..., Any]
 TEMPERATURE = 0.9  # of the worlds
@@ -222,6 +224,10 @@ def test_rows_have_their_own_sets(make_world: MakeWorld) -> None:
 def test_sets_are_kept_only_where_they_are_wanted(trunk: Trunk, prompts: Any) -> None:
     kept, bare = (drawn(trunk, prompts, top_k=4, supports=wanted) for wanted in (True, False))
     assert kept.responses == bare.responses and kept.support is not None and bare.support is None
+    roles, how = Roles(trunk, Weights({}), None), {"temperature": 1.0, "batch_size": 0}
+    policy_logprobs(roles, Weights({}), kept, **how)
+    with pytest.raises(ValueError, match="without the sets"):
+        policy_logprobs(roles, Weights({}), bare, **how)
     greedy = drawn(trunk, prompts, top_k=4, temperature=0.0)
     assert greedy.support is None and greedy.responses == drawn(trunk, prompts, temperature=0.0).responses
 
