@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx_ppo
 from mlx_ppo.config.file import read_config
-from mlx_ppo.config.sections import TrainConfig
+from mlx_ppo.config.sections import RolloutSection, TrainConfig
 from mlx_ppo.data.chat import Messages
 from mlx_ppo.data.jsonl import Record
 from mlx_ppo.data.sequences import answered_tokens, prompt_field, prompt_tokens
@@ -21,7 +21,7 @@ from mlx_ppo.runs.targets import Target as Policy
 from mlx_ppo.runs.targets import load_target
 from mlx_ppo.runtime.allocator import keeping_buffers
 from mlx_ppo.runtime.signals import Interrupts
-from mlx_ppo.stages.rollout import Asked, Sampling
+from mlx_ppo.stages.rollout import Asked, Sampling, distribution_of
 from mlx_ppo.stages.rollout import generate as _generate
 from mlx_ppo.tokenizers.load import completion_text
 from mlx_ppo.train import train
@@ -104,6 +104,7 @@ def generate(
     max_tokens: int | None = None,
     temperature: float | None = None,
     seed: int = 0,
+    **bounds: float,
 ) -> list[list[str]]:
     """Sample completions.
 
@@ -114,14 +115,19 @@ def generate(
         max_tokens: bound on a completion; None: that of the policy's run, 64 without one.
         temperature: None: that of the policy's run, 1 without one; 0 takes the most probable token.
         seed: the same one gives the same completions.
+        bounds: `top_k`, `top_p`, `min_p`, with the meaning and the range of the keys of `[rollout]`; those that aren't
+            given are those of the policy's run.
     Returns:
         For each prompt its completions.
     Raises:
         DataError: a prompt can't be read; it is named by its number.
+        ValueError: a bound is out of range.
+        TypeError: there is no such bound.
     """
     rollout = policy.config.rollout if isinstance(policy.config, TrainConfig) else None
-    if temperature is None:
-        temperature = rollout.temperature if rollout is not None else 1.0
+    drawn = distribution_of(rollout if rollout is not None else RolloutSection()).changed(
+        bounds if temperature is None else {"temperature": temperature, **bounds}
+    )
     if max_tokens is None:
         max_tokens = rollout.max_tokens if rollout is not None else _TOKENS
     tokenizer = policy.trunk.tokenizer
@@ -131,7 +137,8 @@ def generate(
         positions=range(len(records)),
         records=[record.fields for record in records],
     )
-    how = Sampling((seed, "sample"), max_tokens, temperature, samples, batch_size=_ROWS)
+    how = Sampling((seed, "sample"), max_tokens, samples_per_prompt=samples, batch_size=_ROWS, supports=False)
+    how = how._replace(**drawn._asdict())
     found = _generate(policy.trunk, policy.weights, asked, how)
     rows = zip(found.prompts, found.responses, strict=True)
     texts = [completion_text(tokenizer, prompt, response) for prompt, response in rows]

@@ -25,7 +25,7 @@ from mlx_ppo.runs.folder import FRONTIER, SAMPLES, log_row, open_config, replace
 from mlx_ppo.runs.plan_file import Choices
 from mlx_ppo.runs.targets import newest_step, trained_weights
 from mlx_ppo.stages.records import Rollout
-from mlx_ppo.stages.rollout import Asked, generate, sampling
+from mlx_ppo.stages.rollout import Asked, distribution_of, generate, sampling
 from mlx_ppo.stages.scoring import combined_scores, policy_logprobs, raw_scores
 
 Document = dict[str, Any]
@@ -80,6 +80,11 @@ def measured(path: Path, asked: Question, told: Messages) -> Document:
     config = open_config(run)
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"{path}: a frontier is that of a run of `train`")
+    if bounds := distribution_of(config.rollout).bounds:
+        raise ConfigError(
+            f"{path}: sampled with rollout.{next(iter(bounds))}; a response of one policy may be outside of what the "
+            "other can write then, and its weight isn't known"
+        )
     step = newest_step(run) if chosen is None else int(chosen.name) if chosen.name.isdecimal() else -1
     if step not in checkpoint.steps(run):
         raise ModelError(f"{path}: no such checkpoint")
@@ -103,7 +108,13 @@ def measured(path: Path, asked: Question, told: Messages) -> Document:
             told.message(line)
     finally:
         roles.close()
-    found = {"step": step, **frontier(drawn, coef), "evaluations": path_of(_rows(run / SAMPLES))}
+    cut = distribution_of(config.rollout).truncates
+    if cut:
+        told.message(
+            "the run draws from a part of the vocabulary: KL is that on the policy's part of it, and the optimum is "
+            "estimated by samples of the reference alone"
+        )
+    found = {"step": step, **frontier(drawn, coef, mixed=not cut), "evaluations": path_of(_rows(run / SAMPLES))}
     replace_file(run / FRONTIER, json.dumps(found, indent=2, allow_nan=False) + "\n")
     return found
 
@@ -156,7 +167,7 @@ def _whole(roles: Roles, weights: Weights, rollout: Rollout, size: int) -> mx.ar
     return mx.where(rollout.mask, found, 0.0).sum(axis=1)
 
 
-def frontier(drawn: Mapping[str, Drawn], coef: float) -> Document:
+def frontier(drawn: Mapping[str, Drawn], coef: float, *, mixed: bool = True) -> Document:
     """What the samples say, as a document of numbers; gains are over the reference's mean score.
 
     Intervals are of 95 %, by 1000 resamplings of the prompts.
@@ -164,6 +175,7 @@ def frontier(drawn: Mapping[str, Drawn], coef: float) -> Document:
     Args:
         drawn: samples of "reference" and "policy".
         coef: the penalty.
+        mixed: the policy's samples count for the optimum as well; their probability under the reference must be known.
     """
     ours, theirs = drawn["policy"], drawn["reference"]
     base = theirs.scores.mean(axis=1)
@@ -177,7 +189,7 @@ def frontier(drawn: Mapping[str, Drawn], coef: float) -> Document:
     kl = (ours.logprobs - ours.reference).mean(axis=1)
     value = gain - coef * kl
     best = [(k, np.array(expected_best_of(mx.array(theirs.scores), k)) - base, best_of_kl(k)) for k in _powers(count)]
-    curve = {factor * coef: _optimum(drawn, factor * coef, base) for factor in _PENALTIES}
+    curve = {factor * coef: _optimum(drawn, factor * coef, base, mixed=mixed) for factor in _PENALTIES}
     optimum, effective = curve[coef]["value"], curve[coef]["effective"]
     others = [value, *(gains - coef * of_k for _, gains, of_k in best)]
     optimum = max((optimum, *others), key=lambda rows: float(rows.mean()))  # each bounds it from below
@@ -201,13 +213,13 @@ def frontier(drawn: Mapping[str, Drawn], coef: float) -> Document:
     }
 
 
-def _optimum(drawn: Mapping[str, Drawn], coef: float, base: Floats) -> dict[str, Floats]:
+def _optimum(drawn: Mapping[str, Drawn], coef: float, base: Floats, *, mixed: bool) -> dict[str, Floats]:
     """Of each prompt, the tilted reference's gain, KL, gain less penalty, and effective samples, by all samples."""
     scores, ours, theirs = (
-        np.concatenate([getattr(drawn[name], field) for name in ("reference", "policy")], axis=1)
+        np.concatenate([getattr(drawn[name], field) for name in ("reference", "policy")[: 1 + mixed]], axis=1)
         for field in Drawn._fields
     )
-    weights = mixture_log_weights(mx.array(theirs), mx.array(ours), ref_share=0.5)
+    weights = mixture_log_weights(mx.array(theirs), mx.array(ours), ref_share=0.5 if mixed else 1)
     found = tilted(mx.array(scores), weights, coef=coef)
     return {
         "gain": np.array(found.score) - base,

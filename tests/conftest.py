@@ -12,9 +12,10 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -240,6 +241,7 @@ def make_world(
         given: Trunk | None = None,
         seed: int = 0,
         size: float = 0.1,
+        bounds: Mapping[str, Any] = MappingProxyType({}),
     ) -> World:
         trunk = given or (load_trunk(Path(stopping_trunk.name)) if keep else stopping_trunk)
         chosen = [tuple(trunk.tokenizer.encode(text, bos=True)) for text in texts[:only]]
@@ -257,7 +259,7 @@ def make_world(
         if keep:
             trunk.share_below([weights])
         asked = Asked(chosen, range(len(chosen)), [{}] * len(chosen))
-        how = Sampling((3 + seed,), max_tokens, 0.9, samples, batch_size=64, cache_form=cache_form)
+        how = Sampling((3 + seed,), max_tokens, 0.9, samples, batch_size=64, cache_form=cache_form, **bounds)
         rollout = generate(trunk, weights, asked, how)
         critic_weights = critic.weights if critic is not None else None
         scored = score(roles, weights, critic_weights, rollout, ScoreSection(), Choices(0, 32, 0, False))

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import click
 
+from mlx_ppo.algo.truncation import Distribution
 from mlx_ppo.best_of import Drawing, Drawn, Interval, best_of_each, choose, draw
 from mlx_ppo.cli.look import prompts_for, said_of, sampling_for
 from mlx_ppo.config.rewards import ScoreSection
@@ -50,7 +51,8 @@ def _measured(subject: Scorable, model: Path, given: Mapping[str, Any], output: 
     roles.trunk.share_below([])  # no states are kept between passes: there may be many completions
     prompts = prompts_for(target, given["texts"], given["file"], given["count"])
     roles.require_fields([prompt.record for prompt in prompts])
-    how = sampling_for(target, target, given["max_tokens"], given["temperature"], given["seed"])
+    drawing = {name: given[name] for name in Distribution._fields}
+    how = sampling_for(target, target, given["max_tokens"], given["seed"], drawing)
     how = how._replace(samples_per_prompt=given["samples"])
     click.echo(said_of(how, model), err=True)
     for line in roles.remarks(max(len(prompt.tokens) for prompt in prompts) + how.max_tokens):
@@ -72,6 +74,7 @@ def _measured(subject: Scorable, model: Path, given: Mapping[str, Any], output: 
         "prompts": len(prompts),
         "samples": how.samples_per_prompt,
         "temperature": how.temperature,
+        **how.distribution.bounds,
         "max_tokens": how.max_tokens,
         "rewards": [source.name for source in roles.sources if not source.judges],
         "best_of": [
@@ -80,7 +83,7 @@ def _measured(subject: Scorable, model: Path, given: Mapping[str, Any], output: 
         ],
     }
     if from_reference:
-        few = how._replace(samples_per_prompt=min(_OWN, how.samples_per_prompt))
+        few = how._replace(samples_per_prompt=min(_OWN, how.samples_per_prompt), supports=True)
         own = draw(roles, subject.policy, prompts, Drawing(few, section, with_kl=True))
         score, kl = Interval.of(own.scores.mean(axis=1)), Interval.of(own.kl.mean(axis=1))
         document["policy"] = {"samples": few.samples_per_prompt, "score": score.mean, **_bounds("score", score)}

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from mlx_ppo.cli.options import MAX_TOKENS, TEMPERATURE, Place
+from mlx_ppo.cli.options import MAX_TOKENS, Place, drawing
 
 
 @click.command("best-of")
@@ -25,7 +25,7 @@ from mlx_ppo.cli.options import MAX_TOKENS, TEMPERATURE, Place
 @click.option("--output", type=Place(), metavar="OUT.jsonl", help="Write the best of each, as `sft` reads them.")
 @click.option("--only-finished", is_flag=True, help="Write none that the bound on tokens cut.")
 @MAX_TOKENS
-@TEMPERATURE
+@drawing
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def best_of_command(model: Path, **options: Any) -> None:

@@ -1,7 +1,7 @@
 """`sample` and `compare`: what models write, and which of two writes better."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from mlx_ppo.rewards.scorer import TextScorer
 from mlx_ppo.rewards.verdicts import Rate, agreement, verdicts
 from mlx_ppo.runs.targets import Target, load_target
 from mlx_ppo.stages.records import Rollout
-from mlx_ppo.stages.rollout import Asked, Sampling, generate
+from mlx_ppo.stages.rollout import Asked, Sampling, distribution_of, generate
 from mlx_ppo.tokenizers.load import completion_text
 
 _SECONDS = 60.0  # that a reward function may take
@@ -37,13 +37,16 @@ def sample(
     *,
     samples: int,
     max_tokens: int | None,
-    temperature: float | None,
     seed: int,
+    **drawing: float | None,
 ) -> None:
-    """Print completions of given prompts, of a file's, or of those of the run; without numbers, by the run's own."""
+    """Print completions of given prompts, of a file's, or of those of the run; without numbers, by the run's own.
+
+    `drawing`: temperature, top_k, top_p, min_p.
+    """
     target = load_target(model)
     prompts = prompts_for(target, texts, file, count)
-    how = sampling_for(target, target, max_tokens, temperature, seed)._replace(samples_per_prompt=samples)
+    how = sampling_for(target, target, max_tokens, seed, drawing)._replace(samples_per_prompt=samples)
     click.echo(said_of(how, model), err=True)
     rollout = _write(target, prompts, how)
     for row, text in enumerate(_texts(target.trunk.tokenizer, rollout)):
@@ -62,12 +65,12 @@ def compare(
     criterion: str | None,
     count: int,
     max_tokens: int | None,
-    temperature: float | None,
     seed: int,
+    **drawing: float | None,
 ) -> None:
     """Print the second model's win rate over the first on the same prompts, by a reward or by a model that is asked.
 
-    Without numbers, each writes by its run's own temperature, both by the length of the run that gives the prompts.
+    Without numbers, each samples as its run does, both by the length of the run that gives the prompts.
     """
     targets = [load_target(first), load_target(second)]
     configured = next((t.config for t in reversed(targets) if isinstance(t.config, TrainConfig)), None)
@@ -81,7 +84,7 @@ def compare(
             scorer.require_fields([prompt.record for prompt in prompts])
         rollouts = []
         for path, target in zip((first, second), targets, strict=True):
-            how = sampling_for(target, source, max_tokens, temperature, seed)
+            how = sampling_for(target, source, max_tokens, seed, drawing)
             click.echo(said_of(how, path), err=True)
             rollouts.append(_write(target, prompts, how))
         written = [_texts(target.trunk.tokenizer, rollout) for target, rollout in zip(targets, rollouts, strict=True)]
@@ -191,20 +194,21 @@ def prompts_for(target: Target, texts: Sequence[str], file: Path | None, count: 
 
 
 def sampling_for(
-    target: Target, source: Target, max_tokens: int | None, temperature: float | None, seed: int
+    target: Target, source: Target, max_tokens: int | None, seed: int, drawing: Mapping[str, float | None]
 ) -> Sampling:
     """What is given, else the target's own settings, else those of the run that gives the prompts."""
     runs = [one.config.rollout for one in (target, source) if isinstance(one.config, TrainConfig)]
-    if temperature is None:
-        temperature = runs[0].temperature if runs else RolloutSection().temperature
+    given = {name: value for name, value in drawing.items() if value is not None}
+    drawn = distribution_of(runs[0] if runs else RolloutSection()).changed(given)
     if max_tokens is None:
         max_tokens = runs[-1].max_tokens if runs else RolloutSection().max_tokens
-    return Sampling((seed, "sample"), max_tokens, temperature, 1, batch_size=64)
+    how = Sampling((seed, "sample"), max_tokens, batch_size=64, supports=False)
+    return how._replace(**drawn._asdict())
 
 
 def said_of(how: Sampling, path: Path) -> str:
     """How a model writes, in a line."""
-    return printable(f"{path}: temperature {how.temperature:g}, up to {how.max_tokens} tokens")
+    return printable(f"{path}: {how.distribution.said}, up to {how.max_tokens} tokens")
 
 
 def _write(target: Target, prompts: Sequence[Prompt], how: Sampling) -> Rollout:

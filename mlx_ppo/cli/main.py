@@ -14,7 +14,7 @@ from mlx_ppo.cli.agreement import agreement
 from mlx_ppo.cli.data import data
 from mlx_ppo.cli.frontier import frontier
 from mlx_ppo.cli.group import Commands
-from mlx_ppo.cli.options import DRY_RUN, JUDGE, MAX_TOKENS, SET, TEMPERATURE, Number, Place
+from mlx_ppo.cli.options import DRY_RUN, JUDGE, MAX_TOKENS, SET, Number, Place, drawing
 from mlx_ppo.cli.reward import reward
 from mlx_ppo.errors import RunError
 
@@ -189,7 +189,7 @@ def verify(run: Path) -> None:
 @click.option("--count", type=click.IntRange(1), default=4, show_default=True, help="Prompts taken from a file.")
 @click.option("--samples", type=click.IntRange(1, 100_000), default=1, show_default=True, help="Completions a prompt.")
 @MAX_TOKENS
-@TEMPERATURE
+@drawing
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def sample(model: Path, prompts: tuple[str, ...], file: Path | None, count: int, **options: Any) -> None:
     """Write completions with MODEL: a run, a model folder, or a checkpoint of a run.
@@ -217,7 +217,7 @@ def sample(model: Path, prompts: tuple[str, ...], file: Path | None, count: int,
 @click.option("--criterion", help="What it is asked; by default which is the better one.")
 @click.option("--count", type=click.IntRange(2), default=128, show_default=True, help="Prompts taken.")
 @MAX_TOKENS
-@TEMPERATURE
+@drawing
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def compare(first: Path, second: Path, **options: Any) -> None:
     """How often SECOND's completions win over FIRST's, with a confidence interval.

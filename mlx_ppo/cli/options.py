@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,39 @@ MAX_TOKENS = click.option(
     type=click.IntRange(1, 1_000_000),
     help="Longest completion; default: that of the run, 64 without one.",
 )
-TEMPERATURE = click.option(
-    "--temperature", type=Temperature(0), help="0: the most probable token; default: that of the run, 1 without one."
+_DRAWING = (
+    click.option(
+        "--temperature",
+        type=Temperature(0),
+        help="0: the most probable token; default: that of the run, 1 without one.",
+    ),
+    click.option(
+        "--top-k",
+        type=click.IntRange(0, 100_000_000),
+        help="Sample only from so many of the most probable tokens; 0: from all; default: that of the run.",
+    ),
+    click.option(
+        "--top-p",
+        type=Number(0, 1, min_open=True),
+        help="Then only from the most probable tokens that together have this probability; 1: from all; default: that "
+        "of the run.",
+    ),
+    click.option(
+        "--min-p",
+        type=Number(0, 1, max_open=True),
+        help="Then only from tokens at least this share as probable as the most probable one; 0: from all; default: "
+        "that of the run.",
+    ),
 )
+
+
+def drawing(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say what tokens are drawn from: temperature, top_k, top_p, min_p; None where one isn't given."""
+    for option in reversed(_DRAWING):
+        command = option(command)
+    return command
+
+
 PORT = click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the page; default: any free one.")
 NO_BROWSER = click.option("--no-browser", is_flag=True, help="Only print the page's address.")
 SET = click.option(

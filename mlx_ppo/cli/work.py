@@ -165,14 +165,17 @@ def _do(config: Job, run: Run, reporter: JobReporter, interrupts: Interrupts) ->
         )
     from mlx_ppo.models.folder import check_model_folder
     from mlx_ppo.models.gate import misread
+    from mlx_ppo.stages.rollout import distribution_of
 
+    drawn = distribution_of(config.rollout).bounds
+    bounds = "".join(f" --{name.replace('_', '-')} {value}" for name, value in drawn.items())
     lines = [f"policy: {short(result.checkpoint)}", f"try it: mlx-ppo sample {short(run.folder)}"]
     if misread(check_model_folder(config.model.path)):
         return [*lines, f"   or:  mlx-ppo export {short(run.folder)} DIR --format fused, for stock mlx-lm"]
     return [
         *lines,
         f"   or:  mlx_lm.generate --model {short(config.model.path)} --adapter-path {short(result.checkpoint)} "
-        f"--temp {config.rollout.temperature:g} --prompt '...'",
+        f"--temp {config.rollout.temperature:g}{bounds} --prompt '...'",
     ]
 
 

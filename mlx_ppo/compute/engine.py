@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_ppo.algo.truncation import Distribution
 from mlx_ppo.compute.sequences import Sequences
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
@@ -76,13 +77,21 @@ class Body(Protocol):
         """Other arrays in place of some of the model's parameters."""
 
 
+class Sampled(NamedTuple):
+    """A token for each of some rows."""
+
+    tokens: Any  # [B] integers
+    logprobs: Any  # [B] float32, of what was drawn from
+    support: Any  # [B, ceil(V / 32)] uint32: the sets that they were drawn from, None where those were all tokens
+
+
 class Reader(Protocol):
     """Reads one token of each of some rows, and samples the next."""
 
     ahead: bool  # reading begins before the tokens are known to the caller, for rows that have ended too
 
-    def sample(self, states: mx.array, draws: Numbers, temperature: float) -> tuple[Any, Any]:
-        """Tokens [B] and log-probabilities [B] from final states [B, D], by uniform draws [B]; see `Engine.reader`."""
+    def sample(self, states: mx.array, draws: Numbers, how: Distribution) -> Sampled:
+        """Tokens from final states [B, D], by uniform draws [B]; see `Engine.reader`."""
 
     def read(self, tokens: Any, caches: Sequence[Any]) -> tuple[mx.array, mx.array | None]:
         """Final states [B, D] of tokens [B], and those that enter block `split`; the caches hold the tokens then."""
@@ -140,9 +149,16 @@ class Engine(Protocol):
         """A function that does what a block does, and keeps only what enters it for its gradient."""
 
     def statistics(
-        self, body: Body, states: mx.array, tokens: mx.array, *, temperature: float, learning: bool
+        self,
+        body: Body,
+        states: mx.array,
+        tokens: mx.array,
+        *,
+        temperature: float,
+        support: mx.array | None = None,
+        learning: bool,
     ) -> tuple[mx.array, mx.array]:
-        """Log-probabilities and entropies [N]; see `output_head.head_statistics`."""
+        """Log-probabilities and entropies [N]; see `OutputHead.statistics`."""
 
     def reader(self, body: Body, rows: int, *, full: bool) -> Reader:
         """Decodes at most so many rows; `full`: the caches keep keys and values as they are."""
@@ -160,6 +176,9 @@ class Engine(Protocol):
 
     def exact(self, body: Body) -> bool:
         """Whether everything is computed in float32."""
+
+    def truncation_needs(self, rows: int, vocabulary: int) -> dict[str, int]:
+        """Bytes in mlx that truncated sampling of some rows needs beside their logits."""
 
     def step_needs(self, own: int, others: int, largest: int, *, transposed: bool) -> dict[str, int]:
         """Bytes that an optimizer step needs beside weights, gradients and moments; see `memory.phases`."""

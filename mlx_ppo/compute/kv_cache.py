@@ -40,6 +40,11 @@ def keeps_all_tokens(model: nn.Module) -> bool:
     return all(type(cache) is KVCache for cache in make_prompt_cache(model))
 
 
+def is_plain(cache: Any) -> bool:
+    """Whether a layer's cache of several rows has plain keys and values, or ones in 8 bits, of all tokens."""
+    return isinstance(cache, BatchKVCache)
+
+
 def share_offsets(caches: Sequence[Any]) -> None:
     """Let the plain caches of a model's layers, which are equally far, hold one array that says how far."""
     plain = [cache for cache in caches if isinstance(cache, BatchKVCache)]

@@ -14,13 +14,15 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_ppo.algo.logprobs import logprobs_and_entropy
+from mlx_ppo.algo.truncation import limited
 from mlx_ppo.compute.engine import Body
 from mlx_ppo.compute.needs import is_traced, own_gradient
 
 _TOGETHER = 64_000_000  # bytes of float32 logits
 _LOWEST = -1e30  # in place of the minus infinity of a token that cannot be, whose mass 0 it is multiplied by
 
-Statistics = Callable[..., tuple[mx.array, mx.array]]  # (states [C, D], tokens [C], *arrays) -> [C], [C]
+# (states [C, D], asked [C] or [C, 1 + W], see `_asked`, *arrays) -> [C], [C]
+Statistics = Callable[..., tuple[mx.array, mx.array]]
 
 
 class OutputHead:
@@ -29,7 +31,14 @@ class OutputHead:
     always_ahead = False  # take the gradient along also where all positions are one chunk
 
     def statistics(
-        self, body: Body, states: mx.array, tokens: mx.array, *, temperature: float, learning: bool = False
+        self,
+        body: Body,
+        states: mx.array,
+        tokens: mx.array,
+        *,
+        temperature: float,
+        support: mx.array | None = None,
+        learning: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Log-probabilities and entropies [N], in nats, of tokens [N] that states [N, D] predict.
 
@@ -38,6 +47,7 @@ class OutputHead:
             states: after the final norm.
             tokens: integers.
             temperature: of the sampling distribution.
+            support: [N, ceil(V / 32)] uint32, the tokens that could be drawn, see `algo.truncation`; None: all.
             learning: a gradient by the log-probabilities will be taken, and the entropies not be read: they may be NaN.
                 Gradients are the same without; the logits are then computed again for them, or kept where they are few.
         """
@@ -46,24 +56,32 @@ class OutputHead:
         size = self._together(body, states)
         ahead = learning and not body.replaced and len(states) > (0 if self.always_ahead else size)
         if len(states) <= size and not ahead:
-            return self.vocabulary(self.logits(body, states), tokens, temperature=temperature)
+            return self.vocabulary(self.logits(body, states), tokens, support, temperature=temperature)
         names = _names_read(body, states) if body.replaced else ()
 
         def statistics(
-            states: mx.array, tokens: mx.array, *arrays: mx.array, summed: bool = False
+            states: mx.array, asked: mx.array, *arrays: mx.array, summed: bool = False
         ) -> tuple[mx.array, mx.array]:
             with body.bearing(dict(zip(names, arrays, strict=True))):
                 logits = self.logits(body, states)
-                return self.vocabulary(logits, tokens, temperature=temperature, summed=summed)
+                return self.vocabulary(logits, *_parts(asked), temperature=temperature, summed=summed)
 
-        by_chunks = self.planned_chunks if is_traced() else self._by_chunks
-        found = by_chunks(statistics, size, ahead, states, tokens, *(body.replaced[name] for name in names))
+        by_chunks, asked = self.planned_chunks if is_traced() else self._by_chunks, _asked(tokens, support)
+        found = by_chunks(statistics, size, ahead, states, asked, *(body.replaced[name] for name in names))
         return found[0], found[1]
 
     def vocabulary(
-        self, logits: mx.array, tokens: mx.array, *, temperature: float, summed: bool = False
+        self,
+        logits: mx.array,
+        tokens: mx.array,
+        support: mx.array | None = None,
+        *,
+        temperature: float,
+        summed: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Log-probabilities [N] of tokens [N] and entropies [N], in nats, under softmax(logits [N, V] / temperature).
+
+        With a support, of the distribution on it: other logits count as minus infinity, and have gradient 0.
 
         d log p_a / d z_j = ([j = a] - p_j) / temperature,   d H / d z_j = -p_j (log p_j + H) / temperature
 
@@ -71,9 +89,10 @@ class OutputHead:
         entropies aren't read, and may be NaN.
         """
         if not summed:
-            return logprobs_and_entropy(logits, tokens, temperature=temperature)
+            within = logits if support is None else limited(logits, support)
+            return logprobs_and_entropy(within, tokens, temperature=temperature)
         given = logits.astype(mx.float32), tokens, mx.array(1.0 / temperature)
-        found = _summed(*given)
+        found = _summed(*given) if support is None else _summed(*given, support)
         return found[0], found[1]
 
     def logits(self, body: Body, states: mx.array) -> mx.array:
@@ -90,10 +109,10 @@ class OutputHead:
         return part if total is None else total + part
 
     def planned_chunks(
-        self, statistics: Statistics, size: int, ahead: bool, states: mx.array, tokens: mx.array, *arrays: mx.array
+        self, statistics: Statistics, size: int, ahead: bool, states: mx.array, asked: mx.array, *arrays: mx.array
     ) -> Sequence[mx.array]:
         """What stands for `_by_chunks` while a planner traces: itself, unless an engine leaves mlx there."""
-        return self._by_chunks(statistics, size, ahead, states, tokens, *arrays)
+        return self._by_chunks(statistics, size, ahead, states, asked, *arrays)
 
     def _together(self, body: Body, states: mx.array) -> int:
         """How many positions to work on together: at most what is set, and about equally many each time."""
@@ -102,42 +121,42 @@ class OutputHead:
         return -(-len(states) // max(1, count))
 
     def _by_chunks(
-        self, statistics: Statistics, size: int, ahead: bool, states: mx.array, tokens: mx.array, *arrays: mx.array
+        self, statistics: Statistics, size: int, ahead: bool, states: mx.array, asked: mx.array, *arrays: mx.array
     ) -> Sequence[mx.array]:
         """What `statistics` gives for all states, and, `ahead`, d log-probability / d state; with gradients."""
 
-        def forward(states: mx.array, tokens: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
-            return self._forward(statistics, size, ahead, states, tokens, *arrays)
+        def forward(states: mx.array, asked: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+            return self._forward(statistics, size, ahead, states, asked, *arrays)
 
         def gradient(
             primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
         ) -> tuple[mx.array, ...]:
-            states, tokens, *arrays = primals
+            states, asked, *arrays = primals
             by_logprob, by_entropy = cotangents[:2]
             if ahead:  # nobody reads the entropies then
-                return self.apart((by_logprob[:, None] * outputs[2]).astype(states.dtype)), mx.zeros_like(tokens)
+                return self.apart((by_logprob[:, None] * outputs[2]).astype(states.dtype)), mx.zeros_like(asked)
             found: list[Sequence[mx.array]] = []
             totals: Sequence[mx.array] = ()
             for part, chunk in _chunks(self.apart(states), size, found):
                 by_part = [by_logprob[part], by_entropy[part]]
-                pulled, totals = self._pulled_back(_for(statistics, tokens[part]), [chunk, *arrays], by_part, totals)
+                pulled, totals = self._pulled_back(_for(statistics, asked[part]), [chunk, *arrays], by_part, totals)
                 found.append([pulled, *totals])
             by_states = mx.concatenate([parts[0] for parts in found])
             by_arrays = (total.astype(array.dtype) for total, array in zip(totals, arrays, strict=True))
-            return by_states, mx.zeros_like(tokens), *by_arrays
+            return by_states, mx.zeros_like(asked), *by_arrays
 
-        return own_gradient(forward, gradient)(states, tokens, *arrays)
+        return own_gradient(forward, gradient)(states, asked, *arrays)
 
     def _forward(
-        self, statistics: Statistics, size: int, ahead: bool, states: mx.array, tokens: mx.array, *arrays: mx.array
+        self, statistics: Statistics, size: int, ahead: bool, states: mx.array, asked: mx.array, *arrays: mx.array
     ) -> tuple[mx.array, ...]:
         """Chunk by chunk; each waits for the one before, or mlx would begin with the logits of all."""
         found: list[Sequence[mx.array]] = []
         for part, chunk in _chunks(self.apart(states), size, found):
             if ahead:
-                found.append([*map(self.apart, one_ahead(statistics, chunk, tokens[part]))])
+                found.append([*map(self.apart, one_ahead(statistics, chunk, asked[part]))])
             else:
-                found.append([*map(self.apart, statistics(chunk, tokens[part], *arrays))])
+                found.append([*map(self.apart, statistics(chunk, asked[part], *arrays))])
         return tuple(mx.concatenate(list(column)) for column in zip(*found, strict=True))
 
     def _pulled_back(
@@ -153,11 +172,23 @@ class OutputHead:
         return self.apart(gradient), [*map(self.added, before, others)]
 
 
-def one_ahead(statistics: Statistics, states: mx.array, tokens: mx.array) -> tuple[mx.array, ...]:
+def _asked(tokens: mx.array, support: mx.array | None) -> mx.array:
+    """What is asked of each position, in one array: its token [N], or token and set of tokens [N, 1 + W] uint32."""
+    if support is None:
+        return tokens
+    return mx.concatenate([tokens[:, None].astype(mx.uint32), support], axis=1)
+
+
+def _parts(asked: mx.array) -> tuple[mx.array, ...]:
+    """Of `_asked` the tokens [N], and the sets [N, W] where there are any."""
+    return (asked,) if asked.ndim == 1 else (asked[:, 0].astype(mx.int32), asked[:, 1:])
+
+
+def one_ahead(statistics: Statistics, states: mx.array, asked: mx.array) -> tuple[mx.array, ...]:
     """Log-probabilities and entropies [C], and the former's gradients by the states [C, D]."""
 
     def function(states: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        logprobs, entropies = statistics(states, tokens, summed=True)
+        logprobs, entropies = statistics(states, asked, summed=True)
         return logprobs.sum(), logprobs, entropies
 
     (_, logprobs, entropies), gradient = mx.value_and_grad(function)(states)
@@ -187,12 +218,16 @@ def _chunks(states: mx.array, size: int, found: Sequence[Sequence[mx.array]]) ->
         yield slice(start, start + size), chunk
 
 
-def _for(statistics: Statistics, tokens: mx.array) -> Callable[..., tuple[mx.array, mx.array]]:
-    return lambda states, *arrays: statistics(states, tokens, *arrays)
+def _for(statistics: Statistics, asked: mx.array) -> Callable[..., tuple[mx.array, mx.array]]:
+    return lambda states, *arrays: statistics(states, asked, *arrays)
 
 
-def _summed_forward(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def _summed_forward(
+    logits: mx.array, tokens: mx.array, inverse: mx.array, *support: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
     """Log-probabilities, entropies, and the gradient [N, V] of each log-probability by its logits."""
+    if support:
+        logits = limited(logits, *support)
     scaled = (logits - logits.max(axis=-1, keepdims=True)) * inverse
     masses, log_total = mx.softmax(scaled, axis=-1), mx.logsumexp(scaled, axis=-1)
     logprobs = mx.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_total
@@ -205,7 +240,7 @@ def _summed_forward(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tu
 def _summed_gradient(
     primals: Sequence[mx.array], cotangents: Sequence[mx.array], results: Sequence[mx.array]
 ) -> tuple[mx.array, ...]:
-    return results[2], mx.zeros_like(primals[1]), mx.zeros_like(primals[2])
+    return results[2], *map(mx.zeros_like, primals[1:])
 
 
 _summed = own_gradient(_summed_forward, _summed_gradient)

@@ -14,9 +14,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_ppo.algo.truncation import Distribution, packed, support
 from mlx_ppo.compute.checkpointing import checkpointed, twice_in_mlx
 from mlx_ppo.compute.device import multiplies_coarsely
-from mlx_ppo.compute.engine import Arrays, Body, Capabilities, Numbers, Reader, Step
+from mlx_ppo.compute.engine import Arrays, Body, Capabilities, Numbers, Reader, Sampled, Step
 from mlx_ppo.compute.kv_cache import share_offsets
 from mlx_ppo.compute.needs import in_gradient, is_traced
 from mlx_ppo.compute.output_head import OutputHead
@@ -26,6 +27,7 @@ from mlx_ppo.compute.shared_prompts import LayerCache, Reading
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _BLOCK = 256  # entries of the vocabulary that are summed up by themselves, or float32 would not suffice
+_SORTING = 8  # arrays of the logits' size that truncated sampling has at once, with those of a GPU's sort
 _SMALL = 500_000_000  # parameters of a model whose log-probabilities bfloat16 would round too coarsely for PPO's ratios
 
 _in_rows: ContextVar[bool] = ContextVar("in_rows", default=False)
@@ -107,10 +109,17 @@ class PortableEngine:
         return checkpointed(block, trained=bool(body.replaced), twice=twice_in_mlx, computing=lambda: _rows(block))
 
     def statistics(
-        self, body: Body, states: mx.array, tokens: mx.array, *, temperature: float, learning: bool
+        self,
+        body: Body,
+        states: mx.array,
+        tokens: mx.array,
+        *,
+        temperature: float,
+        support: mx.array | None = None,
+        learning: bool,
     ) -> tuple[mx.array, mx.array]:
         """By chunks of positions."""
-        return self.head.statistics(body, states, tokens, temperature=temperature, learning=learning)
+        return self.head.statistics(body, states, tokens, temperature=temperature, support=support, learning=learning)
 
     def reader(self, body: Body, rows: int, *, full: bool) -> Reader:
         """The model reads."""
@@ -136,6 +145,10 @@ class PortableEngine:
     def exact(self, body: Body) -> bool:
         """Whether nothing is in half precision or quantised, and no product in TF32."""
         return not multiplies_coarsely() and all(array.dtype == mx.float32 for array in body.base.values())
+
+    def truncation_needs(self, rows: int, vocabulary: int) -> dict[str, int]:
+        """Sorted logits, their sums, and bits, each as large as the logits."""
+        return {"logits in order": _SORTING * 4 * rows * vocabulary}
 
     def step_needs(self, own: int, others: int, largest: int, *, transposed: bool) -> dict[str, int]:
         """New weights and moments beside the old ones."""
@@ -167,9 +180,9 @@ class ModelReader:
         """With the weights that lie on the model."""
         self._body = body
 
-    def sample(self, states: mx.array, draws: Numbers, temperature: float) -> tuple[mx.array, mx.array]:
+    def sample(self, states: mx.array, draws: Numbers, how: Distribution) -> Sampled:
         """See `sampled`."""
-        return sampled(self._body.logits(states), mx.array(draws), temperature)
+        return sampled(self._body.logits(states), mx.array(draws), how)
 
     def read(self, tokens: mx.array, caches: Sequence[Any]) -> tuple[mx.array, mx.array | None]:
         """Not evaluated: the caller goes on while the device works."""
@@ -181,32 +194,37 @@ class ModelReader:
         """Nothing is held."""
 
 
-def sampled(logits: mx.array, draws: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
+def sampled(logits: mx.array, draws: mx.array, how: Distribution) -> Sampled:
     """Pick a token for each row by the inverse of its cumulative distribution.
 
     Args:
         logits: [B, V].
         draws: [B] uniform in [0, 1).
-        temperature: 0 takes the most probable token.
+        how: what is drawn from; temperature 0 takes the most probable token.
     Returns:
-        tokens [B] and their log-probabilities [B] under softmax(logits / temperature) (temperature 1 where it is 0);
-        NaN where a row has a NaN or positive infinity.
+        tokens [B] and their log-probabilities [B] under what was drawn from (all of softmax(logits) where the
+        temperature is 0), NaN where a row has a NaN or positive infinity; the sets that tokens were drawn from, if
+        they weren't all.
     """
-    scaled = logits.astype(mx.float32) / (temperature if temperature > 0 else 1.0)
+    scaled = logits.astype(mx.float32) / (how.temperature if how.temperature > 0 else 1.0)
     scaled = scaled - scaled.max(axis=-1, keepdims=True)
-    masses = mx.pad(mx.exp(scaled), [(0, 0), (0, -scaled.shape[-1] % _BLOCK)]).reshape(len(scaled), -1, _BLOCK)
+    masses, words = mx.exp(scaled), None
+    if how.truncates:
+        drawn = support(scaled, how)
+        masses, words = mx.where(drawn, masses, 0.0), packed(drawn)
+    masses = mx.pad(masses, [(0, 0), (0, -scaled.shape[-1] % _BLOCK)]).reshape(len(scaled), -1, _BLOCK)
     by_block = masses.sum(axis=-1)
     up_to = mx.cumsum(by_block, axis=-1)
     total = up_to[:, -1:]
     picked = scaled.argmax(axis=-1)
-    if temperature > 0:
+    if how.temperature > 0:
         wanted = draws[:, None] * total
         block = _first_beyond(up_to, wanted)[:, None]
         left = wanted - mx.take_along_axis(up_to - by_block, block, axis=-1)
         inside = mx.cumsum(mx.take_along_axis(masses, block[..., None], axis=1)[:, 0], axis=-1)
         picked = block[:, 0] * _BLOCK + _first_beyond(inside, left)
     logprobs = mx.take_along_axis(scaled, picked[:, None], axis=-1)[:, 0] - mx.log(total[:, 0])
-    return picked.astype(mx.int32), logprobs
+    return Sampled(picked.astype(mx.int32), logprobs, words)
 
 
 def _first_beyond(sums: mx.array, wanted: mx.array) -> mx.array:

@@ -37,6 +37,7 @@ class Sequences(NamedTuple):
     lengths: mx.array  # [B] int32, prompt and response tokens
     kept: mx.array | None = None  # [B, S, D], the states that enter the trunk's `split` block
     shared: SharedPrompts | None = None
+    support: mx.array | None = None  # [N, ceil(V / 32)] uint32, what each target was drawn from; None: all tokens
 
     def spread(self, counted: mx.array) -> mx.array:
         """Values of the N counted tokens at their slots: [N] -> [B, T], 0 where masked."""

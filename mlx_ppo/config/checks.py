@@ -61,6 +61,11 @@ def _train_problems(config: TrainConfig) -> list[Problem]:
         ),
         (0 < ppo.dual_clip <= 1, "ppo.dual_clip", "must be 0 (off) or above 1"),
         (
+            rollout.top_k == 1,
+            "rollout.top_k",
+            "1 leaves one token, whose probability is 1 whatever is learned; set it to 2 or more, or 0 (off)",
+        ),
+        (
             config.score.overlong_buffer > rollout.max_tokens,
             "score.overlong_buffer",
             f"more than the {rollout.max_tokens} tokens of rollout.max_tokens",

@@ -118,6 +118,17 @@ class RolloutSection(Section):
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = Field(
         1.0, description="sampling temperature; every log-probability is of this distribution"
     )
+    top_k: CountOrZero = Field(
+        0,
+        description="sample only from so many of the most probable tokens; 0: from all. With top_k, top_p or min_p "
+        "every log-probability, KL and entropy is of the truncated distribution",
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="then only from the most probable tokens that together have this probability; 1: from all"
+    )
+    min_p: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="then only from tokens at least this share as probable as the most probable one; 0: from all"
+    )
     batch_size: CountOrZero = Field(
         0, description="sequences decoded together; 0: up to 64, as the memory budget allows. Changes speed and memory"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_ppo.algo.truncation import Distribution
 from mlx_ppo.compute.choose import exactly
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.errors import ConfigError, ModelError
@@ -22,6 +23,7 @@ from mlx_ppo.models.peft import fill_with_peft, given_adapters
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.models.write import fill_with_adapters, new_parents, write_folder
 from mlx_ppo.runs.targets import load_target
+from mlx_ppo.stages.rollout import distribution_of
 
 FUSED_DTYPES = ("float32", "float16", "bfloat16")
 GGUF_DTYPES = ("f16", "q8_0")
@@ -34,7 +36,7 @@ class Policy:
     trunk: Trunk  # float32
     weights: Weights
     source: ModelFolder  # the trunk's
-    temperature: float  # of the run's samples
+    drawn: Distribution  # what the run's samples are drawn from
     logits: list[Floats]  # of a few prompts
 
 
@@ -84,9 +86,9 @@ def _load(run: Path) -> Policy:
     trunk, weights = target.trunk, target.weights
     if any(array.dtype != mx.float32 for array in trunk.base.values()):
         trunk = load_trunk(Path(trunk.name), dtype="float32")
-    temperature = target.config.rollout.temperature if isinstance(target.config, TrainConfig) else 1.0
+    drawn = distribution_of(target.config.rollout) if isinstance(target.config, TrainConfig) else Distribution()
     source = check_model_folder(Path(trunk.name))
-    return Policy(trunk, weights, source, temperature, policy_logits(trunk, weights))
+    return Policy(trunk, weights, source, drawn, policy_logits(trunk, weights))
 
 
 def _adapters(policy: Policy, target: Path) -> str:
@@ -147,7 +149,10 @@ def _gguf(policy: Policy, target: Path, dtype: str) -> str:
 
     def fill(folder: Path) -> None:
         write_gguf(folder / name, content)
-        text = modelfile(name, policy.trunk.tokenizer, temperature=policy.temperature)
+        how = policy.drawn._asdict()
+        temperature = how.pop("temperature")
+        bounds = how if policy.drawn.truncates else None
+        text = modelfile(name, policy.trunk.tokenizer, temperature=temperature, bounds=bounds)
         (folder / "Modelfile").write_text(text, "utf-8")
 
     def check(folder: Path) -> str:

@@ -1,6 +1,6 @@
 """The Modelfile with which Ollama takes a GGUF file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mlx_ppo.data.tokenizer import Tokenizer
@@ -14,7 +14,7 @@ Messages = list[dict[str, str]]
 _SYSTEM, _USER, _ANSWER, _NEXT = "zqsysqz", "zqusrqz", "zqansqz", "zqnxtqz"  # contents that no template has
 
 
-def modelfile(file: str, tokenizer: Tokenizer, *, temperature: float) -> str:
+def modelfile(file: str, tokenizer: Tokenizer, *, temperature: float, bounds: Mapping[str, float] | None = None) -> str:
     """The content of a Modelfile.
 
     A TEMPLATE is written for a model without a chat template (the prompt alone), and where the model's can be said in
@@ -24,6 +24,7 @@ def modelfile(file: str, tokenizer: Tokenizer, *, temperature: float) -> str:
         file: the GGUF file's name, in the same folder.
         tokenizer: of the model.
         temperature: of sampling.
+        bounds: top_k, top_p and min_p where sampling is truncated; all three, because Ollama has other defaults.
     Raises:
         ModelError: the chat template takes too long, or too much memory.
     """
@@ -32,6 +33,7 @@ def modelfile(file: str, tokenizer: Tokenizer, *, temperature: float) -> str:
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
     lines.append(f"PARAMETER temperature {temperature:g}")
+    lines += [f"PARAMETER {name} {value}" for name, value in (bounds or {}).items()]
     for text in _stops(tokenizer):
         lines.append(f"PARAMETER stop {text}")
     return "\n".join(lines) + "\n"

@@ -9,12 +9,13 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_ppo.compute.kv_cache import FULL, new_caches, size_caches
+from mlx_ppo.compute.kv_cache import FULL, is_plain, new_caches, size_caches
 from mlx_ppo.compute.sequences import Sequences, make_sequences
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.choices import Possible, Shapes
 from mlx_ppo.memory.model import loading, reading
 from mlx_ppo.memory.simulator import named, predict
+from mlx_ppo.memory.supports import Supports
 from mlx_ppo.memory.weightless import present, shapes_of_call
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.heads import RewardModel
@@ -26,6 +27,7 @@ from mlx_ppo.stages.scoring import critic_values, logprob_column, policy_columns
 
 Terms = dict[str, int]
 _CACHE = "keys and values (KV cache)"
+_SETS = "sets of tokens that were sampled from"
 _AHEAD = "work that mlx begins ahead"
 
 
@@ -99,6 +101,7 @@ class Accountant:
         self._dtype = trunk.dtype
         state = mx.zeros((1, 1, self._width), self._dtype)
         self._vocabulary = shapes_of_call(trunk.logits, state).shape[-1]
+        self._supports = Supports(config.rollout, trunk.engine, self._vocabulary)
         self._seen: dict[tuple[object, ...], Cost] = {}
 
     def with_shapes(self, shapes: Shapes) -> "Accountant":
@@ -113,9 +116,10 @@ class Accountant:
             return self._compact().phases(choices)
         self.roles.trunk.positions = choices.positions
         away = evictable(self.roles, self.config) if choices.evict else []
-        resident = self._resident(away)
+        responses = self.shapes.everywhere or self.shapes.responses
+        resident = self._resident(away) | {_SETS: self._supports.of(responses * self.shapes.response)}
         if self.roles.trunk.split and choices.kv_cache == FULL:
-            resident["states kept below the adapters"] = self._kept(self.shapes.everywhere or self.shapes.responses)
+            resident["states kept below the adapters"] = self._kept(responses)
         found = [self._load(away), _phase("rollout", resident, self._rollout(choices))]
         for name, trunk, cost in self._scores(choices):
             there, passing = (
@@ -188,7 +192,7 @@ class Accountant:
             return [
                 logits,
                 entering,
-                [[cache.keys, cache.values] if _is_plain(cache) else cache.state for cache in caches],
+                [[cache.keys, cache.values] if is_plain(cache) else cache.state for cache in caches],
             ]
 
         def tokens(rows: int, length: int) -> mx.array:
@@ -204,7 +208,7 @@ class Accountant:
         # The cache is made in its full length; that of rows which are being decoded is there while others are read.
         before = read_rows if rows < shapes.responses else rows
         longer = cache - cache * before * shapes.prompt // (rows * (shapes.prompt + shapes.response))
-        outside = max(rows * self._vocabulary * 4, prompts.outside)
+        outside = max(rows * self._vocabulary * 4, prompts.outside) + self._supports.gathered(shapes)
         if prompts.transient + longer > cache + (passing := self._decoding(rows, step, full)).transient:
             return Cost({**prompts.passing, _CACHE: longer}, outside)
         return Cost({**passing.passing, _CACHE: cache}, outside)
@@ -214,7 +218,7 @@ class Accountant:
         largest = max(caches, key=lambda tensor: tensor.nbytes)
         moving = 2 * rows * largest.nbytes  # a block's keys and values
         written = {"a block's, dequantised": moving * self._dtype.size} if largest.dtype == mx.uint32 else {}
-        token = Cost({**step.passing, **written})
+        token = Cost({**step.passing, **written, **self._supports.sampling(rows)})
         return max(token, Cost({"a block's, as rows leave or join": moving}), key=lambda cost: cost.transient)
 
     def _scores(self, choices: Choices) -> list[tuple[str, Trunk | None, Cost]]:
@@ -302,7 +306,8 @@ class Accountant:
     def _sequences(self, rows: int, choices: Choices, distinct: int | None) -> Sequences:
         """Rows of full length, of so many different prompts where these may be shared."""
         prompts = [[row % (distinct or rows), *[0] * (self.shapes.prompt - 1)] for row in range(rows)]
-        made = make_sequences(prompts, [[0] * self.shapes.response] * rows, sharing=distinct is not None)
+        responses = [[0] * self.shapes.response] * rows
+        made = self._supports.on(make_sequences(prompts, responses, sharing=distinct is not None))
         if not self.roles.trunk.split or choices.kv_cache != FULL:
             return made
         if made.shared is None:
@@ -315,7 +320,8 @@ class Accountant:
         """The rows of a batch, out of the kept states."""
         made = self._updated(rows, choices)
         kept = [made.kept] if made.shared is None else made.shared.kept
-        return {"of them, this batch's": sum(part.nbytes for part in kept or [] if part is not None)}
+        sets = {"sets of this batch's tokens": self._supports.of(rows * self.shapes.response)}
+        return sets | {"of them, this batch's": sum(part.nbytes for part in kept or [] if part is not None)}
 
     def _kept(self, responses: int) -> int:
         return responses * (self.shapes.prompt + self.shapes.response) * self._width * self._dtype.size
@@ -333,12 +339,6 @@ class Accountant:
             passing = named(peak, self._vocabulary, self._trained) | {_AHEAD: peak.ahead}
             self._seen[key] = Cost(passing, peak.outside)
         return self._seen[key]
-
-
-def _is_plain(cache: Any) -> bool:
-    from mlx_lm.models.cache import BatchKVCache
-
-    return isinstance(cache, BatchKVCache)
 
 
 def _phase(name: str, resident: Mapping[str, int], cost: Cost) -> Phase:

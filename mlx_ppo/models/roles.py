@@ -146,10 +146,16 @@ def token_statistics(
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities and entropies [B, T] of the counted tokens, from the states [N, D] that predict them.
 
+    Where the sequences have sets of tokens that could be drawn, they are those of the distribution on these sets.
     `learning`: a gradient by the log-probabilities will be taken, and no entropy read, see `OutputHead.statistics`.
     """
     logprobs, entropies = trunk.engine.statistics(
-        trunk, states, sequences.targets, temperature=temperature, learning=learning
+        trunk,
+        states,
+        sequences.targets,
+        temperature=temperature,
+        support=sequences.support,
+        learning=learning,
     )
     return sequences.spread(logprobs), sequences.spread(entropies)
 

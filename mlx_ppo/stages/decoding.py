@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_ppo.algo.truncation import Distribution
 from mlx_ppo.compute.engine import Numbers, Reader
 from mlx_ppo.compute.kv_cache import FULL, join, keep_rows, new_caches, size_caches
 from mlx_ppo.data.batches import pad_right
@@ -49,7 +50,7 @@ class Decoder:
         *,
         places: int,
         max_tokens: int,
-        temperature: float,
+        distribution: Distribution,
         cache_form: str,
     ) -> None:
         """Nothing is read yet.
@@ -59,13 +60,14 @@ class Decoder:
             requests: those of similar prompt length are decoded together, and those of one prompt side by side.
             places: sequences decoded together.
             max_tokens: bound T on a response.
-            temperature: of the sampling distribution; 0 takes the most probable token.
+            distribution: what is drawn from; temperature 0 takes the most probable token.
             cache_form: see `compute.kv_cache`.
         """
         self.trunk, self.requests, self.places = trunk, requests, places
-        self.max_tokens, self.temperature, self.cache_form = max_tokens, temperature, cache_form
+        self.max_tokens, self.distribution, self.cache_form = max_tokens, distribution, cache_form
         self.keeping = bool(trunk.split) and cache_form == FULL
         self.kept = Kept()
+        self.supports = Supports(max_tokens) if distribution.truncates else None  # who needs none takes it away
         self._stops = np.array(sorted(trunk.tokenizer.eos_ids))
         count = len(requests)
         self._prompts = np.array([len(request.prompt) for request in requests])  # their lengths
@@ -144,17 +146,19 @@ class Decoder:
 
     def _step(self, reader: Reader, on_tokens: Callable[[int], None]) -> None:
         live, slots = self._live, self._lengths[self._live]
-        picked, logprobs = reader.sample(self._states, self._draws[live, slots], self.temperature)
+        picked, logprobs, support = reader.sample(self._states, self._draws[live, slots], self.distribution)
         going = slots + 1 < self.max_tokens
         # nothing is predicted from a last token, but a reward model reads its state
         whole = self.keeping or (reader.ahead and bool(going.any()))
         if whole and reader.ahead:
             self._advance(reader, picked, slots)
-            mx.async_eval(self._states, picked, logprobs)
+            mx.async_eval(self._states, picked, logprobs, support)
         picked, logprobs = np.asarray(picked), np.asarray(logprobs)
         if not np.isfinite(logprobs).all():
             raise RunError("the policy's logits are not finite; nothing was sampled")
         self._tokens[live, slots], self._logprobs[live, slots] = picked, logprobs
+        if self.supports is not None:
+            self.supports.add(live, slots, np.asarray(support))
         self._lengths[live] += 1
         on_tokens(len(live))
         self._finished[live] = np.isin(picked, self._stops)
@@ -222,6 +226,29 @@ class Decoder:
         if len(distinct) < len(rows):
             keep_rows(cache, owners.tolist(), self._room(rows))
         return cache, last
+
+
+class Supports:
+    """Gathers the sets that tokens were drawn from, by request."""
+
+    def __init__(self, max_tokens: int) -> None:
+        """Nothing is gathered yet."""
+        self._most = max_tokens
+        self._sets: dict[int, Numbers] = {}
+
+    def add(self, rows: Ints, slots: Ints, words: Numbers) -> None:
+        """Sets [n, W] of one token of each of some requests; the tokens' numbers in their responses are `slots`."""
+        for row, slot, own in zip(rows.tolist(), slots.tolist(), words, strict=True):
+            if row not in self._sets:  # zeros take no memory before they are written to
+                self._sets[row] = np.zeros((self._most, words.shape[-1]), np.uint32)
+            self._sets[row][slot] = own
+
+    def array(self, lengths: Sequence[int]) -> mx.array:
+        """[N, W], the sets of all responses, one behind the other; they are let go of here."""
+        parts = [mx.array(self._sets.pop(row)[:length]) for row, length in enumerate(lengths)]
+        joined = mx.concatenate(parts)
+        mx.eval(joined)
+        return joined
 
 
 class Kept:

@@ -31,6 +31,9 @@ class Rollout(NamedTuple):
     temperature: float  # of the sampling distribution
     max_tokens: int  # bound on a response
     kept: mx.array | None = None  # [B, P + T, D], the states that enter the trunk's `split` block; 0 where no token is
+    support: mx.array | None = (
+        None  # [N, ceil(V / 32)] uint32, what each counted token was drawn from; None: all tokens
+    )
 
     @property
     def lengths(self) -> list[tuple[int, int]]:
@@ -46,6 +49,11 @@ class Rollout(NamedTuple):
             slots=self.mask.shape[1],
             sharing=sharing,
         )
+        if self.support is not None:
+            counts = np.array([len(response) for response in self.responses])
+            starts = np.cumsum(counts) - counts
+            places = [np.arange(starts[row], starts[row] + counts[row], dtype=np.int32) for row in chosen]
+            made = made._replace(support=self.support[mx.array(np.concatenate(places))])
         if self.kept is None:
             return made
         if made.shared is None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_ppo.algo.truncation import Distribution
 from mlx_ppo.compute.kv_cache import FULL
 from mlx_ppo.config.sections import RolloutSection
 from mlx_ppo.data.random import philox
@@ -38,6 +39,20 @@ class Sampling(NamedTuple):
     # Of keys and values, see `compute.kv_cache`. With "8-bit" the sampling distribution is a slightly different one, in
     # which a batch's last digits may turn a rounding; and no states are kept for later passes, which shall be exact.
     cache_form: str = FULL
+    top_k: int = 0  # the tokens that may be drawn, see `algo.truncation`; 0: no bound
+    top_p: float = 1.0  # 1: no bound
+    min_p: float = 0.0  # 0: no bound
+    supports: bool = True  # keep what tokens were drawn from: without, log-probabilities can't be taken again
+
+    @property
+    def distribution(self) -> Distribution:
+        """What tokens are drawn from, given logits."""
+        return Distribution(self.temperature, self.top_k, self.top_p, self.min_p)
+
+
+def distribution_of(section: RolloutSection) -> Distribution:
+    """What a run draws tokens from."""
+    return Distribution(section.temperature, section.top_k, section.top_p, section.min_p)
 
 
 def sampling(section: RolloutSection, choices: Choices, *seed_parts: int | str) -> Sampling:
@@ -49,6 +64,9 @@ def sampling(section: RolloutSection, choices: Choices, *seed_parts: int | str) 
         section.samples_per_prompt,
         batch_size=choices.rollout_batch,
         cache_form=choices.kv_cache,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        min_p=section.min_p,
     )
 
 
@@ -80,9 +98,11 @@ def generate(
         requests,
         places=places,
         max_tokens=how.max_tokens,
-        temperature=how.temperature,
+        distribution=how.distribution,
         cache_form=how.cache_form,
     )
+    if not how.supports:
+        decoder.supports = None
     with trunk.using(weights):
         while decoder.unfinished:
             with phase("rollout"):
@@ -91,7 +111,10 @@ def generate(
     count = len(requests)
     responses = [decoder.response(row) for row in range(count)]
     prompts = [request.prompt for request in requests]
-    return _joined(prompts, responses, how, asked.records, decoder.kept.array(count))
+    rollout = _joined(prompts, responses, how, asked.records, decoder.kept.array(count))
+    if decoder.supports is None:
+        return rollout
+    return rollout._replace(support=decoder.supports.array([length for _, length in rollout.lengths]))
 
 
 def generate_together(
@@ -114,16 +137,19 @@ def generate_together(
             np.concatenate([row[:length] for row, length in zip(logprobs, lengths, strict=True)]),
             np.array(rollout.finished),
         ]
-        if rollout.kept is not None:
-            given.append(np.array([*rollout.kept.shape[1:]], np.int32))
-    parts = [part for part in group.gather(given) if part]
+        given += [
+            np.array([] if states is None else [*states.shape[1:]], np.int32)
+            for states in (rollout.kept, rollout.support)
+        ]
+    gathered = group.gather(given)
+    parts = [part for part in gathered if part]
     responses = [
         Response(tuple(tokens[end - length : end].tolist()), tuple(logprobs[end - length : end].tolist()), bool(done))
         for lengths, tokens, logprobs, finished, *_ in parts
         for length, end, done in zip(lengths.tolist(), np.cumsum(lengths).tolist(), finished, strict=True)
     ]
-    shapes = [part[4].tolist() for part in parts if len(part) > 4]
-    kept = None
+    shapes, words = ([part[at].tolist() for part in parts if len(part[at])] for at in (4, 5))
+    kept = support = None
     if shapes:
         width = max(width for width, _ in shapes)
         own_kept = rollout.kept if rollout is not None else None
@@ -131,7 +157,13 @@ def generate_together(
             own_kept = mx.zeros((0, width, shapes[0][1]), roles.trunk.dtype)
         counts = [samples * len(group.part(len(asked.prompts), rank=rank)) for rank in range(group.size)]
         kept = group.rows(mx.pad(own_kept, [(0, 0), (0, width - own_kept.shape[1]), (0, 0)]), counts)
-    return _joined([prompt for prompt in asked.prompts for _ in range(samples)], responses, how, asked.records, kept)
+    if words:
+        own_support = rollout.support if rollout is not None else None
+        if own_support is None:
+            own_support = mx.zeros((0, words[0][0]), mx.uint32)
+        support = group.rows(own_support, [int(part[0].sum()) if part else 0 for part in gathered])
+    prompts = [prompt for prompt in asked.prompts for _ in range(samples)]
+    return _joined(prompts, responses, how, asked.records, kept)._replace(support=support)
 
 
 def _joined(

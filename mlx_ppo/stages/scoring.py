@@ -105,7 +105,7 @@ def _read_anew(model: RewardModel, roles: Roles, rollout: Rollout) -> Rollout:
             tokens = own.encode(tokenizer.decode(prompt) + answer, bos=True)
             rows.append((*tokens, own.eos_id) if ended else tuple(tokens))
     mask = mx.zeros((len(rows), 1), mx.bool_)
-    return rollout._replace(prompts=tuple(rows), responses=((),) * len(rows), mask=mask, kept=None)
+    return rollout._replace(prompts=tuple(rows), responses=((),) * len(rows), mask=mask, kept=None, support=None)
 
 
 def _ask_function(roles: Roles, source: Source, rollout: Rollout) -> list[float]:

@@ -21,7 +21,7 @@ from mlx_ppo.studio.jobs import Job, Jobs
 from mlx_ppo.studio.labels import Answers
 from mlx_ppo.studio.lines import Row
 from mlx_ppo.studio.order import NO_MORE, Order
-from mlx_ppo.studio.project import Project, is_text, named
+from mlx_ppo.studio.project import BOUNDS, Project, are_bounds, is_text, named
 from mlx_ppo.studio.questions import MODES, Set, agreement, pace
 from mlx_ppo.studio.rounds import Rounds, comparison_of, set_of
 from mlx_ppo.studio.selection import Teacher
@@ -59,6 +59,7 @@ class Studio:
             "prompts": choices["prompts"],
             "max_tokens": choices["max_tokens"],
             "temperature": choices["temperature"],
+            **{name: choices[name] for name in BOUNDS},
             "models": self.project.models(),
             "prompt_sets": prompts,
             "small": self.rounds.small() if choices["model"] else True,
@@ -158,7 +159,8 @@ class Studio:
             raise ConfigError("there is no such round")
         file = f"{_FEEDBACK}/{name}.jsonl"
         how = (choices["max_tokens"], choices["temperature"], choices["seed"])
-        return Order(file, models, str(prompts), total, *how, self.rounds.last_reward() if current is not None else "")
+        reward, bounds = self.rounds.last_reward() if current is not None else "", {n: choices[n] for n in BOUNDS}
+        return Order(file, models, str(prompts), total, *how, reward, **bounds)
 
     def undo(self, tab: str) -> Row:
         """Take a tab's last answer back; its question comes next."""
@@ -268,6 +270,7 @@ def routes(studio: Studio) -> list[BaseRoute]:
 
 
 _HUGE = 10**15  # no number of the page is
+_KINDS = {name: type(value) for name, value in BOUNDS.items()}
 _ASKED = ("mode", "set", "tab")
 
 
@@ -278,11 +281,15 @@ def _prompts(project: Project, given: Row) -> None:
 
 
 def _choose(project: Project, given: Row) -> Row:
-    values: Row = _numbers(given, prompts=str, max_tokens=int, temperature=float)
+    values: Row = _numbers({**BOUNDS, **given}, prompts=str, max_tokens=int, temperature=float, **_KINDS)
     if values["prompts"] not in project.prompts():
         raise ConfigError("choose prompts that are there")
     if not 1 <= values["max_tokens"] <= 4096 or not 0 < values["temperature"] <= 5:
         raise ConfigError("lengths are from 1 to 4096 tokens, temperatures above 0 and up to 5")
+    if not are_bounds(values):
+        raise ConfigError(
+            "top-k is 0 (off) or from 2 on, top-p above 0 and up to 1 (off), min-p from 0 (off) to below 1"
+        )
     return project.choose(**values)
 
 

@@ -17,6 +17,9 @@ class Order(NamedTuple):
     temperature: float
     seed: int
     reward: str = ""  # folder of a reward model on the first model's trunk, whose states tell what to ask next
+    top_k: int = 0  # as the keys of [rollout], like those below
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 def margins_of(file: Path) -> Path:

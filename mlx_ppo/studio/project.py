@@ -26,7 +26,8 @@ _LARGEST_SET = 1 << 30  # bytes of one that is there
 _MOST_HELD_OUT = 200
 _MODELS = ("*", "models/*", "models/*/*")  # where model folders are looked for
 _WRITTEN = (".studio", ".studio/jobs", "feedback", "configs", "prompts")  # in the project
-_CHOICES: Row = {"model": None, "prompts": None, "max_tokens": 64, "temperature": 1.0, "rounds": []}
+BOUNDS: Row = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # of sampling, all off
+_CHOICES: Row = {"model": None, "prompts": None, "max_tokens": 64, "temperature": 1.0, **BOUNDS, "rounds": []}
 
 
 class Project:
@@ -209,6 +210,13 @@ def is_text(text: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
+def are_bounds(given: Row) -> bool:
+    """Whether top_k, top_p and min_p are such as a policy can learn with."""
+    top_k, top_p, min_p = (given[name] for name in BOUNDS)
+    numbers = type(top_k) is int and all(type(value) in (int, float) for value in (top_p, min_p))
+    return numbers and (top_k == 0 or 2 <= top_k <= 10**9) and 0 < top_p <= 1 and 0 <= min_p < 1
+
+
 def _are_choices(given: Row) -> bool:
     """Whether a file's values are such as the page can have written."""
     model, prompts, seed = given["model"], given["prompts"], given.get("seed")
@@ -218,6 +226,7 @@ def _are_choices(given: Row) -> bool:
         and type(given["max_tokens"]) is int
         and isinstance(given["temperature"], int | float)
         and math.isfinite(given["temperature"])
+        and are_bounds(given)
         and type(seed) is int
         and isinstance(given["rounds"], list)
         and all(isinstance(each, dict) and "policy" in each for each in given["rounds"])

@@ -19,7 +19,7 @@ from mlx_ppo.studio.jobs import Job, Jobs
 from mlx_ppo.studio.labels import Answers
 from mlx_ppo.studio.lines import Lines, Row
 from mlx_ppo.studio.order import margins_of
-from mlx_ppo.studio.project import Project
+from mlx_ppo.studio.project import BOUNDS, Project
 from mlx_ppo.studio.questions import verdict_on
 
 SMALL = 50_000_000  # bytes of weights; smaller models take larger steps
@@ -135,6 +135,7 @@ class Rounds:
                 "prompts": min(32, prompts),
                 "max_tokens": choices["max_tokens"],
                 "temperature": choices["temperature"],
+                **{name: choices[name] for name, off in BOUNDS.items() if choices[name] != off},
             },
             "reward": [{"kind": "model", "path": f"../{reward['run']}/reward"}],
             "score": {"truncated": "subtract", "truncated_value": 1.0},

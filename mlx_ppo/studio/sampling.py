@@ -169,7 +169,8 @@ class _Answer(NamedTuple):
 
 def _write(writer: Target, prompts: Sequence[Prompt], at: int, sides: int, order: Order) -> list[list[_Answer]]:
     """For each prompt its completions."""
-    how = Sampling((order.seed, "pairs"), order.max_tokens, order.temperature, sides)
+    how = Sampling((order.seed, "pairs"), order.max_tokens, order.temperature, sides, supports=False)
+    how = how._replace(top_k=order.top_k, top_p=order.top_p, min_p=order.min_p)
     tokenizer = writer.trunk.tokenizer
     tokens = [prompt.tokens for prompt in prompts]
     asked = Asked(tokens, range(at, at + len(prompts)), [prompt.record for prompt in prompts])

@@ -9,6 +9,7 @@ import mlx.optimizers
 import numpy as np
 import pytest
 
+from mlx_ppo.algo.truncation import Distribution
 from mlx_ppo.compute.choose import using
 from mlx_ppo.compute.cpu.engine import CpuEngine
 from mlx_ppo.compute.cpu.sampling import sample
@@ -73,8 +74,10 @@ def test_a_device_samples_what_numpy_does(size: int, temperature: float) -> None
     logits = generator.normal(scale=3.0, size=(64, size)).astype(np.float32)
     draws = generator.random(64).astype(np.float32)
     draws[:2] = 0.0, np.nextafter(np.float32(1), np.float32(0))
-    wanted, logprobs = sample(logits, draws, temperature)
-    found, found_logprobs = map(np.array, sampled(mx.array(logits), mx.array(draws), temperature))
+    wanted, logprobs, support = sample(logits, draws, Distribution(temperature))
+    *both, found_support = sampled(mx.array(logits), mx.array(draws), Distribution(temperature))
+    found, found_logprobs = map(np.array, both)
+    assert support is None and found_support is None
     assert found.dtype == np.int32 and found_logprobs.dtype == np.float32
     scaled = logits.astype(np.float64) / (temperature or 1.0)
     exact = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
@@ -95,8 +98,8 @@ def test_logits_that_are_no_numbers_give_none(bad: float, temperature: float) ->
     logits = np.random.default_rng(0).normal(size=(3, 300)).astype(np.float32)
     logits[1, 17] = bad
     draws = np.full(3, 0.5, np.float32)
-    assert np.isnan(sample(logits, draws, temperature)[1][1])
-    logprobs = np.array(sampled(mx.array(logits), mx.array(draws), temperature)[1])
+    assert np.isnan(sample(logits, draws, Distribution(temperature))[1][1])
+    logprobs = np.array(sampled(mx.array(logits), mx.array(draws), Distribution(temperature))[1])
     assert np.isnan(logprobs[1]) and np.isfinite(logprobs[[0, 2]]).all()
 
 

@@ -130,6 +130,16 @@ def test_a_unigram_vocabulary(model_folder, make_run, tmp_path):
     assert text == ('FROM ./out.gguf\nTEMPLATE """{{ .Prompt }}"""\nPARAMETER temperature 0.7\nPARAMETER stop "</s>"\n')
 
 
+def test_a_modelfile_states_all_bounds_of_truncated_sampling(model_folder, make_run, tmp_path):
+    """Or Ollama's own defaults would stand for those that are off."""
+    run = make_run(model_folder)
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace("top_p = 1.0", "top_p = 0.9"))
+    write(run, tmp_path / "out")
+    said = [line for line in (tmp_path / "out/Modelfile").read_text().splitlines() if line.startswith("PARAMETER")]
+    assert said[:4] == [f"PARAMETER {one}" for one in ("temperature 0.7", "top_k 0", "top_p 0.9", "min_p 0.0")]
+
+
 def test_a_vocabulary_with_byte_fallback(model_folder, with_tokenizer, make_run, tmp_path):
     source = with_tokenizer(model_folder, "fallback")
     _, reader = write(make_run(source), tmp_path / "out")

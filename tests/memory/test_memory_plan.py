@@ -129,8 +129,20 @@ def errors(plan: Plan, found: Measured) -> dict[str, float]:
         {"model": {"train": "full"}, "critic": {"kind": "model"}, "memory": {"residency": "evict"}},
         {"rollout": {"prompts": 2, "samples_per_prompt": 4}},
         {"rollout": {"prompts": 1, "samples_per_prompt": 8}, "lora": {"layers": 2}, "ppo": {"micro_batch": 4}},
+        {"rollout": {"top_p": 0.9}, "ppo": {"micro_batch": 2}},
     ],
-    ids=["lora", "upper blocks", "head", "checkpointing", "micro-batches", "full", "evicted", "groups", "one prompt"],
+    ids=[
+        "lora",
+        "upper blocks",
+        "head",
+        "checkpointing",
+        "micro-batches",
+        "full",
+        "evicted",
+        "groups",
+        "one prompt",
+        "truncated",
+    ],
 )
 def test_predicted_peaks_are_those_of_the_phases(make_config: Make, sections: dict[str, Any]) -> None:
     """Within what the moment at which mlx's threads let go of a buffer changes, which is much in a model of 4 MB."""

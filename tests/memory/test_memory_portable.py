@@ -49,6 +49,8 @@ FORMS = {
     },
     "8-bit keys": {"rollout": {"kv_cache": "8-bit"}},
     "batches": {"rollout": {"batch_size": 8}, "score": {"batch_size": 4}},
+    "truncated": {"rollout": {"top_p": 0.9}},
+    "truncated, groups": {"rollout": {"top_k": 9, "prompts": 2, "samples_per_prompt": 4}, "ppo": {"micro_batch": 2}},
 }
 
 

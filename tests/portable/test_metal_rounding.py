@@ -64,6 +64,20 @@ def test_no_false_stop_in_twenty_seeds_and_a_real_fault_is_caught(
     assert largest < 0.5 and smallest > 1.2
 
 
+@pytest.mark.parametrize("bounds", [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}], ids=str)
+def test_truncated_sampling_has_a_ratio_of_1_too(
+    trunk_in: MakeTrunk, make_world: MakeWorld, found: list[tuple[float, float]], form: str, bounds: dict[str, float]
+) -> None:
+    """Scored and updated on the sets that were sampled from, whatever rounding would make of others."""
+    for seed in range(5):
+        world = make_world(given=trunk_in(form, seed=seed), seed=seed, bounds=bounds)
+        assert np.isfinite(np.array(world.batch.old_logprobs)).all()
+        world.update(minibatches=1, epochs=1, micro_batch=3)
+        off = np.abs(np.array(world.rollout.logprobs) - np.array(world.batch.old_logprobs))
+        assert off[np.array(world.rollout.mask)].mean() < {"float32": 1e-5, "float16": 0.01}.get(form, 0.05)
+    assert max(share for _, share in found) < 0.5
+
+
 @pytest.mark.parametrize("form", HALF)
 def test_scoring_attends_as_updating_does(
     trunk_in: MakeTrunk,

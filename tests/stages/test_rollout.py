@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import BatchRotatingKVCache
 
+from mlx_ppo.algo.truncation import Distribution
 from mlx_ppo.compute.cpu.sampling import sample
 from mlx_ppo.compute.engine import Reader
 from mlx_ppo.compute.portable import sampled
@@ -126,7 +127,7 @@ def test_caches_have_room_for_the_longest_row_and_no_more(
 ) -> None:
     trunk = load_trunk(make_model(head_dim=32, eos_token_id=[2, *range(100, 110)]))
     requests = [Request(prompts[row % 5], philox(0, row).random(16, dtype=np.float32)) for row in range(30)]
-    decoder = Decoder(trunk, requests, places=4, max_tokens=16, temperature=1.0, cache_form=form)
+    decoder = Decoder(trunk, requests, places=4, max_tokens=16, distribution=Distribution(), cache_form=form)
     rooms = set()
 
     def look(_: int) -> None:
@@ -237,8 +238,8 @@ def test_logits_that_are_not_finite_stop_the_run(trunk: Trunk, prompts: Prompts,
         run(trunk, prompts, weights=Weights({"lm_head.weight": head}))
 
 
-def on_device(logits: np.ndarray, draws: np.ndarray, temperature: float) -> tuple[np.ndarray, ...]:
-    tokens, logprobs = sampled(mx.array(logits), mx.array(draws), temperature)
+def on_device(logits: np.ndarray, draws: np.ndarray, how: Distribution) -> tuple[np.ndarray, ...]:
+    tokens, logprobs, _ = sampled(mx.array(logits), mx.array(draws), how)
     return np.array(tokens), np.array(logprobs)
 
 
@@ -249,11 +250,11 @@ def test_sample_inverts_the_cumulative_distribution(sample: Callable[..., Any]) 
         logits = np.log(probabilities).astype(np.float32) + 5
     draws = np.array([0.0, 0.099, 0.101, 0.299, 0.301, 1 - 2**-24], np.float32)
     rows = np.tile(logits, (len(draws), 1))
-    tokens, logprobs = sample(rows, draws, 1.0)
+    tokens, logprobs, *_ = sample(rows, draws, Distribution(1.0))
     assert tokens.tolist() == [1, 1, 2, 2, 4, 4], "never a token of probability 0"
     np.testing.assert_allclose(logprobs, np.log(probabilities[tokens]), rtol=1e-5)
     squared = probabilities**2 / (probabilities**2).sum()
-    tokens, logprobs = sample(rows, draws, 0.5)
+    tokens, logprobs, *_ = sample(rows, draws, Distribution(0.5))
     assert tokens.tolist() == [np.searchsorted(np.cumsum(squared), draw, side="right") for draw in draws]
     np.testing.assert_allclose(logprobs, np.log(squared[tokens]), rtol=1e-5)
 

@@ -10,7 +10,7 @@ from mlx_ppo.config.file import read_config
 from mlx_ppo.config.supervised import JOBS
 from mlx_ppo.errors import ConfigError, DataError, RunError
 from mlx_ppo.runs import health
-from mlx_ppo.studio.api import Studio
+from mlx_ppo.studio.api import Studio, _choose
 from mlx_ppo.studio.jobs import Job
 from mlx_ppo.studio.project import Project
 from mlx_ppo.studio.rounds import wins
@@ -104,6 +104,30 @@ def test_a_round_goes_from_labels_to_the_next_round(studio: Studio, tmp_path: Pa
     assert config.model.adapter == tmp_path / "runs/policy-1/checkpoints/000005"
     with pytest.raises(ConfigError, match="rounds were trained with the present model"):
         studio.project.choose_model("models/reviews")
+
+
+def test_bounds_of_sampling_reach_pairs_and_runs(studio: Studio, tmp_path: Path) -> None:
+    given = {"prompts": "reviews", "max_tokens": 9, "temperature": 1}
+    studio.project.add_example()
+    for wrong in ({"top_k": 1}, {"top_k": -2}, {"top_k": 10**10}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": 1}):
+        with pytest.raises(ConfigError, match="top-k is 0"):
+            _choose(studio.project, {**given, **wrong})
+    with pytest.raises(ConfigError, match="'top_k' must be a number"):
+        _choose(studio.project, {**given, "top_k": 2.5})
+    give(studio, 1, 40)
+    (tmp_path / "runs/reward-1").mkdir(parents=True)
+    shutil.copytree(tmp_path / "models/reviews/reward", tmp_path / "runs/reward-1/reward")
+    studio.rounds.train_reward(kind="pairs", epochs=3, rate=1e-3)
+    studio.jobs.done("runs/reward-1")
+    for bounds in ({"top_k": 30, "top_p": 0.9, "min_p": 0.05}, {}):
+        _choose(studio.project, {**given, **bounds})
+        wanted = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **bounds}
+        assert wanted.items() <= studio.overview().items()
+        order = studio._order("round-1", 0, studio.project.choices())._asdict()
+        studio.rounds.train_policy(iterations=5, kl=0.2, rate=1e-3)
+        section = read_config(JOBS["train"], tmp_path / "configs/policy-1.toml").rollout
+        for name, value in wanted.items():
+            assert order[name] == getattr(section, name) == value
 
 
 def test_a_policy_that_collapsed_is_called_so(studio: Studio, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_ppo.algo.truncation import Distribution
 from mlx_ppo.compute import portable
 from mlx_ppo.compute.adapted import count_of, parameters_of
 from mlx_ppo.compute.checkpointing import Function, checkpointed, planned_twice
@@ -21,7 +22,7 @@ from mlx_ppo.compute.cpu.passes import states_of
 from mlx_ppo.compute.cpu.rotary import share_angles
 from mlx_ppo.compute.cpu.sampling import sample
 from mlx_ppo.compute.cpu.steps import MOST_ROWS, Steps
-from mlx_ppo.compute.engine import Arrays, Body, Capabilities, Numbers, Reader, Step
+from mlx_ppo.compute.engine import Arrays, Body, Capabilities, Numbers, Reader, Sampled, Step
 from mlx_ppo.compute.needs import is_traced
 from mlx_ppo.compute.portable import DTYPES, PortableEngine
 from mlx_ppo.compute.probes import REFUSALS, decoded, short_rows, whole
@@ -116,6 +117,10 @@ class CpuEngine(PortableEngine):
         """A quantised model is computed in float32, too."""
         return all(array.dtype in (mx.float32, mx.uint32) for array in body.base.values())
 
+    def truncation_needs(self, rows: int, vocabulary: int) -> dict[str, int]:
+        """Nothing: numpy works on few rows at once."""
+        return {}
+
     def step_needs(self, own: int, others: int, largest: int, *, transposed: bool) -> dict[str, int]:
         """Moments change where they are; new weights take the gradients' memory, unless these lie transposed."""
         return {"a gradient, copied": largest if transposed else 0}
@@ -126,9 +131,9 @@ class CpuReader(portable.ModelReader):
 
     ahead = False
 
-    def sample(self, states: mx.array, draws: Numbers, temperature: float) -> tuple[Any, Any]:
+    def sample(self, states: mx.array, draws: Numbers, how: Distribution) -> Sampled:
         """See `cpu.sampling.sample`."""
-        return sample(np.asarray(self._body.logits(states).astype(mx.float32)), draws, temperature)
+        return sample(np.asarray(self._body.logits(states).astype(mx.float32)), draws, how)
 
     def read(self, tokens: Any, caches: Sequence[Any]) -> tuple[mx.array, mx.array | None]:
         """Not evaluated."""
@@ -144,9 +149,9 @@ class StepReader:
         """With the weights that lie on the model."""
         self._steps = Steps(body, rows)
 
-    def sample(self, states: mx.array, draws: Numbers, temperature: float) -> tuple[Any, Any]:
+    def sample(self, states: mx.array, draws: Numbers, how: Distribution) -> Sampled:
         """See `cpu.sampling.sample`."""
-        return sample(self._steps.logits(states), draws, temperature)
+        return sample(self._steps.logits(states), draws, how)
 
     def read(self, tokens: Any, caches: Sequence[Any]) -> tuple[mx.array, mx.array | None]:
         """Evaluated."""

@@ -21,10 +21,16 @@ class CpuHead(OutputHead):
     always_ahead = True
 
     def vocabulary(
-        self, logits: mx.array, tokens: mx.array, *, temperature: float, summed: bool = False
+        self,
+        logits: mx.array,
+        tokens: mx.array,
+        support: mx.array | None = None,
+        *,
+        temperature: float,
+        summed: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """By numpy."""
-        return vocabulary_statistics(logits, tokens, temperature=temperature, summed=summed)
+        return vocabulary_statistics(logits, tokens, support, temperature=temperature, summed=summed)
 
     def logits(self, body: Body, states: mx.array) -> mx.array:
         """As the model's; a plain matrix that learns gets a gradient that lies as it does.
@@ -53,17 +59,17 @@ class CpuHead(OutputHead):
         return total
 
     def planned_chunks(
-        self, statistics: Statistics, size: int, ahead: bool, states: mx.array, tokens: mx.array, *arrays: mx.array
+        self, statistics: Statistics, size: int, ahead: bool, states: mx.array, asked: mx.array, *arrays: mx.array
     ) -> Sequence[mx.array]:
         """A chunk by itself, and what is left of it."""
 
         def one(states: mx.array, *arrays: mx.array) -> Sequence[mx.array]:
-            own = mx.zeros(states.shape[:1], mx.int32)
+            own = mx.zeros((len(states), *asked.shape[1:]), asked.dtype)
             return one_ahead(statistics, states, own) if ahead else statistics(states, own, *arrays)
 
         def gradient(states: mx.array, *arrays: mx.array) -> list[mx.array]:
-            own, given = mx.zeros(states.shape[:1], mx.int32), [states, *arrays]
-            cotangents = [mx.zeros(own.shape), mx.zeros(own.shape)]
+            own, given = mx.zeros((len(states), *asked.shape[1:]), asked.dtype), [states, *arrays]
+            cotangents = [mx.zeros(len(states)), mx.zeros(len(states))]
             values, made = mx.vjp(lambda states, *arrays: statistics(states, own, *arrays), given, cotangents)
             return [*values, *made, *(mx.zeros(array.shape) for array in arrays)]
 
@@ -75,7 +81,7 @@ class CpuHead(OutputHead):
         forward = Inside(one, chunk, states.nbytes + (parts if ahead else 0))
         work = Work(0, 0, 0, 0, (forward, None if ahead else Inside(gradient, chunk, states.nbytes + parts)))
         picked = [made_outside(array, 1, [array], Work(0, 0)).sum() for array in arrays]
-        kept = made_outside(states, states.shape[-1] if ahead else 1, [states, tokens], work)
+        kept = made_outside(states, states.shape[-1] if ahead else 1, [states, asked], work)
         logprobs = (kept * mx.stop_gradient(kept)).sum(axis=-1).astype(mx.float32) + sum(picked, mx.zeros(()))
         return logprobs, logprobs * 1.0
 

@@ -2,40 +2,52 @@
 
 import numpy as np
 
+from mlx_ppo.algo.truncation import Distribution
 from mlx_ppo.compute.cpu.products import Floats
-from mlx_ppo.compute.engine import Numbers
+from mlx_ppo.compute.cpu.truncation import packed, support
+from mlx_ppo.compute.engine import Numbers, Sampled
 
 _PIECE = 1 << 18  # elements
 
 
-def sample(logits: Floats, draws: Floats, temperature: float) -> tuple[Numbers, Floats]:
+def sample(logits: Floats, draws: Floats, how: Distribution) -> Sampled:
     """Pick a token for each row by the inverse of its cumulative distribution.
 
     Args:
         logits: [B, V] float32.
         draws: [B] uniform in [0, 1).
-        temperature: 0 takes the most probable token.
+        how: what is drawn from; temperature 0 takes the most probable token.
     Returns:
-        tokens [B] and their log-probabilities [B] under softmax(logits / temperature) (temperature 1 where it is 0);
-        NaN where a row has a NaN or positive infinity.
+        tokens [B] and their log-probabilities [B] under what was drawn from (all of softmax(logits) where the
+        temperature is 0), NaN where a row has a NaN or positive infinity; the sets that tokens were drawn from, if
+        they weren't all.
     """
     tokens, logprobs = np.empty(len(logits), np.int64), np.empty(len(logits), np.float32)
+    sets: list[Numbers] = []
     count = max(1, _PIECE // logits.shape[-1])  # rows at once, so that what lies between stays small
     for start in range(0, len(logits), count):
         rows = slice(start, start + count)
-        tokens[rows], logprobs[rows] = _sample_rows(logits[rows], draws[rows], temperature)
-    return tokens, logprobs
+        tokens[rows], logprobs[rows], *more = _sample_rows(logits[rows], draws[rows], how)
+        sets += more
+    return Sampled(tokens, logprobs, np.concatenate(sets) if sets else None)
 
 
-def _sample_rows(logits: Floats, draws: Floats, temperature: float) -> tuple[Numbers, Floats]:
-    scaled = logits / temperature if temperature > 0 else logits
+def _sample_rows(logits: Floats, draws: Floats, how: Distribution) -> tuple[Numbers, Floats, *tuple[Numbers, ...]]:
+    scaled = logits / how.temperature if how.temperature > 0 else logits
     top = scaled.max(axis=-1, keepdims=True)
     if not np.isfinite(top).all():
-        return np.zeros(len(scaled), np.int64), np.full(len(scaled), np.nan, np.float32)
+        none = np.zeros(scaled.shape, np.bool_)
+        nothing = np.zeros(len(scaled), np.int64), np.full(len(scaled), np.nan, np.float32)
+        return (*nothing, packed(none)) if how.truncates else nothing
     scaled = scaled - top
     masses = np.exp(scaled)
     rows = np.arange(len(scaled))
-    if temperature > 0:
+    sets: tuple[Numbers, ...] = ()
+    if how.truncates:
+        drawn = support(scaled, masses, how)
+        masses[~drawn] = 0
+        sets = (packed(drawn),)
+    if how.temperature > 0:
         cumulative = np.cumsum(masses, axis=-1, dtype=np.float64)
         wanted = draws.astype(np.float64) * cumulative[:, -1]
         tokens = np.array([np.searchsorted(c, w, side="right") for c, w in zip(cumulative, wanted, strict=True)])
@@ -43,4 +55,4 @@ def _sample_rows(logits: Floats, draws: Floats, temperature: float) -> tuple[Num
     else:
         tokens = scaled.argmax(axis=-1)
         total = masses.sum(axis=-1, dtype=np.float64)
-    return tokens, (scaled[rows, tokens] - np.log(total)).astype(np.float32)
+    return tokens, (scaled[rows, tokens] - np.log(total)).astype(np.float32), *sets

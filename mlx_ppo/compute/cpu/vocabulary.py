@@ -1,7 +1,8 @@
 """Log-probability and entropy over the vocabulary, by numpy.
 
 mlx's elementwise functions run on one core and unvectorised on the CPU (exp: 17 ns an element, numpy 0.6), so here the
-same formulas as in `mlx_ppo.algo.logprobs` are computed by numpy, with their own gradient.
+same formulas as in `mlx_ppo.algo.logprobs` are computed by numpy, with their own gradient. Where a set of tokens is
+given (`mlx_ppo.algo.truncation`), all others are masked piece by piece.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ppo.compute.cpu.products import Floats
+from mlx_ppo.compute.cpu.truncation import outside as outside_of
+from mlx_ppo.compute.engine import Numbers
 from mlx_ppo.compute.needs import Work, outside, planned
 
 _PIECE = 1 << 18  # elements
@@ -17,7 +20,12 @@ _LOWEST = -1e30  # in place of the minus infinity of a token that cannot be, who
 
 
 def vocabulary_statistics(
-    logits: mx.array, tokens: mx.array, *, temperature: float, summed: bool = False
+    logits: mx.array,
+    tokens: mx.array,
+    support: mx.array | None = None,
+    *,
+    temperature: float,
+    summed: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities [N] of tokens [N] and entropies [N]; see `output_head.OutputHead.vocabulary`.
 
@@ -25,19 +33,23 @@ def vocabulary_statistics(
     """
     function = _summed if summed else _apart
     inverse = mx.array(1.0 / temperature)
-    found: tuple[mx.array, ...] = function(logits.astype(mx.float32), tokens, inverse)
+    more = () if support is None else (support,)
+    found: tuple[mx.array, ...] = function(logits.astype(mx.float32), tokens, inverse, *more)
     return found[0], found[1]
 
 
 @mx.custom_function
-def _statistics(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array]:
-    return _by_pieces(logits, tokens, inverse, None)
+def _statistics(logits: mx.array, tokens: mx.array, inverse: mx.array, *support: mx.array) -> tuple[mx.array, mx.array]:
+    return _by_pieces(None, logits, tokens, inverse, *support)
 
 
 @mx.custom_function
-def _summed_statistics(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def _summed_statistics(
+    logits: mx.array, tokens: mx.array, inverse: mx.array, *support: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
     gradient = mx.zeros(logits.shape)
-    logprobs, entropies = _by_pieces(logits, tokens, inverse, np.asarray(gradient))  # a view: it is filled in place
+    filled = np.asarray(gradient)  # a view
+    logprobs, entropies = _by_pieces(filled, logits, tokens, inverse, *support)
     return logprobs, entropies, gradient
 
 
@@ -45,17 +57,18 @@ def _summed_statistics(logits: mx.array, tokens: mx.array, inverse: mx.array) ->
 def _summed_statistics_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, ...]:
-    return outputs[2], mx.zeros_like(primals[1]), mx.zeros_like(primals[2])
+    return outputs[2], *map(mx.zeros_like, primals[1:])
 
 
 def _by_pieces(
-    logits: mx.array, tokens: mx.array, inverse: mx.array, gradient: Floats | None
+    gradient: Floats | None, logits: mx.array, tokens: mx.array, inverse: mx.array, *support: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities and entropies; or, instead of the latter, the former's gradient, into `gradient` [N, V]."""
     values, chosen, factor = np.asarray(logits), np.asarray(tokens), np.float32(np.asarray(inverse))
     logprobs, entropies = np.empty(len(values), np.float32), np.full(len(values), np.nan, np.float32)
+    sets = [np.asarray(words) for words in support]
     for rows in _pieces(values):
-        shifted, masses, total = _softmax(values[rows], factor)
+        shifted, masses, total = _softmax(values[rows], factor, *(words[rows] for words in sets))
         log_total = np.log(total)
         logprobs[rows] = np.take_along_axis(shifted, chosen[rows, None], axis=-1)[:, 0] - log_total
         if gradient is not None:
@@ -70,14 +83,14 @@ def _by_pieces(
 
 @_statistics.vjp
 def _statistics_vjp(
-    primals: tuple[mx.array, mx.array, mx.array], cotangents: tuple[mx.array, mx.array], _: tuple[mx.array, mx.array]
-) -> tuple[mx.array, mx.array, mx.array]:
-    logits, tokens, inverse = primals
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, mx.array], _: tuple[mx.array, mx.array]
+) -> tuple[mx.array, ...]:
+    logits, tokens, inverse, *support = primals
     values, factor = np.asarray(logits), np.float32(np.asarray(inverse))
     by_logprob, by_entropy = (np.asarray(cotangent) * factor for cotangent in cotangents)
-    gradient = np.empty_like(values)
+    gradient, sets = np.empty_like(values), [np.asarray(words) for words in support]
     for rows in _pieces(values):
-        shifted, masses, total = _softmax(values[rows], factor)
+        shifted, masses, total = _softmax(values[rows], factor, *(words[rows] for words in sets))
         masses /= total[:, None]
         if by_entropy[rows].any():
             np.subtract(shifted, np.log(total)[:, None], out=shifted)
@@ -87,7 +100,7 @@ def _statistics_vjp(
         else:
             np.multiply(masses, -by_logprob[rows, None], out=gradient[rows])
     gradient[np.arange(len(gradient)), np.asarray(tokens)] += by_logprob
-    return mx.array(gradient), mx.zeros_like(tokens), mx.zeros_like(inverse)
+    return mx.array(gradient), *map(mx.zeros_like, primals[1:])
 
 
 def _pieces(values: Floats) -> Iterator[slice]:
@@ -96,22 +109,26 @@ def _pieces(values: Floats) -> Iterator[slice]:
     return (slice(start, start + count) for start in range(0, len(values), count))
 
 
-def _softmax(values: Floats, factor: np.float32) -> tuple[Floats, Floats, Floats]:
+def _softmax(values: Floats, factor: np.float32, *support: Numbers) -> tuple[Floats, Floats, Floats]:
     """Logits times a factor, less their maximum; their exponentials; and the sums of those."""
     shifted = values * factor
+    for words in support:
+        np.putmask(shifted, outside_of(words, shifted.shape[-1]), np.float32(-np.inf))
     shifted -= shifted.max(axis=-1, keepdims=True)
     masses = np.exp(shifted)
     return shifted, masses, masses.sum(axis=-1)
 
 
-def _planned(logits: mx.array, tokens: mx.array, inverse: mx.array) -> tuple[mx.array, mx.array]:
+def _planned(logits: mx.array, tokens: mx.array, inverse: mx.array, *support: mx.array) -> tuple[mx.array, mx.array]:
     """Gathering has the gradient that the statistics have, one array [N, V].
 
-    Numpy works by pieces: on shifted logits, their exponentials and a third array; the gradient is whole.
+    Numpy works by pieces: on shifted logits, their exponentials and a third array, and where there are sets on their
+    bits, a byte each, twice; the gradient is whole.
     """
-    pieces = 3 * min(logits.nbytes, max(logits.shape[-1], _PIECE) * 4)
+    piece = min(logits.nbytes, max(logits.shape[-1], _PIECE) * 4)
+    pieces = 3 * piece + (piece // 2 if support else 0)
     work = Work(pieces, pieces + logits.nbytes)
-    index = outside(tokens[:, None].astype(mx.int32), [logits, tokens, inverse], work)
+    index = outside(tokens[:, None].astype(mx.int32), [logits, tokens, inverse, *support], work)
     picked = mx.take_along_axis(logits, index, axis=-1).squeeze(-1)
     return picked, picked * 1.0
 

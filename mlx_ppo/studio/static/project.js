@@ -127,14 +127,18 @@ class Page {
     const chosen = h("select", { id: "prompt-set" }, names.map((each) => h("option", { value: each, selected: each === state.prompts || null }, `${each} (${state.prompt_sets[each].train}, ${state.prompt_sets[each].held_out} held out)`)));
     const longest = h("input", { type: "number", min: 1, max: 4096, value: state.max_tokens, id: "max-tokens" });
     const temperature = h("input", { type: "number", min: 0.1, max: 5, step: 0.1, value: state.temperature, id: "temperature" });
+    const bound = (id, value, rest) => h("input", { type: "number", value, id, ...rest });
+    const topK = bound("top-k", state.top_k, { min: 0, step: 1 });
+    const topP = bound("top-p", state.top_p, { min: 0.01, max: 1, step: "any" });
+    const minP = bound("min-p", state.min_p, { min: 0, max: 0.99, step: "any" });
     const lines = h("textarea", { rows: 5, id: "prompt-lines", placeholder: "One prompt a line" });
     const path = h("input", { id: "prompt-path", placeholder: "or the path of a JSONL file on this machine" });
     const name = h("input", { id: "prompt-name", value: names.length ? `prompts-${names.length + 1}` : "my-prompts" });
     const chat = h("input", { type: "checkbox", id: "prompt-chat", checked: (state.models[state.model] || {}).chat || null });
-    const values = () => ({ prompts: chosen.value, max_tokens: Number(longest.value), temperature: Number(temperature.value) });
+    const values = () => ({ prompts: chosen.value, max_tokens: Number(longest.value), temperature: Number(temperature.value), top_k: Number(topK.value), top_p: Number(topP.value), min_p: Number(minP.value) });
     const given = () => ({ name: name.value, text: lines.value, path: path.value, chat: chat.checked });
     return [
-      names.length ? [this.field("Prompts", chosen), h("div", { class: "row" }, this.field("Longest answer, tokens", longest), this.field("Temperature", temperature)), this.does("Use these", "/api/choose", values, { id: "use-prompts", main: !state.prompts })] : null,
+      names.length ? [this.field("Prompts", chosen), h("div", { class: "row" }, this.field("Longest answer, tokens", longest), this.field("Temperature", temperature)), h("details", { open: state.top_k > 0 || state.top_p < 1 || state.min_p > 0 || null }, h("summary", {}, "Leave out improbable tokens"), h("div", { class: "row" }, this.field("Top-k (0: off)", topK), this.field("Top-p (1: off)", topP), this.field("Min-p (0: off)", minP))), this.does("Use these", "/api/choose", values, { id: "use-prompts", main: !state.prompts })] : null,
       h("details", { open: names.length ? null : true }, h("summary", {}, "New prompts"), this.field("Prompts", lines), this.field("File", path), this.field("Name", name), h("label", {}, chat, "Each line is what a user says in a chat"), this.does("Add", "/api/prompts", given, { main: false, id: "add-prompts" })),
     ];
   }
