@@ -26,6 +26,7 @@ _PREFIX = "base_model.model."
 _LEAVES = ("lora_a", "lora_b", "m")
 _SIDE = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.default)?(?:\.weight)?")
 _WHOLE = re.compile(r"\.modules_to_save(?:\.default)?")
+_BENEATH = ".base_layer.weight"  # PEFT saves the embedding under an adapter, too
 _BLOCK = re.compile(r"\.\d+\.")
 _Sides = dict[str, dict[str, mx.array]]
 
@@ -93,6 +94,11 @@ def _of_peft(folder: Path, described: Mapping[str, Any], trunk: Trunk) -> dict[s
     sides, found = _Sides(), dict[str, mx.array]()
     for name, array in read_arrays(folder / ARRAYS).items():
         matched = _SIDE.fullmatch(name.removeprefix(_PREFIX))
+        if name.endswith(_BENEATH):
+            place = _place(name.removeprefix(_PREFIX).removesuffix(_BENEATH))
+            key = f"{layers.get(place, place[1])}.weight"
+            found[key] = _whole(folder, key, array.astype(mx.float32), trunk)
+            continue
         if matched is None:
             own = _WHOLE.sub("", name.removeprefix(_PREFIX))
             layer, _, leaf = own.rpartition(".")
@@ -109,6 +115,10 @@ def _of_peft(folder: Path, described: Mapping[str, Any], trunk: Trunk) -> dict[s
         embeds, scaled = "embedding_A" in side or "embedding_B" in side, bool(described.get("use_dora"))
         if embeds and scaled:
             raise ModelError(f"{folder}: DoRA on the embedding {layer}; merge it with PEFT")
+        if embeds and trunk.output_layer is None:
+            raise ModelError(
+                f"{folder}: {layer} is the output layer, too, to which PEFT adds nothing; it can't be merged"
+            )
         names = ("embedding_A", "embedding_B") if embeds else ("A", "B")
         a, b = _pair(folder, layer, side, *names)
         _require(folder, layer, a.ndim == b.ndim == 2 and b.shape[1] == a.shape[0])

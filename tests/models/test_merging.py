@@ -159,6 +159,19 @@ def test_magnitudes_and_whole_modules_of_peft(trunk: Trunk, peft: Callable[..., 
     assert found["model.norm.weight"].tolist() == [1.5] * 32
 
 
+def test_an_embedding_of_peft(trunk: Trunk, peft: Callable[..., Path], make_model: MakeModel) -> None:
+    name, (tokens, width) = "base_model.model.model.embed_tokens", trunk.base["model.embed_tokens.weight"].shape
+    a, b = mx.random.normal((3, tokens), key=mx.random.key(0)), mx.random.normal((width, 3), key=mx.random.key(1))
+    own = trunk.base["model.embed_tokens.weight"]
+    arrays = {f"{name}.lora_embedding_A": a, f"{name}.lora_embedding_B": b, f"{name}.base_layer.weight": own}
+    folder = peft(arrays, lora_alpha=6)
+    found = merged_arrays(folder, trunk)["model.embed_tokens.weight"]
+    np.testing.assert_allclose(found, own + 2.0 * (b @ a).T, rtol=1e-5, atol=1e-5)
+    tied = load_trunk(make_model(tie_word_embeddings=True), dtype="float32")
+    with pytest.raises(ModelError, match="is the output layer, too"):
+        merged_arrays(folder, tied)
+
+
 def test_what_cannot_be_merged_is_refused_by_name(
     trunk: Trunk, peft: Callable[..., Path], make_model: MakeModel, tmp_path: Path
 ) -> None:
