@@ -29,11 +29,9 @@ from mlx_ppo.runtime.local_group import reaches_itself
 from mlx_ppo.runtime.phases import metering, phase
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
 from mlx_ppo.stages import orders
-from mlx_ppo.stages.iteration import Iteration, iterate
-from mlx_ppo.stages.measurements import kept_responses, response_columns
-from mlx_ppo.stages.records import number
+from mlx_ppo.stages.iteration import iterate
+from mlx_ppo.stages.measurements import response_columns, sample_rows
 from mlx_ppo.stages.state import State, initial_state, slow_controller
-from mlx_ppo.tokenizers.load import completion_text
 
 _SLOW = 3  # iterations
 
@@ -218,7 +216,9 @@ class _Training:
             what = "only goes back towards the reference" if done.stepped else "stays as it is"
             said = f"warning: {equal} of iteration {step} are equal: no signal to learn from, the policy {what}"
             self.reporter.message(said)
-        samples = self._samples(done, prompts)
+        texts = [prompt.text for prompt in prompts]
+        seed, step = self.config.run.seed, self.state.iteration
+        samples = sample_rows(self.roles.trunk.tokenizer, texts, done.rollout, done.scored, (seed, step))
         metrics = {**done.metrics, "time": time.time(), "seconds": time.monotonic() - started}
         metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["seconds"]
         self._close(orders.closing(self.roles.group, self.keeper.meter))
@@ -229,21 +229,6 @@ class _Training:
         metrics |= {f"seconds/{name}": took for name, took in spent.items() if took > 0}
         self.run.log(RESPONSES, [{"step": self.state.iteration, **response_columns(done.rollout, done.scored)}])
         return metrics, samples, done.rollout.lengths
-
-    def _samples(self, done: Iteration, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """The responses that are kept, as rows of the log; that of the median score first."""
-        step, samples = self.state.iteration, self.config.rollout.samples_per_prompt
-        tokenizer = self.roles.trunk.tokenizer
-        return [
-            {
-                "step": step,
-                "kind": kind,
-                "prompt": prompts[row // samples].text,
-                "completion": completion_text(tokenizer, done.rollout.prompts[row], done.rollout.responses[row]),
-                "score": number(done.scored.scores[row]),
-            }
-            for kind, row in kept_responses(done.scored, self.config.run.seed, step).items()
-        ]
 
     def _log(self, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
         step = self.state.iteration

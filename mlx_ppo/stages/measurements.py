@@ -1,6 +1,7 @@
 """A finished iteration in numbers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -9,10 +10,12 @@ from mlx_ppo.algo.diagnostics import explained_variance
 from mlx_ppo.algo.kl import kl_estimate
 from mlx_ppo.algo.masked import masked_mean, masked_sum
 from mlx_ppo.data.random import philox
+from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.models.heads import RewardModel
 from mlx_ppo.models.roles import Source
 from mlx_ppo.rewards.scorer import TextScorer
 from mlx_ppo.stages.records import PPOBatch, Rollout, Scored, UpdateStats, number
+from mlx_ppo.tokenizers.load import completion_text
 
 
 def iteration_metrics(
@@ -94,11 +97,33 @@ def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(tokens[at : at + n]) for at in range(len(tokens) - n + 1)]
 
 
-def kept_responses(scored: Scored, seed: int, step: int) -> dict[str, int]:
-    """Rows of the responses that are kept as texts: of the median ("rollout"), highest, lowest score, one by chance."""
+def sample_rows(
+    tokenizer: Tokenizer, prompts: Sequence[str], rollout: Rollout, scored: Scored, seed_and_step: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """The responses of an iteration that are kept as texts, as rows of the log; that of the median score first.
+
+    Args:
+        tokenizer: the policy's.
+        prompts: texts, of which each got as many responses.
+        rollout: the responses.
+        scored: their scores.
+        seed_and_step: of the run, and the iteration's number.
+    """
+    seed, step = seed_and_step
+    samples = len(rollout.prompts) // len(prompts)
     order = np.argsort(np.array(scored.scores)).tolist()
     by_chance = int(philox("sample", seed, step).integers(len(order)))
-    return {"rollout": order[len(order) // 2], "best": order[-1], "worst": order[0], "chance": by_chance}
+    kept = {"rollout": order[len(order) // 2], "best": order[-1], "worst": order[0], "chance": by_chance}
+    return [
+        {
+            "step": step,
+            "kind": kind,
+            "prompt": prompts[row // samples],
+            "completion": completion_text(tokenizer, rollout.prompts[row], rollout.responses[row]),
+            "score": number(scored.scores[row]),
+        }
+        for kind, row in kept.items()
+    ]
 
 
 def response_columns(rollout: Rollout, scored: Scored) -> dict[str, list[float]]:
