@@ -80,11 +80,8 @@ def measured(path: Path, asked: Question, told: Messages) -> Document:
     config = open_config(run)
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"{path}: a frontier is that of a run of `train`")
-    if bounds := distribution_of(config.rollout).bounds:
-        raise ConfigError(
-            f"{path}: sampled with rollout.{next(iter(bounds))}; a response of one policy may be outside of what the "
-            "other can write then, and its weight isn't known"
-        )
+    if any(source.kind == "judge" and source.mode != "pointwise" and source.weight for source in config.reward):
+        raise ConfigError(f"{path}: its judge compares completions; a score that isn't one by itself has no optimum")
     step = newest_step(run) if chosen is None else int(chosen.name) if chosen.name.isdecimal() else -1
     if step not in checkpoint.steps(run):
         raise ModelError(f"{path}: no such checkpoint")
