@@ -15,6 +15,10 @@ def source_named(text: str) -> RewardSource:
     Raises:
         ConfigError: it names none of these.
     """
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ConfigError(f"--reward: {text!r} can't be the name of anything") from None
     if not text or "\0" in text:
         raise ConfigError("--reward: names nothing; give a folder, FILE.py:NAME or rule:NAME")
     if text.startswith("rule:"):

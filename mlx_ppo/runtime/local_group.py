@@ -4,8 +4,10 @@ They meet by pipes before every exchange, asleep; the ring itself would keep a c
 pipes the leader also learns at once that one has died, and in time that one hangs.
 """
 
+import errno
 import json
 import os
+import secrets
 import signal
 import socket
 import tempfile
@@ -25,6 +27,7 @@ from mlx_ppo.runtime.group import Ring
 
 _STARTING = 120.0  # seconds
 _LARGEST = 1 << 16  # bytes of a failure's text
+_PORTS = range(10_000, 32_000)  # below those that Linux (32768) and macOS (49152) begin to give to whoever connects
 _NOT_WORKING = {psutil.STATUS_DEAD, psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP}
 _joined = False  # mlx keeps a process's group until it ends
 
@@ -174,11 +177,21 @@ def reaches_itself() -> bool:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at just now."""
-    sockets = [socket.socket() for _ in range(count)]
+    """Ports that nobody listens at just now.
+
+    None of those that systems give to whoever connects: a process that connects to such a port before anybody listens
+    there can be given this very port for its own end, and is then connected with itself.
+    """
+    sockets: list[socket.socket] = []
     try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
+        while len(sockets) < count:
+            sockets.append(socket.socket())
+            try:
+                sockets[-1].bind(("127.0.0.1", secrets.choice(_PORTS)))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                sockets.pop().close()
         return [each.getsockname()[1] for each in sockets]
     finally:
         for each in sockets:

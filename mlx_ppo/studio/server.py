@@ -2,10 +2,12 @@
 
 import json
 import secrets
+import signal
 import socket
+import threading
 import webbrowser
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -117,6 +119,19 @@ def listen(port: int) -> socket.socket:
     return made
 
 
+@contextmanager
+def _on_interrupt(end: Callable[..., None]) -> Iterator[None]:
+    """What Ctrl-C does, from before the address is told on; an exception could come where it is lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def serve(
     routes: Sequence[BaseRoute],
     path: str,
@@ -153,7 +168,11 @@ def serve(
             timeout_graceful_shutdown=_CLOSING_SECONDS,
         )
     )
-    with held, suppress(KeyboardInterrupt):
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    with held, _on_interrupt(end):
         say(f"{address.url(path)}{rest}\nCtrl-C ends the page; jobs go on")
         if show and has_screen():
             webbrowser.open(address.url(path, once=True) + rest)

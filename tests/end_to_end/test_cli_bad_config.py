@@ -24,7 +24,7 @@ JOBS = ("train", "sft", "reward")
         ({"reward": [{"kind": "function"}]}, "reward.0.function: missing"),
         ({"reward": [{"kind": "model", "path": "r", "function": "rule.py:letters"}]}, "another kind of reward"),
         ({"reward": [{"kind": "function", "function": "rule.py"}]}, "file.py:name"),
-        ({"reward": [{"kind": "model", "path": "r", "gate": True}]}, "reward.0.gate: a reward model's 0"),
+        ({"reward": [{"kind": "model", "path": "r", "gate": True}]}, "reward.0.gate: a model's 0"),
         ({"data": {"max_prompt_tokens": 1}}, "data.max_prompt_tokens: must be at least 2"),
         ({"model": {"path": ""}}, "model.path: must name a file"),
     ],

@@ -231,7 +231,7 @@ def test_memory_that_there_is_not_ends_in_a_line(project, monkeypatch):
     def none(*_: object, **__: object) -> None:
         raise MemoryError("Unable to allocate 373. GiB")
 
-    monkeypatch.setattr("mlx_ppo.cli.look.generate", none)
+    monkeypatch.setattr("mlx_ppo.writing.generate_together", none)
     words = "there isn't enough memory for this (Unable to allocate 373. GiB); ask for less at once"
     result = project.cli("sample", "model", "--prompt", "it")
     assert result.exit_code == 4 and result.stderr.splitlines()[-1] == f"error: {words}"

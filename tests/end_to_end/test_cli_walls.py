@@ -59,6 +59,10 @@ def commands(project) -> dict[str, list[object]]:
         "bench": [train, "--iterations", 1],
         "export": ["runs/a", "exported", "--format", "gguf", "--dtype", "f16"],
         "import": ["exported/exported.gguf", "imported"],
+        "best-of": ["runs/a", "--n", 2, "--count", 2],
+        "forgetting": ["runs/a", "--tokens", 64],
+        "frontier": ["runs/a", "--samples", 2, "--prompts", 2],
+        "merge": ["model", "runs/a/checkpoints/000002", "merged"],
         "doctor": [],
         "init": ["fresh"],
     }

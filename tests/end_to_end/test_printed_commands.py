@@ -68,5 +68,5 @@ def test_printed_commands_that_can_run_do(tried: tuple[Path, str], monkeypatch: 
         result = CliRunner().invoke(main, [name, *arguments, *dry])
         assert result.exit_code == 0, (line, result.output)
         ran.append(name)
-    written = {"init", "export", "report", "best-of", "forgetting"}
+    written = {"init", "export", "report", "best-of", "forgetting", "frontier"}
     assert set(ran) == {"train", "sft", "reward", "data", "resume", "verify", "sample", "compare", "plan", *written}

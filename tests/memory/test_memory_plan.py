@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from mlx_ppo.algo.truncation import Distribution
 from mlx_ppo.bench.dry_run import Measured, dry_run
 from mlx_ppo.cli.main import main
 from mlx_ppo.compute import portable
@@ -172,14 +173,14 @@ def test_the_predicted_peak_of_a_rollout_whose_rows_are_replaced(
     plan = make_plan(own, config, None)
     draw, on_device, shares = engine.sample, portable.sampled, [3 / response, 0.0]
 
-    def ending(logits: Any, draws: Any, temperature: float) -> Any:
+    def ending(logits: Any, draws: Any, how: Distribution) -> Any:
         """End responses at tokens of chance."""
-        tokens, logprobs = draw(logits, draws, temperature)
-        return np.where(draws < shares[-1], 2047, np.where(tokens == 2047, 5, tokens)), logprobs
+        tokens, *rest = draw(logits, draws, how)
+        return np.where(draws < shares[-1], 2047, np.where(tokens == 2047, 5, tokens)), *rest
 
-    def ending_on_device(logits: mx.array, draws: mx.array, temperature: float) -> Any:
-        tokens, logprobs = on_device(logits, draws, temperature)
-        return mx.where(draws < shares[-1], 2047, mx.where(tokens == 2047, 5, tokens)), logprobs
+    def ending_on_device(logits: mx.array, draws: mx.array, how: Distribution) -> Any:
+        tokens, *rest = on_device(logits, draws, how)
+        return mx.where(draws < shares[-1], 2047, mx.where(tokens == 2047, 5, tokens)), *rest
 
     monkeypatch.setattr(engine, "sample", ending)
     monkeypatch.setattr(portable, "sampled", ending_on_device)
