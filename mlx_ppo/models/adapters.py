@@ -19,7 +19,7 @@ from mlx_ppo.data.random import mx_key
 from mlx_ppo.errors import ModelError
 
 HEAD = "head."
-MERGE = "merge it into the model first (`mlx-ppo merge`)"
+MERGE = "fuse it into the model first (`mlx-ppo merge`)"
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def check(folder: Path, described: Mapping[str, Any], *, merging: bool = False) 
 
 def _check_pair(folder: Path, layer: str, pair: Mapping[str, mx.array], module: nn.Module) -> None:
     if len(pair) < 2:
-        raise ModelError(f"{folder}: {layer} has only one of lora_A and lora_B")
+        raise ModelError(f"{folder}: damaged adapters in PEFT's format: {layer} has only one of lora_A and lora_B")
     inputs, outputs = dimensions(module)
     a, b = pair["A"], pair["B"]
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != inputs or b.shape[0] != outputs or a.shape[0] != b.shape[1]:

@@ -49,7 +49,7 @@ def test_what_cannot_be_merged(project, tmp_path):
     (dora / "adapter_config.json").write_text(json.dumps(config))
     project.refused(
         3,
-        "merge it into the model first (`mlx-ppo merge`)",
+        "fuse it into the model first (`mlx-ppo merge`)",
         "train",
         project.config(model={"adapter": "dora"}),
         left=True,
