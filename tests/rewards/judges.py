@@ -77,12 +77,12 @@ class Handler(BaseHTTPRequestHandler):
             server.most_together = max(server.together, server.most_together)
         try:
             said = server.answer(self, document)
-            if said is not None:
-                self.completion(said)
         finally:
             self.close_connection = True
-            with server.lock:
+            with server.lock:  # before it is answered: the next question may come at once
                 server.together -= 1
+        if said is not None:
+            self.completion(said)
 
     def completion(self, said: Any, finish: str = "stop", **more: Any) -> None:
         """Answer as a chat's completion."""
