@@ -7,7 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_ppo.algo.best_of import best_of_kl, expected_best_of
+from mlx_ppo.algo.best_of import best_of_kl, expected_best_of, powers
 from mlx_ppo.config.rewards import ScoreSection
 from mlx_ppo.data.prompts import Prompt
 from mlx_ppo.models.adapters import Weights
@@ -110,8 +110,10 @@ def draw(
 def best_of_each(drawn: Drawn) -> list[Best]:
     """For k = 1, 2, 4, ... and N."""
     count = drawn.scores.shape[1]
-    sizes = [1 << power for power in range(count.bit_length()) if 1 << power < count] + [count]
-    return [Best(k, Interval.of(np.array(expected_best_of(mx.array(drawn.scores), k))), best_of_kl(k)) for k in sizes]
+    return [
+        Best(k, Interval.of(np.array(expected_best_of(mx.array(drawn.scores), k))), best_of_kl(k))
+        for k in powers(count)
+    ]
 
 
 class Chosen(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_ppo.algo.best_of import best_of_kl, expected_best_of
+from mlx_ppo.algo.best_of import best_of_kl, expected_best_of, powers
 from mlx_ppo.algo.frontier import mixture_log_weights, tilted
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.prompts import Prompt
@@ -18,12 +18,12 @@ from mlx_ppo.data.random import philox
 from mlx_ppo.errors import ConfigError, ModelError
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.roles import Loading, Roles, load_roles
-from mlx_ppo.prompting import load_data, tokenizer_of
+from mlx_ppo.prompting import Messages, load_data, tokenizer_of
 from mlx_ppo.rewards.figures import Floats
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.folder import FRONTIER, SAMPLES, log_row, open_config, replace_file
 from mlx_ppo.runs.plan_file import Choices
-from mlx_ppo.runs.targets import newest_step, trained_weights
+from mlx_ppo.runs.targets import newest_step, parted, trained_weights
 from mlx_ppo.stages.records import Rollout
 from mlx_ppo.stages.rollout import Asked, distribution_of, generate, sampling
 from mlx_ppo.stages.scoring import combined_scores, policy_logprobs, raw_scores
@@ -52,17 +52,14 @@ class Question(NamedTuple):
     prompts: int  # of its evaluations, at most
 
 
-class Messages(Protocol):
+class Listener(Messages, Protocol):
     """Who is told what happens."""
-
-    def message(self, text: str) -> None:
-        """One line of information or warning."""
 
     def done(self, share: float) -> None:
         """So much more of all samples is there."""
 
 
-def measured(path: Path, asked: Question, told: Messages) -> Document:
+def measured(path: Path, asked: Question, told: Listener) -> Document:
     """Sample a run's policy and its reference on the run's evaluation prompts, and say what `frontier` says.
 
     What is found is kept in the run's folder as well.
@@ -74,11 +71,10 @@ def measured(path: Path, asked: Question, told: Messages) -> Document:
     Raises:
         UserError: it isn't such a run, has no penalty, or can't be read.
     """
-    run = Path(os.path.realpath(path))
-    chosen = run if run.parent.name == "checkpoints" else None
-    run = run.parent.parent if chosen is not None else run
-    config = open_config(run)
-    if not isinstance(config, TrainConfig):
+    real = Path(os.path.realpath(path))
+    run, chosen = parted(real)
+    config = open_config(run or real)
+    if run is None or not isinstance(config, TrainConfig):
         raise ConfigError(f"{path}: a frontier is that of a run of `train`")
     if any(source.kind == "judge" and source.mode != "pointwise" and source.weight for source in config.reward):
         raise ConfigError(f"{path}: its judge compares completions; a score that isn't one by itself has no optimum")
@@ -185,7 +181,7 @@ def frontier(drawn: Mapping[str, Drawn], coef: float, *, mixed: bool = True) -> 
     gain = ours.scores.mean(axis=1) - base
     kl = (ours.logprobs - ours.reference).mean(axis=1)
     value = gain - coef * kl
-    best = [(k, np.array(expected_best_of(mx.array(theirs.scores), k)) - base, best_of_kl(k)) for k in _powers(count)]
+    best = [(k, np.array(expected_best_of(mx.array(theirs.scores), k)) - base, best_of_kl(k)) for k in powers(count)]
     curve = {factor * coef: _optimum(drawn, factor * coef, base, mixed=mixed) for factor in _PENALTIES}
     optimum, effective = curve[coef]["value"], curve[coef]["effective"]
     others = [value, *(gains - coef * of_k for _, gains, of_k in best)]
@@ -224,15 +220,6 @@ def _optimum(drawn: Mapping[str, Drawn], coef: float, base: Floats, *, mixed: bo
         "value": np.array(found.value) - base,
         "effective": np.array(found.effective),
     }
-
-
-def _point(gain: float, kl: float, coef: float) -> Document:
-    return {"gain": gain, "kl": kl, "value": gain - coef * kl}
-
-
-def _powers(count: int) -> list[int]:
-    found = [1 << power for power in range(count.bit_length()) if 1 << power <= count]
-    return found if found[-1] == count else [*found, count]
 
 
 def _at_equal_kl(gain: float, kl: float, best: Sequence[tuple[int, Floats, float]]) -> Document | None:

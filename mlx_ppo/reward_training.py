@@ -72,7 +72,7 @@ def train_reward_model(config: RewardConfig, run: Run, reporter: StepReporter, i
     job = _Job(config, reporter)
     with shared_run(config, run, job.work, reporter) as group:
         members = job.train(_Follow(run, reporter, interrupts), group)
-        facts, (report, table) = job.facts(members, group), job.report(members, group)
+        facts, report, table = job.results(members, group)
     for line in table:
         reporter.message(line)
     run.secure()
@@ -93,9 +93,7 @@ def follow(config: RewardConfig, group: Group) -> None:
         UserError: as `train_reward_model`.
     """
     job = _Job(config, Silent())
-    members = job.train(_Follow(None, Silent(), Interrupts()), group)
-    job.facts(members, group)
-    job.report(members, group)
+    job.results(job.train(_Follow(None, Silent(), Interrupts()), group), group)
 
 
 class _Job:
@@ -161,43 +159,61 @@ class _Job:
         course = Course(run, section.epochs, 0, trunk.blocks, sets.validation is not None, section.members)
         return state, fit(task, state, who.run, who.reporter, who.interrupts, course)
 
-    def report(self, members: Sequence[Weights], group: Group) -> tuple[dict[str, Any], list[str]]:
+    def results(self, members: Sequence[Weights], group: Group) -> tuple[RewardFacts, dict[str, Any], list[str]]:
+        """What the finished folder says of itself, its report and the same as lines; every text is read once by each member."""
+        sets = self.sets
+        first = "training" if sets.validation is None else "validation"
+        parts = {first: sets.held_out} | ({} if sets.test is None else {"test": sets.test})
+        found = {name: _outputs(self.trunk, members, part, self.config, group) for name, part in parts.items()}
+        trained = (
+            found[first] if sets.validation is None else _outputs(self.trunk, members, sets.train, self.config, group)
+        )
+        return self._facts(trained, found[first]), *self._report(parts, found)
+
+    def _report(self, parts: Mapping[str, Feedback], found: Mapping[str, Floats]) -> tuple[dict[str, Any], list[str]]:
         """Figures of the whole on the held-out sets, of each member on the first of them, and what they consist of.
 
         The lines say the same to a person.
+
+        Args:
+            parts: the sets by name.
+            found: outputs [M, n] of the members for each.
         """
-        trunk, sets, config = self.trunk, self.sets, self.config
-        first = "training" if sets.validation is None else "validation"
-        parts = {first: sets.held_out} | ({} if sets.test is None else {"test": sets.test})
-        report: dict[str, Any] = {name: measure(trunk, members, part, config, group) for name, part in parts.items()}
+        config, first = self.config, next(iter(parts))
+        report: dict[str, Any] = {
+            name: _figures(found[name].mean(axis=0), part, config) for name, part in parts.items()
+        }
         table = [f"{name}: {_shown(figures)}" for name, figures in report.items()]
-        if len(members) > 1:
-            report["members"] = [measure(trunk, [member], sets.held_out, config, group) for member in members]
+        if len(found[first]) > 1:
+            report["members"] = [_figures(own, parts[first], config) for own in found[first]]
             table += [f"member {at}, {first}: {_shown(figures)}" for at, figures in enumerate(report["members"], 1)]
         report["breakdown"], scale = {}, 1.0
         for name, part in parts.items():
-            judged = self._judged(members, part, group)
+            judged = self._judged(found[name].mean(axis=0).astype(np.float64), part)
             if config.reward_training.objective == "regression" and name == first:
                 scale = fitted_scale(judged.lead)
             report["breakdown"][name] = breakdown(judged, scale)
             table += lines(name, report["breakdown"][name])
         return report, table
 
-    def _judged(self, members: Sequence[Weights], feedback: Feedback, group: Group) -> Judged:
-        raw = _outputs(self.trunk, members, feedback, self.config, group).mean(axis=0).astype(np.float64)
+    def _judged(self, raw: np.ndarray[Any, np.dtype[np.float64]], feedback: Feedback) -> Judged:
         pairs = feedback.pairs
         if feedback.ratings is not None:
             pairs = clear_pairs(feedback.ratings.tolist(), self.config.reward_training.min_difference)
         return Judged(raw, np.array([len(text) for text in feedback.texts]), feedback.sources, pairs)
 
-    def facts(self, members: Sequence[Weights], group: Group) -> RewardFacts:
-        """Normalisation over the training texts; rating points by least squares on the held-out ones."""
+    def _facts(self, each: Floats, held_out: Floats) -> RewardFacts:
+        """Normalisation over the training texts; rating points by least squares on the held-out ones.
+
+        Args:
+            each: outputs [M, n] of the members for the training texts.
+            held_out: for the held-out ones.
+        """
         trunk, sets, config = self.trunk, self.sets, self.config
-        each = _outputs(trunk, members, sets.train, config, group)
         reference = each.mean(axis=0)
         slope = intercept = None
         if sets.held_out.ratings is not None:
-            raw = _outputs(trunk, members, sets.held_out, config, group).mean(axis=0)
+            raw = held_out.mean(axis=0)
             slope, intercept = (float(value) for value in np.polyfit(raw, sets.held_out.ratings, 1))
         mean, deviation = float(reference.mean()), max(float(reference.std()), math.sqrt(np.finfo(np.float32).eps))
         return RewardFacts(
@@ -210,8 +226,8 @@ class _Job:
             trunk=trunk_fingerprint(trunk) if config.model.train == "lora" else None,
             lowest=(float(reference.min()) - mean) / deviation,
             highest=(float(reference.max()) - mean) / deviation,
-            format=1 if len(members) == 1 else 2,
-            member_means=tuple(float(own.mean()) for own in each) if len(members) > 1 else (),
+            format=1 if len(each) == 1 else 2,
+            member_means=tuple(float(own.mean()) for own in each) if len(each) > 1 else (),
         )
 
 
@@ -275,7 +291,10 @@ def measure(
     trunk: Trunk, members: Sequence[Weights], feedback: Feedback, config: RewardConfig, group: Group = ALONE
 ) -> dict[str, float]:
     """Figures of a reward model on held-out feedback; `loss` is the one that picks the best weights."""
-    raw = _outputs(trunk, members, feedback, config, group).mean(axis=0)
+    return _figures(_outputs(trunk, members, feedback, config, group).mean(axis=0), feedback, config)
+
+
+def _figures(raw: Floats, feedback: Feedback, config: RewardConfig) -> dict[str, float]:
     section = config.reward_training
     if feedback.ratings is None:
         figures = pair_figures(raw[feedback.pairs[:, 0]], raw[feedback.pairs[:, 1]])

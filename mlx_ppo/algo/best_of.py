@@ -51,3 +51,8 @@ def best_of_kl(k: int) -> float:
     if k < 1:
         raise ValueError(f"k must be 1 or more, got {k}")
     return math.log(k) - (k - 1) / k
+
+
+def powers(count: int) -> list[int]:
+    """The k that are shown of so many samples: 1, 2, 4, ... and all of them."""
+    return [1 << power for power in range(count.bit_length()) if 1 << power < count] + [count]

@@ -92,17 +92,13 @@ def show(
 def longest_prompt(config: TrainConfig) -> int:
     """Tokens of the longest prompt; the configured bound where the tokenizer or the prompts aren't there."""
     from mlx_ppo.prompting import load_data, tokenizer_of
+    from mlx_ppo.reporting import Silent
 
     try:
-        data, held_out = load_data(config, tokenizer_of(config), _Silent())
+        data, held_out = load_data(config, tokenizer_of(config), Silent())
     except UserError:
         return config.data.max_prompt_tokens
     return max(len(prompt.tokens) for prompt in (*data.prompts, *held_out))
-
-
-class _Silent:
-    def message(self, text: str) -> None:
-        """Nothing is shown."""
 
 
 def _most(accountant: Accountant, config: TrainConfig, budget: int) -> int:

@@ -35,7 +35,7 @@ def load_target(path: Path) -> Target:
         ModelError: there is nothing to write with.
     """
     path = Path(os.path.realpath(path))
-    run, chosen = _parted(path)
+    run, chosen = parted(path)
     if run is None:
         return Target(load_trunk(path), Weights({}), None)
     return _of_run(run, chosen)
@@ -72,7 +72,7 @@ def load_scorable(path: Path, sources: Sequence[RewardSource] = ()) -> Scorable:
         ModelError: there is nothing to write with, or a source can't be loaded.
     """
     path = Path(os.path.realpath(path))
-    run, chosen = _parted(path)
+    run, chosen = parted(path)
     config = open_config(run) if run is not None else None
     if run is not None and isinstance(config, TrainConfig):
         if sources:
@@ -117,7 +117,7 @@ def start_of(target: Target) -> Target:
     return Target(trunk, weights, None)
 
 
-def _parted(path: Path) -> tuple[Path | None, Path | None]:
+def parted(path: Path) -> tuple[Path | None, Path | None]:
     """The run that is meant, and the checkpoint where one is named."""
     if (path / RECORD).is_file():
         return path, None
