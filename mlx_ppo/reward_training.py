@@ -160,7 +160,7 @@ class _Job:
         return state, fit(task, state, who.run, who.reporter, who.interrupts, course)
 
     def results(self, members: Sequence[Weights], group: Group) -> tuple[RewardFacts, dict[str, Any], list[str]]:
-        """What the finished folder says of itself, its report and the same as lines; every text is read once by each member."""
+        """What the finished folder says of itself, its report, and that as lines; each member reads a text once."""
         sets = self.sets
         first = "training" if sets.validation is None else "validation"
         parts = {first: sets.held_out} | ({} if sets.test is None else {"test": sets.test})
