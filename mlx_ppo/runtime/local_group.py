@@ -37,6 +37,11 @@ def may_join() -> bool:
     return not _joined
 
 
+def _only_once() -> None:
+    if not may_join():
+        raise RunError("a process can share its work only once; start another one, or set parallel.processes = 1")
+
+
 @contextmanager
 def local_group(worker: Path, order: dict[str, Any], *, processes: int, patience: float) -> Iterator[Ring]:
     """Start the others, and end them.
@@ -50,12 +55,9 @@ def local_group(worker: Path, order: dict[str, Any], *, processes: int, patience
         ProcessLost: one doesn't start.
         RunError: this process has had a group before.
     """
-    global _joined
-    if not may_join():
-        raise RunError("a process can share its work only once; start another one, or set parallel.processes = 1")
     if not reaches_itself():
         raise RunError("processes can't meet: there is no loopback address here; set parallel.processes = 1")
-    _joined = True
+    _only_once()
     hosts = [[f"127.0.0.1:{port}"] for port in _free_ports(processes)]
     children: list[Child] = []
     try:
@@ -83,7 +85,11 @@ def joined(rank: int, hosts: Sequence[Sequence[str]], limit: float) -> mx.distri
         limit: seconds in which the others have to come.
     Raises:
         ProcessLost: they don't.
+        RunError: this process has had a group before; mlx would give that one again, whatever the hosts.
     """
+    global _joined
+    _only_once()
+    _joined = True
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "hosts.json")
         file.write_text(json.dumps(hosts), "utf-8")
