@@ -23,6 +23,11 @@ def example_config() -> Path:
     return bundle_root() / "configs" / EXAMPLE
 
 
+def lora_example() -> Path:
+    """The same with LoRA, as larger models need it."""
+    return bundle_root() / "configs" / "reviews-lora.toml"
+
+
 def copy_example(target: Path) -> Path:
     """Copy configs, model and data into a new folder; returns the copied example's configuration.
 

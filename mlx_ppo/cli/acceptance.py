@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import click
 import psutil
 
-from mlx_ppo.bundle import bundle_root
+from mlx_ppo.bundle import bundle_root, lora_example
 from mlx_ppo.cli.doctor import prove_offline
 from mlx_ppo.cli.trials import IN_TERMINAL, Place, last_line
 from mlx_ppo.compute import device
@@ -187,7 +187,7 @@ def _quantised(place: Place) -> Check:
 def _speed(place: Place) -> Check:
     file = place.folder / "bench.json"
     settings = [part for setting in place.sizes if "eval" not in setting for part in ("--set", setting)]
-    done = place.run(place.command("bench", "--iterations", "1", "--output", str(file), *settings))
+    done = place.run(place.command("bench", str(lora_example()), "--iterations", "1", "--output", str(file), *settings))
     if done.returncode:
         return Check("", False, place.shown(done.stderr), {})
     phases = json.loads(file.read_text("utf-8"))["phases"]

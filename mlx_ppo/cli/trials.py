@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mlx_ppo.bundle import lora_example
 from mlx_ppo.errors import RunError
 from mlx_ppo.runs.folder import METRICS
 
@@ -52,9 +53,10 @@ class Place:
         return [sys.executable, "-P", "-c", _COMMAND, *arguments]
 
     def train(self, name: str, *settings: str, config: Sequence[str] = ()) -> list[str]:
-        """A run of a name, of the sizes chosen, changed by `settings`; the bundled example where no file is given."""
+        """A run of a name, of the sizes chosen, changed by `settings`; the example with LoRA where no file is given."""
         given = (f"run.folder={self.folder}", f"run.name={name}", *self.sizes, *settings)
-        return self.command("train", *config, *(part for setting in given for part in ("--set", setting)))
+        options = [part for setting in given for part in ("--set", setting)]
+        return self.command("train", *(config or [str(lora_example())]), *options)
 
     def run(self, command: list[str]) -> "subprocess.CompletedProcess[str]":
         """Run to its end; TimeoutExpired where there isn't the time."""

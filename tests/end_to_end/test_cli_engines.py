@@ -22,7 +22,8 @@ REMARK = "computed by the portable engine"
 
 
 @pytest.mark.slow
-def test_the_engines_train_alike(project, monkeypatch):
+@pytest.mark.parametrize("config", ["reviews", "reviews-lora"])
+def test_the_engines_train_alike(project, monkeypatch, config):
     """The bundled example's first two iterations: figures that differ by rounding, and the same completions.
 
     A few may differ from a token on whose draw lies on the bound between two tokens, after sixteen steps of AdamW.
@@ -33,7 +34,7 @@ def test_the_engines_train_alike(project, monkeypatch):
         monkeypatch.setenv(SWITCH, engine)
         settings = {**SHORT, "run.name": engine}
         changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-        result = project.cli("train", "new/configs/reviews.toml", *changes)
+        result = project.cli("train", f"new/configs/{config}.toml", *changes)
         assert result.exit_code == 0, result.output
         assert (REMARK in result.output) == (engine == "portable")
         folder = project.folder / "new/runs" / engine

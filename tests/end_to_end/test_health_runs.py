@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from mlx_ppo.bundle import bundle_root, example_config
+from mlx_ppo.bundle import bundle_root, lora_example
 from mlx_ppo.cli.main import main
 from mlx_ppo.runs.folder import HEALTH
 
@@ -46,7 +46,7 @@ SICK = {
 def train(folder, *overrides, rewards=()):
     """Train the example for 12 iterations of 32 responses; the output, and the rules that spoke."""
     (folder / "rewards.py").write_text(REWARDS)
-    text = example_config().read_text().replace("../models", f"{bundle_root()}/models")
+    text = lora_example().read_text().replace("../models", f"{bundle_root()}/models")
     before, _, after = text.partition("[[reward]]")
     own = f'kind = "model"\npath = "{bundle_root()}/models/reviews/reward"\n'
     sources = {name: f'kind = "function"\nfunction = "rewards.py:{name}"\n' for name in rewards if name != "judge"}

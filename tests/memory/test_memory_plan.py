@@ -298,7 +298,7 @@ def test_phases_measure_only_where_somebody_asks() -> None:
 
 
 def test_the_command_plans_for_the_bundled_example() -> None:
-    config = Path(__file__).resolve().parents[2] / "configs" / "reviews.toml"
+    config = Path(__file__).resolve().parents[2] / "configs" / "reviews-lora.toml"
     result = CliRunner().invoke(main, ["plan", str(config), "--memory-gb", "2", "--json"])
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
