@@ -9,8 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from click.testing import CliRunner
 
 from mlx_ppo.bench.dry_run import dry_run
+from mlx_ppo.cli.main import main
 from mlx_ppo.compute.choose import using
 from mlx_ppo.compute.portable import PortableEngine
 from mlx_ppo.config.sections import TrainConfig
@@ -174,3 +176,19 @@ def test_attention_whose_gradient_is_a_kernel_is_planned(
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attend)
     kernel = peaks()
     assert kernel["update policy"] < single["update policy"] and kernel["rollout"] == single["rollout"]
+
+
+def test_a_model_that_cannot_learn_here_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where mlx-lm brings a kernel of Metal along that has no gradient."""
+    real = mx.fast.rms_norm
+
+    def norm(x: mx.array, *given: Any) -> mx.array:
+        return real(x.view(mx.int32).view(mx.float32), *given)
+
+    monkeypatch.setattr(mx.fast, "rms_norm", norm)
+    config = Path(__file__).resolve().parents[2] / "configs" / "reviews.toml"
+    result = CliRunner().invoke(main, ["plan", str(config), "--memory-gb", "2"])
+    assert result.exit_code == 3, result.output
+    assert (
+        result.stderr.startswith("error: the model can be used here but not trained") and result.stderr.count("\n") == 1
+    )
