@@ -156,6 +156,21 @@ def probing(trunk: Trunk) -> tuple[Callable[[], object], ...]:
     )
 
 
+@pytest.mark.parametrize(
+    ("probe", "said"),
+    [
+        ("reads_batches", "rollouts decode one row at a time"),
+        ("joins", "places of responses that end stay empty"),
+        ("shares_prompts", "prompts that several responses have are read once for each of them"),
+    ],
+)
+def test_what_falls_back_says_so_in_a_line(
+    make_model: Models, monkeypatch: pytest.MonkeyPatch, probe: str, said: str
+) -> None:
+    monkeypatch.setattr(f"mlx_ppo.compute.portable.{probe}", lambda *_: False)
+    assert sum(remark.startswith(said) for remark in load_trunk(make_model()).remarks) == 1
+
+
 @pytest.mark.parametrize(("dtype", "noise"), [(mx.float32, 0.005), (mx.float16, 0.02), (mx.bfloat16, 0.05)])
 @pytest.mark.parametrize("size", [0.1, 30.0])
 def test_states_are_alike_but_for_their_types_rounding(dtype: mx.Dtype, noise: float, size: float) -> None:
