@@ -1,7 +1,7 @@
 """The self-check, batches and gradients with models that were trained, in half precision with Metal's rounding.
 
-`pytest tests/portable/test_metal_models.py --seeds 20 -s` prints what was found; without --seeds one seed of the bundled
-model is tried, and SmolLM2, which takes minutes, isn't.
+`pytest tests/portable/test_metal_models.py --seeds 20 -s` prints what was found; without it one seed of the
+bundled model is tried, and SmolLM2, which takes minutes, is not.
 """
 
 from collections.abc import Callable
