@@ -48,6 +48,9 @@ ROUNDING = Path(__file__).parent / "portable" / "rounding"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--engine", choices=["cpu", "portable"], help="computes in the tests and in their subprocesses")
     parser.addoption("--rounding", choices=["metal"], help="imitate a GPU's rounding; with --engine portable")
+    parser.addoption(
+        "--seeds", type=int, default=0, help="of trained models in tests/portable/test_metal_models.py; 0: no SmolLM2"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,6 +20,7 @@ from mlx_ppo.memory.phases import Accountant, Phase
 from mlx_ppo.memory.plan import GIB, RESERVE, Plan, longest_response, make_plan, needed, plan_of, require_fit, smallest
 from mlx_ppo.memory.processes import most_processes
 from mlx_ppo.memory.starting import accountant_of, budget_of, require_countable
+from mlx_ppo.runtime.device_errors import needing_gradients
 
 _BAR = 18
 _MB = 1e6
@@ -56,7 +57,7 @@ def show(
     engine = engine_for(device)
     if measure and (given is not None or engine.name != chosen_engine().name):
         raise ConfigError("--measure runs the model of the configuration on this machine; leave out the other options")
-    with using(engine):
+    with using(engine), needing_gradients():
         longest = config.data.max_prompt_tokens if given is not None else longest_prompt(config)
         require_countable(config, longest, budget)
         accountant = accountant_of(config, given, longest)

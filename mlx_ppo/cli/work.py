@@ -24,7 +24,7 @@ from mlx_ppo.errors import JudgeLost, ProcessLost, RunError, UnhealthyError, Use
 from mlx_ppo.rewards.judge_answers import ANSWERS
 from mlx_ppo.runs.folder import METRICS, Run, open_config
 from mlx_ppo.runs.provenance import device, engine
-from mlx_ppo.runtime.device_errors import device_failure
+from mlx_ppo.runtime.device_errors import device_failure, needing_gradients
 from mlx_ppo.runtime.offline import NetworkRefused, refuse_connections
 from mlx_ppo.runtime.signals import STOPPING, Interrupted, Interrupts, catching_interrupts
 from mlx_ppo.runtime.system import staying_awake
@@ -265,7 +265,9 @@ def main(arguments: list[str]) -> None:
             with open(0, "rb", buffering=0, closefd=False) as requests:
                 order = Order(**json.loads(requests.readline()))
                 threading.Thread(target=_stop_with_parent, args=(requests, interrupts), daemon=True).start()
-                sender.send("finished", work(order, sender, interrupts))
+                with needing_gradients():
+                    lines = work(order, sender, interrupts)
+            sender.send("finished", lines)
         except Interrupted as stop:
             sender.send("stopped", str(stop), stop.exit_code)
         except ProcessLost as error:

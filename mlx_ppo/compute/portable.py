@@ -82,8 +82,11 @@ class PortableEngine:
         return found._replace(remarks=tuple(filter(None, remarks)))
 
     def computing(self) -> AbstractContextManager[None]:
-        """The model's own attention; while a plan is made for a GPU, one that allocates what a fused kernel does."""
-        return attending_by(_fused_attention) if self._fused and is_traced() and not _in_rows.get() else nullcontext()
+        """The model's own attention; while a plan is made for a GPU, one that allocates what its kernels do."""
+        if not (self._fused and is_traced()):
+            return nullcontext()
+        own = functools.partial(_attention_with_gradient, mx.fast.scaled_dot_product_attention)
+        return attending_by(own if _in_rows.get() else _fused_attention)
 
     def states(
         self, body: Body, sequences: Sequences, read: mx.array | None, *, learning: bool, saving: bool
@@ -106,7 +109,15 @@ class PortableEngine:
 
     def checkpointed(self, body: Body, block: nn.Module) -> Callable[..., mx.array]:
         """By `mx.checkpoint`."""
-        return checkpointed(block, trained=bool(body.replaced), twice=twice_in_mlx, computing=lambda: _rows(block))
+        return checkpointed(
+            block, trained=bool(body.replaced), twice=twice_in_mlx, computing=lambda: self._again(block)
+        )
+
+    @contextmanager
+    def _again(self, block: nn.Module) -> Iterator[None]:
+        """Around a block that is computed again, after the whole rows have been."""
+        with _rows(block), self.computing():
+            yield
 
     def statistics(
         self,
@@ -284,3 +295,29 @@ def attending_by(function: Callable[..., mx.array]) -> Iterator[None]:
 def _fused_attention(q: mx.array, k: mx.array, v: mx.array, **_: Any) -> mx.array:
     """Makes an array like q; its gradient makes ones like k and v."""
     return q + (k[..., :1, :1].sum() + v[..., :1, :1].sum())
+
+
+def _attention_with_gradient(attend: Callable[..., mx.array], *given: mx.array, **how: Any) -> mx.array:
+    """Mlx's own, as its device has it; where its gradient is a kernel, which mlx can't trace, what stands for one.
+
+    Source: mlx 0.32.4, whose export knows no ScaledDotProductAttentionVJP; CUDA has it for lengths that 128 divides.
+    """
+    return (attend if _traceable(attend, *given, **how) else _fused_attention)(*given, **how)
+
+
+def _traceable(attend: Callable[..., mx.array], *given: mx.array, **how: Any) -> bool:
+    """Whether mlx can tell of what the gradient of attention consists for arrays of such shapes."""
+    like = [mx.zeros(array.shape, array.dtype) for array in given]
+    fixed = {name: mx.zeros(it.shape, it.dtype) if isinstance(it, mx.array) else it for name, it in how.items()}
+
+    def gradient(*arrays: mx.array) -> Sequence[mx.array]:
+        found: Sequence[mx.array] = mx.grad(lambda *each: attend(*each, **fixed).sum(), (0, 1, 2))(*arrays)
+        return found
+
+    try:
+        mx.export_function(lambda _: None, gradient, *like)
+    except ValueError as error:
+        if "Unable to get state" not in str(error):
+            raise
+        return False
+    return True

@@ -156,6 +156,33 @@ def probing(trunk: Trunk) -> tuple[Callable[[], object], ...]:
     )
 
 
+@pytest.mark.parametrize(
+    ("probe", "said"),
+    [
+        ("reads_batches", "rollouts decode one row at a time"),
+        ("joins", "places of responses that end stay empty"),
+        ("shares_prompts", "prompts that several responses have are read once for each of them"),
+    ],
+)
+def test_what_falls_back_says_so_in_a_line(
+    make_model: Models, monkeypatch: pytest.MonkeyPatch, probe: str, said: str
+) -> None:
+    monkeypatch.setattr(f"mlx_ppo.compute.portable.{probe}", lambda *_: False)
+    assert sum(remark.startswith(said) for remark in load_trunk(make_model()).remarks) == 1
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [(mx.float32, 0.005), (mx.float16, 0.02), (mx.bfloat16, 0.05)])
+@pytest.mark.parametrize("size", [0.1, 30.0])
+def test_states_are_alike_but_for_their_types_rounding(dtype: mx.Dtype, noise: float, size: float) -> None:
+    """However large they are: an absolute bound took bfloat16's rounding (0.49 of states of 10) for another result."""
+    wanted, other = (size * mx.random.normal((3, 64), key=mx.random.key(number)) for number in range(2))
+    assert probes.alike((wanted + noise * other).astype(dtype), wanted.astype(dtype))
+    assert not probes.alike(other.astype(dtype), wanted.astype(dtype))
+    one_row = mx.where(mx.arange(3)[:, None] == 1, other, wanted)
+    assert not probes.alike(one_row.astype(dtype), wanted.astype(dtype)), "one of several rows is enough"
+    assert not probes.alike((wanted + 5 * noise * other).astype(dtype), wanted.astype(dtype))
+
+
 def test_what_is_tried_are_tokens_from_all_over_the_vocabulary(trunk: Trunk, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first ones are special in most models, which bfloat16 rounds so coarsely that batches seem impossible."""
     read: list[mx.array] = []

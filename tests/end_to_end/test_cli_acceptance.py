@@ -79,6 +79,23 @@ def test_peaks_over_the_plan_and_coarse_ratios_fail(
     assert acceptance._trained(place, "bfloat16", []).passed
 
 
+@pytest.mark.parametrize("coarse", [False, True])
+def test_float32_is_judged_by_what_the_chip_multiplies_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coarse: bool
+) -> None:
+    """In TF32 (CUDA, Macs from the M5 on) a healthy ratio was off by 0.002."""
+    (tmp_path / "float32").mkdir()
+    row = {"step": 1, "ratio_error": 0.002, "logprob_error": 0.0, "tokens_per_second": 9.0}
+    (tmp_path / "float32/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    (tmp_path / "float32/memory.jsonl").write_text(json.dumps({"step": 1, "rollout": 30 << 20}) + "\n")
+    phases = {"rollout": {"mlx_bytes": 30 << 20, "numpy_bytes": 0}}
+    (tmp_path / "float32/plan.json").write_text(json.dumps({"phases": phases}))
+    place = Place(tmp_path, 1.0)
+    monkeypatch.setattr(place, "run", lambda _: subprocess.CompletedProcess([], 0, "", ""))
+    monkeypatch.setattr(acceptance.device, "multiplies_coarsely", lambda: coarse)
+    assert acceptance._trained(place, "float32", []).passed == coarse
+
+
 # Stands for a run: it logs an iteration, writes on its screen without end, and, told to, saves when that is closed.
 RUN = """
 import os, signal, subprocess, sys, time

@@ -9,8 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from click.testing import CliRunner
 
 from mlx_ppo.bench.dry_run import dry_run
+from mlx_ppo.cli.main import main
 from mlx_ppo.compute.choose import using
 from mlx_ppo.compute.portable import PortableEngine
 from mlx_ppo.config.sections import TrainConfig
@@ -147,3 +149,46 @@ def test_peaks_of_smollm2(make_config: Callable[..., TrainConfig], form: str) ->
     config = make_config(Path(folder), 48, FORMS[form], eight)
     found = ratios(config, 32)
     assert near(found), str(found)
+
+
+@pytest.mark.parametrize("form", ["lora", "lora, checkpointing"])
+def test_attention_whose_gradient_is_a_kernel_is_planned(
+    make_config: Callable[..., TrainConfig],
+    make_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+) -> None:
+    """Mlx can't trace such a gradient, as it can't this one's; nothing in it has the size of all scores."""
+    config = make_config(make_model(deviation=0.02, max_position_embeddings=256, **SMALL), 96, FORMS[form])
+    real = mx.fast.scaled_dot_product_attention
+
+    def attend(q: mx.array, k: mx.array, v: mx.array, **how: Any) -> mx.array:
+        own = mx.custom_function(lambda *arrays: real(*arrays, **how))
+        own.vjp(lambda primals, cotangent, result: [array + result.sum() for array in primals])
+        return own(q, k, v)
+
+    def peaks() -> dict[str, int]:
+        with using(PortableEngine("planned for a GPU", fused=True)):
+            plan = make_plan(accountant_of(config, None, PROMPT), config, None)
+        return {part.name: part.transient for part in plan.phases}
+
+    single = peaks()
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attend)
+    kernel = peaks()
+    assert kernel["update policy"] < single["update policy"] and kernel["rollout"] == single["rollout"]
+
+
+def test_a_model_that_cannot_learn_here_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where mlx-lm brings a kernel of Metal along that has no gradient."""
+    real = mx.fast.rms_norm
+
+    def norm(x: mx.array, *given: Any) -> mx.array:
+        return real(x.view(mx.int32).view(mx.float32), *given)
+
+    monkeypatch.setattr(mx.fast, "rms_norm", norm)
+    config = Path(__file__).resolve().parents[2] / "configs" / "reviews.toml"
+    result = CliRunner().invoke(main, ["plan", str(config), "--memory-gb", "2"])
+    assert result.exit_code == 3, result.output
+    assert (
+        result.stderr.startswith("error: the model can be used here but not trained") and result.stderr.count("\n") == 1
+    )

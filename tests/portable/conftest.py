@@ -12,6 +12,7 @@ from mlx_ppo.compute.choose import SWITCH, using
 from mlx_ppo.compute.portable import PortableEngine
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.stages import update
 
 ROUNDING = Path(__file__).parent / "rounding"
 sys.path[:0] = [str(ROUNDING), str(Path(__file__).parents[1] / "end_to_end")]
@@ -53,3 +54,17 @@ def trunk_in(metal: Any, folder_in: Callable[..., Path]) -> Callable[..., Trunk]
         return load_trunk(folder_in(form, seed=seed), dtype=dtype_of(form))
 
     return make
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
+    """What every self-check from now on judges: the largest |ratio - 1|, and the mean |log ratio| over its bound."""
+    seen: list[tuple[float, float]] = []
+    check = update._Step._check_itself
+
+    def recording(step: update._Step, most: float, mean: float, tokens: float) -> None:
+        seen.append((most, mean / update.log_ratio_tolerance(tokens)))
+        check(step, most, mean, tokens)
+
+    monkeypatch.setattr(update._Step, "_check_itself", recording)
+    return seen

@@ -28,3 +28,10 @@ def rounded(trunk: Trunk) -> dict[str, mx.array]:
     kept = {name: array for name, array in trunk.base.items() if array.dtype != mx.uint32}
     own = {name: array.astype(mx.float32) for name, array in kept.items()}
     return {name: array for name, array in own.items() if not name.endswith((".scales", ".biases"))} | found
+
+
+def in_float32(trunk: Trunk, other: Trunk) -> Trunk:
+    """The other trunk, in float32, with the weights of this one."""
+    other.base = {**other.base, **rounded(trunk)}
+    other.model.load_weights(list(other.base.items()))
+    return other

@@ -7,41 +7,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from forms import FORMS, dtype_of, is_quantised, rounded
+from forms import FORMS, dtype_of, in_float32, is_quantised
+from recording import gradients_of, judged
 
 from mlx_ppo.bundle import bundle_root
 from mlx_ppo.compute.portable import ModelReader, PortableEngine, read_rows
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
-from mlx_ppo.stages import update
 
 HALF = FORMS[1:]
 SEEDS = range(20)
 
 MakeTrunk = Callable[..., Trunk]
 MakeWorld = Callable[..., Any]
-
-
-@pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
-    """What every self-check from now on judges: the largest |ratio - 1|, and the mean |log ratio| over its bound."""
-    seen: list[tuple[float, float]] = []
-    check = update._Step._check_itself
-
-    def recording(step: update._Step, most: float, mean: float, tokens: float) -> None:
-        seen.append((most, mean / update.log_ratio_tolerance(tokens)))
-        check(step, most, mean, tokens)
-
-    monkeypatch.setattr(update._Step, "_check_itself", recording)
-    return seen
-
-
-def judged(form: str, healthy: list[tuple[float, float]], faulty: list[tuple[float, float]]) -> tuple[float, float]:
-    """The largest mean |log ratio| of healthy steps, and the smallest with a fault, as shares of the bound."""
-    largest, smallest = max(share for _, share in healthy), min(share for _, share in faulty)
-    print(f"{form}: mean |log ratio| {largest:.3f} of the bound at most, {smallest:.2f} of it at least with the fault")
-    return largest, smallest
 
 
 @pytest.mark.parametrize("saving", ["off", "on"])
@@ -150,25 +129,3 @@ def test_gradients_point_where_float32s_do(
             found, wanted = (gradients_of(world, learner, saving) for world in worlds)
             cosines.append(found @ wanted / np.sqrt((found @ found) * (wanted @ wanted)))
     assert min(cosines) >= 0.999, cosines
-
-
-def in_float32(trunk: Trunk, other: Trunk) -> Trunk:
-    """The other trunk, in float32, with the weights of this one."""
-    other.base = {**other.base, **rounded(trunk)}
-    other.model.load_weights(list(other.base.items()))
-    return other
-
-
-def gradients_of(world: Any, learner: str, saving: str) -> np.ndarray:
-    """All of a role's gradients [n] in one update, which is not applied."""
-    seen: list[np.ndarray] = []
-
-    class Recorder:
-        def step(self, engine: Any, weights: Any, gradients: Any, *, what: str) -> tuple[Any, float]:
-            arrays = [np.array(array, np.float64).ravel() for _, array in sorted(gradients.items())]
-            seen.append(np.concatenate(arrays))
-            return weights, 0.0
-
-    world.policy.optimizer, world.critic.optimizer = Recorder(), Recorder()
-    world.update(epochs=1, minibatches=1, gradient_checkpointing=saving, value_clip=0.0)
-    return seen[("policy", "critic").index(learner)]
