@@ -26,6 +26,7 @@ _COLUMN = re.compile(r"[A-Za-z_]+=.+", re.DOTALL)
 @click.argument("data", type=Place())
 @click.option("--judge", "address", metavar="ADDRESS[#MODEL]", required=True, help="Server on this machine to ask.")
 @click.option("--model", metavar="NAME", help="The judge's name, as its server knows it.")
+@click.option("--key-env", metavar="VARIABLE", help="Environment variable with the key that the server asks for.")
 @click.option(
     "--mode", type=click.Choice(["pointwise", "pairwise"]), help="Default: pairs pairwise, ratings pointwise."
 )
