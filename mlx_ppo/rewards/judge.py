@@ -18,6 +18,7 @@ from mlx_ppo.rewards.judge_questions import Question, Value
 from mlx_ppo.rewards.judge_server import JudgeServer, LostError, UselessError
 
 _KEY = re.compile(r"[!#-\[\]-~]{1,4096}")  # nothing that a header or JSON would write otherwise
+_TRIAL = 8  # tokens of an answer by which a judge shows that it is there
 _LOOK = 0.5  # seconds between two looks for a signal
 _LONGEST_WAIT = 8.0  # seconds before a question is asked again; the first wait is 0.5, each further one twice as long
 
@@ -92,7 +93,8 @@ class Judge:
         if len(self._answers):
             return
         try:
-            self._server.ask([{"role": "user", "content": "Answer with the number 1 and nothing else."}])
+            trial = [{"role": "user", "content": "Answer with the number 1 and nothing else."}]
+            self._server.ask(trial, at_most=_TRIAL)  # a model that goes on talking mustn't cost a whole answer
         except UselessError as error:
             if not error.answered:
                 raise JudgeLost(f"{self.described} can't be used: {error}") from None

@@ -62,18 +62,19 @@ class JudgeServer:
         self._lock = threading.Lock()
         self._ended = False
 
-    def ask(self, messages: Messages) -> str:
-        """The model's answer.
+    def ask(self, messages: Messages, *, at_most: int | None = None) -> str:
+        """The model's answer; `at_most`: a bound on its tokens below that of all answers.
 
         Raises:
             LostError: there is no connection, it ends, it takes too long, or what comes isn't HTTP.
             UselessError: another status than 200, too large a body, or no whole completion in it.
         """
+        bound = self.max_tokens if at_most is None else min(at_most, self.max_tokens)
         document = {
             "model": self.model,
             "messages": messages,
             "temperature": 0,
-            "max_tokens": self.max_tokens,
+            "max_tokens": bound,
             "stream": False,
         }
         status, place, body = self._exchange(json.dumps(document).encode("ascii"))
@@ -85,7 +86,7 @@ class JudgeServer:
             raise UselessError(f"HTTP {status}: {self.shown(body.decode('utf-8', 'replace'))}")
         if len(body) > _LARGEST:
             raise UselessError(f"an answer of more than {_LARGEST >> 20} MiB")
-        return self._content(body)
+        return self._content(body, bound)
 
     def shown(self, text: str) -> str:
         """A text of the server in quotes, on one line, cut where it is long, and without the key."""
@@ -151,7 +152,7 @@ class JudgeServer:
             return error.strerror or str(error)
         return f"what came isn't HTTP ({self.shown(str(error) or type(error).__name__)})"
 
-    def _content(self, body: bytes) -> str:
+    def _content(self, body: bytes, bound: int) -> str:
         try:
             choice = parse_json(body)["choices"][0]
             content: Any = choice["message"]["content"]
@@ -159,7 +160,7 @@ class JudgeServer:
             raise UselessError(f"no completion of a chat: {self.shown(body.decode('utf-8', 'replace'))}") from None
         if choice.get("finish_reason") == "length":  # half a number is another number
             said = content if isinstance(content, str) else ""
-            raise UselessError(f"an answer cut off at its {self.max_tokens} tokens: {self.shown(said)}", said)
+            raise UselessError(f"an answer cut off at its {bound} tokens: {self.shown(said)}", said)
         if not isinstance(content, str) or not content.strip():
             raise UselessError("an empty answer", "")
         return content

@@ -28,6 +28,7 @@ def test_pairs(project):
         assert found["agreement"]["share"] == 12 / 16 and found["ties"] == 0
         assert found["agreement"]["low"] == pytest.approx(0.505, abs=1e-3)  # Wilson's, by hand
         assert found["first_shown_wins"]["share"] == 0.5 and found["order_decides"] == 0
+        assert [document["max_tokens"] for document in server.asked] == [8] + 32 * [256]  # the trial is a short one
         assert found["requests"] == 32 and found["seconds_a_question"] > 0 and 0 < found["kappa"] < 1
         assert len({texts(document)["A"] for document in server.asked[1:][::2]}) > 1
         shown = project.done("agreement", file, "--judge", f"{server.address}#m", "--count", 8, "--seed", 1)
