@@ -128,7 +128,8 @@ def _by_reward(data: Path, reward: str, options: dict[str, Any]) -> dict[str, An
     labelled = _labelled(records, read)
     if source.path is not None:
         scorer = load_reward_model(source.path, load_trunk(Path(model)) if model is not None else None)
-        tokenizer, texts = scorer.trunk.tokenizer, []
+        tokenizer = scorer.trunk.tokenizer
+        texts: list[list[int]] = []
         for record in records:
             texts += both_sides(record, tokenizer) if read == "pairs" else [rated_tokens(record, tokenizer)]
         for line in [said, *map(printable, scorer.trunk.within(max(map(len, texts))))]:
