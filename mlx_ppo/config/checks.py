@@ -18,8 +18,11 @@ RULE_KEYS: dict[str, tuple[str, ...]] = {
     "math": ("field", "pattern"),
     "code": ("field", "pattern"),
 }
-JUDGE_KEYS = ("address", "model", "mode", "rubric", "scale", "retries", "answer_tokens", "parallel", "unusable")
+JUDGE_KEYS = (
+    *("address", "model", "key_env", "mode", "rubric", "scale", "retries", "answer_tokens", "parallel", "unusable"),
+)
 _TAG = re.compile(r"[A-Za-z0-9_-]{1,100}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 Problem = tuple[str, str]  # `section.key`; what is wrong and the mend
 
 
@@ -131,6 +134,8 @@ def _judge_problems(source: RewardSource) -> list[Problem]:
         except ValueError as error:
             problems.append(("address", str(error)))
     problems += [("model", problem) for problem in model_problems(source.model)]
+    if source.key_env is not None and not _VARIABLE.fullmatch(source.key_env):  # it isn't shown: it may be the key
+        problems.append(("key_env", "must be the name of an environment variable with the key, never the key itself"))
     if not source.rubric.strip():
         problems.append(("rubric", "is empty; say what is good"))
     if source.mode != "pointwise" and source.scale != _default("scale"):

@@ -47,6 +47,11 @@ class RewardSource(Section):
         "(kind = judge, as all below)",
     )
     model: str | None = Field(None, description="the judge's name, as its server knows it")
+    key_env: str | None = Field(
+        None,
+        description="name of the environment variable with the key that the server asks for; the key itself is written "
+        "nowhere",
+    )
     mode: Literal["pointwise", "pairwise", "groupwise"] = Field(
         "pointwise",
         description="what the judge is asked: to grade each completion, which of two of a prompt's completions is "

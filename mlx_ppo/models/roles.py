@@ -160,7 +160,7 @@ def token_statistics(
     return sequences.spread(logprobs), sequences.spread(entropies)
 
 
-def _started(source: RewardSource, surroundings: Surroundings) -> TextScorer:
+def started(source: RewardSource, surroundings: Surroundings) -> TextScorer:
     """A reward function or a rule in its process, or a judge that answers."""
     if source.kind == "rule":
         return RewardRule(source).__enter__()
@@ -176,7 +176,7 @@ class Loading(NamedTuple):
 
     trunk: Callable[..., Trunk] = load_trunk
     reward: Callable[..., RewardModel] = load_reward_model
-    function: Callable[[RewardSource, Surroundings], TextScorer | None] = _started
+    function: Callable[[RewardSource, Surroundings], TextScorer | None] = started
     compact: bool = False  # quantised models stay so on a CPU
     evict: bool = False  # weights that only some phases read are in memory only while they are read
     surroundings: Surroundings = Surroundings()  # of judges, by the run

@@ -1,5 +1,7 @@
 """A model in another process that is asked: several questions at a time, each again where it must, none twice."""
 
+import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +12,13 @@ from typing import NamedTuple
 
 from mlx_ppo.config.addresses import parse_address
 from mlx_ppo.config.rewards import RewardSource
-from mlx_ppo.errors import JudgeLost, RunError, printable
+from mlx_ppo.errors import ConfigError, JudgeLost, RunError, printable
 from mlx_ppo.rewards.judge_answers import ANSWERS, Answers, key_of
 from mlx_ppo.rewards.judge_questions import Question, Value
-from mlx_ppo.rewards.judge_server import JudgeServer, LostError, UselessError, cut
+from mlx_ppo.rewards.judge_server import JudgeServer, LostError, UselessError
 
+_KEY = re.compile(r"[!#-\[\]-~]{1,4096}")  # nothing that a header or JSON would write otherwise
+_TRIAL = 8  # tokens of an answer by which a judge shows that it is there
 _LOOK = 0.5  # seconds between two looks for a signal
 _LONGEST_WAIT = 8.0  # seconds before a question is asked again; the first wait is 0.5, each further one twice as long
 
@@ -37,6 +41,18 @@ class _Asked(NamedTuple):
     why: str  # there is no value
 
 
+def _key(variable: str | None) -> str | None:
+    """The key in an environment variable."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "")
+    if not key:
+        raise ConfigError(f"reward.key_env: the environment variable {variable} isn't set; put the judge's key in it")
+    if not _KEY.fullmatch(key):
+        raise ConfigError(f"reward.key_env: what {variable} holds can't be sent as a key; it has spaces or other signs")
+    return key
+
+
 class Judge:
     """Asks one model at one address."""
 
@@ -45,10 +61,11 @@ class Judge:
 
         Raises:
             RunError: the answers that are kept can't be read.
+            ConfigError: the environment has no key, or it can't be sent.
         """
         assert source.address is not None and source.model is not None
-        address, most = parse_address(source.address), source.answer_tokens
-        self._server = JudgeServer(address, source.model, timeout=source.timeout, max_tokens=most)
+        address, most, key = parse_address(source.address), source.answer_tokens, _key(source.key_env)
+        self._server = JudgeServer(address, source.model, timeout=source.timeout, max_tokens=most, key=key)
         self._source = source
         self._around = surroundings
         self._answers = Answers(surroundings.folder)
@@ -76,7 +93,8 @@ class Judge:
         if len(self._answers):
             return
         try:
-            self._server.ask([{"role": "user", "content": "Answer with the number 1 and nothing else."}])
+            trial = [{"role": "user", "content": "Answer with the number 1 and nothing else."}]
+            self._server.ask(trial, at_most=_TRIAL)  # a model that goes on talking mustn't cost a whole answer
         except UselessError as error:
             if not error.answered:
                 raise JudgeLost(f"{self.described} can't be used: {error}") from None
@@ -171,7 +189,7 @@ class Judge:
                 if not error.answered and attempt < last:
                     self._pause(attempt)
             except ValueError as error:
-                why, messages = f"{error}: {cut(said)}", question.again(said)
+                why, messages = f"{error}: {self._server.shown(said)}", question.again(said)
         return _Asked(None, last + 1, seconds, why)
 
     def _pause(self, attempt: int) -> None:

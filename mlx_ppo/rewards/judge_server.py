@@ -41,7 +41,9 @@ class UselessError(Exception):
 class JudgeServer:
     """Asks for completions of chats at temperature 0; several threads may ask at once."""
 
-    def __init__(self, address: Address, model: str, *, timeout: float, max_tokens: int) -> None:
+    def __init__(
+        self, address: Address, model: str, *, timeout: float, max_tokens: int, key: str | None = None
+    ) -> None:
         """Nothing is sent yet.
 
         Args:
@@ -49,37 +51,49 @@ class JudgeServer:
             model: its name there.
             timeout: seconds that a question may take in all.
             max_tokens: of an answer.
+            key: sent as a bearer token (RFC 6750); nothing that is shown has it.
         """
         self.address = address
         self.model = model
         self.timeout = timeout
         self.max_tokens = max_tokens
+        self._key = key
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._ended = False
 
-    def ask(self, messages: Messages) -> str:
-        """The model's answer.
+    def ask(self, messages: Messages, *, at_most: int | None = None) -> str:
+        """The model's answer; `at_most`: a bound on its tokens below that of all answers.
 
         Raises:
             LostError: there is no connection, it ends, it takes too long, or what comes isn't HTTP.
             UselessError: another status than 200, too large a body, or no whole completion in it.
         """
+        bound = self.max_tokens if at_most is None else min(at_most, self.max_tokens)
         document = {
             "model": self.model,
             "messages": messages,
             "temperature": 0,
-            "max_tokens": self.max_tokens,
+            "max_tokens": bound,
             "stream": False,
         }
         status, place, body = self._exchange(json.dumps(document).encode("ascii"))
         if 300 <= status < 400:
-            raise UselessError(f"HTTP {status}, a redirect to {place[:_SHOWN]!r}, which is never followed")
+            raise UselessError(f"HTTP {status}, a redirect to {self.shown(place)}, which is never followed")
+        if status == 401 and self._key is None:
+            raise UselessError("HTTP 401: the server asks for a key; name the variable that holds it by 'key_env'")
         if status != 200:
-            raise UselessError(f"HTTP {status}: {cut(body.decode('utf-8', 'replace'))}")
+            raise UselessError(f"HTTP {status}: {self.shown(body.decode('utf-8', 'replace'))}")
         if len(body) > _LARGEST:
             raise UselessError(f"an answer of more than {_LARGEST >> 20} MiB")
-        return self._content(body)
+        return self._content(body, bound)
+
+    def shown(self, text: str) -> str:
+        """A text of the server in quotes, on one line, cut where it is long, and without the key."""
+        if self._key is not None:
+            for written in (self._key, self._key.replace("/", "\\/")):  # as some write it in JSON
+                text = text.replace(written, "[key]")
+        return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
 
     def abort(self) -> None:
         """Cut every connection; whoever waits for an answer gets LostError."""
@@ -103,6 +117,8 @@ class JudgeServer:
             timer.daemon = True
             timer.start()
             headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
+            if self._key is not None:
+                headers["Authorization"] = f"Bearer {self._key}"
             connection.request("POST", f"{self.address.path}/chat/completions", body, headers)
             with connection.getresponse() as response:
                 found = response.status, response.getheader("Location") or "", response.read(_LARGEST + 1)
@@ -134,25 +150,20 @@ class JudgeServer:
             return "nobody listens there" if refused else "the connection ended before there was an answer"
         if isinstance(error, OSError):
             return error.strerror or str(error)
-        return f"what came isn't HTTP ({cut(str(error)) or type(error).__name__})"
+        return f"what came isn't HTTP ({self.shown(str(error) or type(error).__name__)})"
 
-    def _content(self, body: bytes) -> str:
+    def _content(self, body: bytes, bound: int) -> str:
         try:
             choice = parse_json(body)["choices"][0]
             content: Any = choice["message"]["content"]
         except (ValueError, LookupError, TypeError):
-            raise UselessError(f"no completion of a chat: {cut(body.decode('utf-8', 'replace'))}") from None
+            raise UselessError(f"no completion of a chat: {self.shown(body.decode('utf-8', 'replace'))}") from None
         if choice.get("finish_reason") == "length":  # half a number is another number
             said = content if isinstance(content, str) else ""
-            raise UselessError(f"an answer cut off at its {self.max_tokens} tokens: {cut(said)}", said)
+            raise UselessError(f"an answer cut off at its {bound} tokens: {self.shown(said)}", said)
         if not isinstance(content, str) or not content.strip():
             raise UselessError("an empty answer", "")
         return content
-
-
-def cut(text: str) -> str:
-    """A text in quotes, on one line, cut where it is long."""
-    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
 
 
 def _cut(held: socket.socket) -> None:

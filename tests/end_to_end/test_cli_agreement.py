@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rewards"))
-from judges import Handler, sensible, serving, texts
+from judges import Handler, asking_for, sensible, serving, texts
 
 PAIRS = [
     {"prompt": f"q {number}", "chosen": "long answer " * (1 + number % 3), "rejected": "short"} for number in range(12)
@@ -28,6 +28,7 @@ def test_pairs(project):
         assert found["agreement"]["share"] == 12 / 16 and found["ties"] == 0
         assert found["agreement"]["low"] == pytest.approx(0.505, abs=1e-3)  # Wilson's, by hand
         assert found["first_shown_wins"]["share"] == 0.5 and found["order_decides"] == 0
+        assert [document["max_tokens"] for document in server.asked] == [8] + 32 * [256]  # the trial is a short one
         assert found["requests"] == 32 and found["seconds_a_question"] > 0 and 0 < found["kappa"] < 1
         assert len({texts(document)["A"] for document in server.asked[1:][::2]}) > 1
         shown = project.done("agreement", file, "--judge", f"{server.address}#m", "--count", 8, "--seed", 1)
@@ -62,9 +63,61 @@ def test_ratings_and_answers_of_no_use(project):
         project.refused(2, words, "agreement", file, "--judge", server.address, "--model", "m", "--mode", "pairwise")
 
 
+def test_a_function_and_a_rule_instead_of_a_judge(project):
+    file = project.jsonl("pairs.jsonl", PAIRS)
+    (project.folder / "long.py").write_text("def long(completions):\n    return [len(text) for text in completions]\n")
+    found = told(project, file, "--reward", "long.py:long")
+    assert found["reward"] == "the function long of long.py" and found["pairs"] == 16 and found["ties"] == 0
+    assert found["agreement"]["share"] == 12 / 16 and "requests" not in found
+    rows = [{"text": "x" * number, "rating": number if number < 5 else 0} for number in range(1, 6)]
+    rated = project.jsonl("rated.jsonl", rows)
+    found = told(project, rated, "--reward", "long.py:long")
+    assert found["texts"] == 5 and found["rank_correlation"] == pytest.approx(0.0)  # ranks 2 3 4 5 1, by hand
+    assert found["ordered_alike"] == 6 / 10
+    sums = [{"prompt": "1 + 1?", "answer": "2", "chosen": "It is 2.", "rejected": "It is 3."}]
+    sums += [{"prompt": "1 + 2?", "answer": "3", "chosen": "Four", "rejected": "Five"}]
+    shown = project.done("agreement", project.jsonl("sums.jsonl", sums), "--reward", "rule:number")
+    assert "2 pairs, the rule 'number'" in shown and "prefers neither on         50.0%" in shown
+    assert "75.0% (95 % interval" in shown and "seconds" not in shown
+    project.refused(2, "answer", "agreement", file, "--reward", "rule:number")
+
+
+def test_a_reward_model_instead_of_a_judge(project, reward_folders):
+    for placement, base in (("adapters", ("--model", "model")), ("folder", ())):
+        found = told(project, "ratings.jsonl", "--reward", reward_folders[placement], *base)
+        report = json.loads((reward_folders[placement].parent / "report.json").read_text())["training"]
+        assert found["texts"] == 8 and found["rank_correlation"] > 0.5
+        assert found["ordered_alike"] == pytest.approx(report["accuracy_all"])  # the same pairs, in another way
+    words = "these are adapters for a trunk; give the trunk's folder as the model"
+    project.refused(3, words, "agreement", "ratings.jsonl", "--reward", reward_folders["adapters"])
+
+
+def test_a_judge_that_asks_for_a_key(project, monkeypatch):
+    file = project.jsonl("pairs.jsonl", PAIRS)
+    with serving(asking_for("a-secret/key")) as server:
+        where = ("--judge", f"{server.address}#m")
+        project.refused(4, "asks for a key; name the variable", "agreement", file, *where)
+        project.refused(2, "MY_KEY isn't set", "agreement", file, *where, "--key-env", "MY_KEY")
+        monkeypatch.setenv("MY_KEY", "another/key")
+        shown = project.refused(4, "HTTP 401", "agreement", file, *where, "--key-env", "MY_KEY")
+        assert "another" not in shown and "Bearer [key]" in shown
+        monkeypatch.setenv("MY_KEY", "a-secret/key")
+        assert told(project, file, *where, "--key-env", "MY_KEY")["agreement"]["share"] == 12 / 16
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
+        ([], 2, "give either a judge's address or, by --reward"),
+        (["--judge", "http://127.0.0.1:9/v1#m", "--reward", "rule:exact"], 2, "give either a judge's address"),
+        (["--reward", "rule:exact", "--key-env", "X"], 2, "--key-env: isn't read with --reward rule:exact"),
+        (["--reward", "rule:exact", "--model", "model"], 2, "--model: isn't read with --reward rule:exact"),
+        (["--reward", "nothing"], 3, "nothing"),
+        (
+            ["--judge", "http://127.0.0.1:9/v1#m", "--key-env", "sk-12"],
+            2,
+            "key_env: must be the name of an environment",
+        ),
         (["--judge", "http://127.0.0.1:9/v1"], 2, "--judge: which model? Write ADDRESS#MODEL"),
         (["--judge", "http://192.0.2.1:9/v1#m"], 2, "isn't this machine's loopback address"),
         (["--judge", "model", "--model", "m"], 2, "isn't an http address"),

@@ -13,7 +13,7 @@ import pytest
 from test_cli_walls import CALLS, MAIN, reaching_out, tracer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rewards"))
-from judges import Handler, sensible, serving, slowly, texts
+from judges import Handler, asking_for, sensible, serving, slowly, texts
 
 from mlx_ppo.rewards.judge_answers import ANSWERS
 
@@ -93,6 +93,21 @@ def test_a_judge_that_is_lost_costs_nothing(project, asked, every):
     project.done("verify", "runs/a")
 
 
+def test_a_key_is_sent_and_kept_nowhere(project, monkeypatch):
+    key = "sk-0123456789abcdef/+="
+    with serving(asking_for(key)) as server:
+        config = judged(project, server.address, key_env="MLX_PPO_TEST_KEY", iterations=2)
+        project.refused(2, "MLX_PPO_TEST_KEY isn't set; put the judge's key in it", "train", config)
+        monkeypatch.setenv("MLX_PPO_TEST_KEY", "a key")
+        project.refused(2, "what MLX_PPO_TEST_KEY holds can't be sent", "train", config)
+        monkeypatch.setenv("MLX_PPO_TEST_KEY", key)
+        shown = project.cli("train", config)
+        assert shown.exit_code == 0 and key not in shown.output
+    content = {name: text for name, text in project.everything().items() if text is not None}
+    assert not [name for name, text in content.items() if b"0123456789abcdef" in text]
+    assert [name for name, text in content.items() if b"MLX_PPO_TEST_KEY" in text and name.endswith("run.json")]
+
+
 def test_a_judge_that_is_not_there_stops_before_anything_is_made(project):
     with serving() as server:
         address = server.address
@@ -153,6 +168,7 @@ def test_a_signal_while_a_judge_thinks_saves_the_run(project):
         ({"mode": "groupwise"}, "set rollout.samples_per_prompt to 2 or more"),
         ({"scale": [5, 5]}, "reward.0.scale: must be the worst and the best grade"),
         ({"rubric": " "}, "reward.0.rubric: is empty"),
+        ({"key_env": "sk-0123"}, "key_env: must be the name of an environment variable with the key, never the key"),
         ({"gate": True}, "a judge's 0 is a score like any other"),
         ({"path": "model"}, "path: belongs to another kind of reward"),
         ({"rule": "exact"}, "rule: belongs to another kind of reward"),

@@ -124,3 +124,15 @@ def slowly(seconds: float, then: Answer = sensible) -> Answer:
         return then(handler, document)
 
     return answer
+
+
+def asking_for(key: str) -> Answer:
+    """Only who sends a key gets an answer; who sends another one gets it back, as OpenAI's servers do."""
+
+    def answer(handler: Handler, document: dict[str, Any]) -> str | None:
+        given = handler.headers["Authorization"]
+        if given == f"Bearer {key}":
+            return sensible(handler, document)
+        return handler.document({"error": {"message": f"Incorrect API key provided: {given}"}}, 401)
+
+    return answer
