@@ -13,6 +13,7 @@ import pytest
 from mlx.core import load
 from test_cli_walls import LOOPBACK, MAIN, namespace, reaching_out, tracer
 
+from mlx_ppo.bundle import lora_example
 from mlx_ppo.memory.starting import expected_peaks
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.folder import MEMORY, RESPONSES
@@ -85,7 +86,7 @@ def test_each_process_needs_what_was_planned_for_it(project):
     shape = ("rollout.prompts=32", "rollout.max_tokens=10", "rollout.temperature=1", "data.eval_count=4")
     shape += ("ppo.minibatches=2", "ppo.epochs=1", "critic.warmup_iterations=1")
     names = ("run.folder=runs", "run.name=a", "run.iterations=2", "parallel.processes=2")
-    shown = finished(project, "train", *(part for one in (*shape, *names) for part in ("--set", one)))
+    shown = finished(project, "train", lora_example(), *(part for one in (*shape, *names) for part in ("--set", one)))
     rows = [json.loads(line) for line in (project.run() / MEMORY).read_text().splitlines()]
     planned = expected_peaks(read_plan(project.run()))
     assert len(rows) == 2 and planned[0] > planned[1] > 20e6
