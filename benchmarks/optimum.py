@@ -17,8 +17,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-SHIPPED, LORA = ROOT / "configs" / "reviews.toml", ROOT / "configs" / "reviews-lora.toml"
+from mlx_ppo.bundle import example_config, lora_example
+from mlx_ppo.runs.folder import FRONTIER, METRICS, SAMPLES, Run
+
+COMMAND = "from mlx_ppo.cli.main import main; main()"
+SHIPPED, LORA = example_config(), lora_example()
 SETTINGS: dict[str, tuple[Path, tuple[str, ...]]] = {
     "shipped": (SHIPPED, ()),
     "LoRA": (LORA, ()),
@@ -57,15 +60,13 @@ def of_run(folder: Path, setting: str, seed: int, samples: int) -> dict[str, flo
     """Figures of one run, which is trained where it isn't there yet."""
     name = f"{setting.replace(' ', '-').replace(',', '').replace(chr(39), '')}-{seed}"
     run, (config, changes) = folder / name, SETTINGS[setting]
-    if not (run / "frontier.json").is_file():
+    if not (run / FRONTIER).is_file():
         options = [f"run.folder={folder}", f"run.name={name}", f"run.seed={seed}", *changes]
         _command("train", str(config), *(part for option in options for part in ("--set", option)))
         _command("frontier", str(run), "--samples", str(samples))
-    document = json.loads((run / "frontier.json").read_text("utf-8"))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    summaries = [row for row in map(json.loads, (run / "samples.jsonl").read_text("utf-8").splitlines())]
-    last = [row for row in summaries if row.get("kind") == "summary"][-1]
-    return figures(document, last, sum(row["seconds"] for row in rows))
+    document = json.loads((run / FRONTIER).read_text("utf-8"))
+    last = [row for row in Run(run).rows(SAMPLES) if row.get("kind") == "summary"][-1]
+    return figures(document, last, sum(row["seconds"] for row in Run(run).rows(METRICS)))
 
 
 def figures(document: dict[str, Any], last: dict[str, Any], seconds: float) -> dict[str, float]:
@@ -83,7 +84,7 @@ def figures(document: dict[str, Any], last: dict[str, Any], seconds: float) -> d
 
 
 def _command(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "mlx_ppo.cli.main", *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", COMMAND, *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
 def _spread(values: list[float]) -> str:

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from mlx_ppo.algo.truncation import Distribution
 from mlx_ppo.bench.dry_run import Measured, dry_run
+from mlx_ppo.bundle import lora_example
 from mlx_ppo.cli.main import main
 from mlx_ppo.compute import portable
 from mlx_ppo.compute.cpu import engine
@@ -298,7 +299,7 @@ def test_phases_measure_only_where_somebody_asks() -> None:
 
 
 def test_the_command_plans_for_the_bundled_example() -> None:
-    config = Path(__file__).resolve().parents[2] / "configs" / "reviews-lora.toml"
+    config = lora_example()
     result = CliRunner().invoke(main, ["plan", str(config), "--memory-gb", "2", "--json"])
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)

@@ -9,7 +9,7 @@ import pytest
 from forms import FORMS, dtype_of, is_quantised
 
 from mlx_ppo.compute.choose import SWITCH, using
-from mlx_ppo.compute.portable import PortableEngine
+from mlx_ppo.compute.portable import ModelReader, PortableEngine
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.stages import update
@@ -68,3 +68,17 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
 
     monkeypatch.setattr(update._Step, "_check_itself", recording)
     return seen
+
+
+@pytest.fixture
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each decoding pass from now on reads together."""
+    counts: list[int] = []
+    read = ModelReader.read
+
+    def counting(reader: ModelReader, tokens: Any, caches: Any) -> Any:
+        counts.append(len(tokens))
+        return read(reader, tokens, caches)
+
+    monkeypatch.setattr(ModelReader, "read", counting)
+    return counts

@@ -15,7 +15,6 @@ from forms import FORMS, dtype_of, in_float32, is_quantised
 from recording import gradients_of, judged
 
 from mlx_ppo.bundle import bundle_root
-from mlx_ppo.compute.portable import ModelReader
 from mlx_ppo.errors import RunError
 from mlx_ppo.importing.convert import import_model
 from mlx_ppo.models.load import load_trunk
@@ -62,7 +61,7 @@ def test_no_false_stop_and_a_real_fault_is_caught(
     trained: Callable[[str], Path],
     make_world: Callable[..., Any],
     found: list[tuple[float, float]],
-    monkeypatch: pytest.MonkeyPatch,
+    rows_read: list[int],
     request: pytest.FixtureRequest,
     form: str,
 ) -> None:
@@ -70,21 +69,13 @@ def test_no_false_stop_and_a_real_fault_is_caught(
 
     One is updated by itself, without the others of its prompt, beside which it was scored.
     """
-    counts: list[int] = []
-    read = ModelReader.read
-
-    def counting(reader: ModelReader, tokens: mx.array, caches: Any) -> Any:
-        counts.append(len(tokens))
-        return read(reader, tokens, caches)
-
-    monkeypatch.setattr(ModelReader, "read", counting)
     trunk = load_trunk(trained(form), dtype=dtype_of(form))
     assert trunk.capabilities.batches and trunk.capabilities.joins and trunk.capabilities.shares
     healthy, faulty = [], []
     for seed in range(request.config.getoption("--seeds") or 1):
-        counts.clear()
+        rows_read.clear()
         world = make_world(None, given=trunk, seed=seed, size=0.02, **ROWS)
-        assert max(counts) == len(world.rollout.responses) == 4
+        assert max(rows_read) == len(world.rollout.responses) == 4
         world.update(minibatches=1, epochs=STEPS[name], micro_batch=3)
         healthy.append(found[-1])
         with pytest.raises(RunError, match="self-check failed"):

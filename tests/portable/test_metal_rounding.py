@@ -11,7 +11,7 @@ from forms import FORMS, dtype_of, in_float32, is_quantised
 from recording import gradients_of, judged
 
 from mlx_ppo.bundle import bundle_root
-from mlx_ppo.compute.portable import ModelReader, PortableEngine, read_rows
+from mlx_ppo.compute.portable import PortableEngine, read_rows
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
@@ -85,24 +85,14 @@ def test_scoring_attends_as_updating_does(
     assert error > 1e-3
 
 
-def test_rows_are_decoded_together(
-    trunk_in: MakeTrunk, make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, form: str
-) -> None:
-    counts: list[int] = []
-    read = ModelReader.read
-
-    def counting(reader: ModelReader, tokens: mx.array, caches: Any) -> Any:
-        counts.append(len(tokens))
-        return read(reader, tokens, caches)
-
-    monkeypatch.setattr(ModelReader, "read", counting)
+def test_rows_are_decoded_together(trunk_in: MakeTrunk, make_world: MakeWorld, rows_read: list[int], form: str) -> None:
     for seed in range(5):
         trunk = trunk_in(form, seed=seed)
         assert trunk.capabilities.batches and trunk.capabilities.joins and trunk.capabilities.shares
         assert not trunk.remarks or form != "float32", trunk.remarks
-        counts.clear()
+        rows_read.clear()
         world = make_world(given=trunk, seed=seed)
-        assert max(counts) == len(world.rollout.responses) == 10
+        assert max(rows_read) == len(world.rollout.responses) == 10
         off = np.abs(np.array(world.rollout.logprobs) - np.array(world.batch.old_logprobs))[
             np.array(world.rollout.mask)
         ]
