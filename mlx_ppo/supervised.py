@@ -275,7 +275,8 @@ def _step(task: Task[Batch], state: Fit, batch: Batch, seed: int) -> float:
         loss, gradients = mx.zeros(()), {name: mx.zeros_like(array) for name, array in arrays.items()}
     mx.eval(loss, gradients)
     if task.group.size > 1:
-        gradients = task.group.total({_LOSS: loss, **gradients})
+        gradients = {_LOSS: loss, **gradients}
+        gradients = task.group.total(gradients)
         loss = gradients.pop(_LOSS)
     value = number(loss)
     if not np.isfinite(value):

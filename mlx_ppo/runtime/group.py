@@ -19,6 +19,7 @@ import numpy as np
 from mlx_ppo.errors import ProcessLost
 
 Arrays = Sequence["np.ndarray[Any, Any]"]
+_ENDING = 5.0  # seconds in which an exchange ends after a process that it waits for
 _BUCKET = 1 << 21  # elements that are summed by one collective; larger arrays go by themselves
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
@@ -50,9 +51,9 @@ class Group:
             parts[turns[at % len(turns)]].append(row)
         return [sorted(part) for part in parts]
 
-    def total(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Sums over the processes, to the bit the same in each. Float32 arrays; those that are given are used up."""
-        return dict(arrays)
+    def total(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Sums over the processes, to the bit the same in each. Float32 arrays; they are taken out of what is given."""
+        return arrays
 
     def gather(self, arrays: Arrays) -> list[list["np.ndarray[Any, Any]"]]:
         """What every process has given, by rank; their shapes may differ."""
@@ -114,16 +115,17 @@ class Ring(Group):
         self.rank, self.size = group.rank(), group.size()
         self._group, self._patience, self._meet, self._suspect = group, patience, meet, suspect
         self._asked: queue.SimpleQueue[Callable[[mx.Stream], None] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="collectives", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="collectives", daemon=True)
+        self._thread.start()
 
-    def total(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    def total(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         """Bucket by bucket, so that little is needed beside the arrays."""
-        left = dict(arrays)
-        mx.eval(left)
+        order = list(arrays)
+        mx.eval(arrays)
         self._come()
         found: dict[str, mx.array] = {}
-        for names in _buckets(arrays):
-            parts = [left.pop(name) for name in names]
+        for names in list(_buckets(arrays)):
+            parts = [arrays.pop(name) for name in names]
             if len(parts) == 1:
                 found[names[0]] = self._all_sum(parts[0])
                 continue
@@ -133,7 +135,7 @@ class Ring(Group):
             for name, part, piece in zip(names, parts, pieces, strict=True):
                 found[name] = mx.contiguous(piece.reshape(part.shape), stream=mx.cpu)
             mx.eval(found)
-        return {name: found[name] for name in arrays}
+        return {name: found[name] for name in order}
 
     def gather(self, arrays: Arrays) -> list[list["np.ndarray[Any, Any]"]]:
         """As bytes, of which those of the process that has most decide the length."""
@@ -174,8 +176,12 @@ class Ring(Group):
         return found
 
     def close(self) -> None:
-        """The thread ends, unless it waits for a process that is lost."""
+        """The thread ends, once no exchange waits any more for a process that is lost.
+
+        Mlx may raise the error of such an exchange in the main thread, at whatever it is called for next.
+        """
         self._asked.put(None)
+        self._thread.join(_ENDING)
 
     def _all_sum(self, array: mx.array) -> mx.array:
         mx.eval(array)
@@ -225,6 +231,7 @@ class Ring(Group):
         stream = mx.new_stream(mx.cpu)
         while (asked := self._asked.get()) is not None:
             asked(stream)
+            del asked  # and with it what was exchanged, until the next exchange
 
 
 def _buckets(arrays: Mapping[str, mx.array]) -> Iterator[list[str]]:

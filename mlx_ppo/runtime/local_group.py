@@ -60,6 +60,7 @@ def local_group(worker: Path, order: dict[str, Any], *, processes: int, patience
     _only_once()
     hosts = [[f"127.0.0.1:{port}"] for port in _free_ports(processes)]
     children: list[Child] = []
+    ring: Ring | None = None
     try:
         for rank in range(1, processes):
             given = json.dumps({**order, "rank": rank, "hosts": hosts, "patience": patience})
@@ -67,13 +68,12 @@ def local_group(worker: Path, order: dict[str, Any], *, processes: int, patience
         _meet(children, _STARTING)
         meet, suspect = (lambda: _meet(children, patience)), (lambda: _suspect(children))
         ring = Ring(joined(0, hosts, _STARTING), patience, meet, suspect, ["this process", *_names(children)])
-        try:
-            yield ring
-        finally:
-            ring.close()
+        yield ring
     finally:
         for child in children:
             child.end()
+        if ring is not None:
+            ring.close()
 
 
 def joined(rank: int, hosts: Sequence[Sequence[str]], limit: float) -> mx.distributed.Group:
