@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_ppo.algo.truncation import Distribution, packed, support
+from mlx_ppo.compute.attention import attending_by, attention_with_gradient, kernel_attention, model_attention
 from mlx_ppo.compute.checkpointing import checkpointed, twice_in_mlx
 from mlx_ppo.compute.device import multiplies_coarsely
 from mlx_ppo.compute.engine import Arrays, Body, Capabilities, Numbers, Reader, Sampled, Step
@@ -82,11 +83,14 @@ class PortableEngine:
         return found._replace(remarks=tuple(filter(None, remarks)))
 
     def computing(self) -> AbstractContextManager[None]:
-        """The model's own attention; while a plan is made for a GPU, one that allocates what its kernels do."""
-        if not (self._fused and is_traced()):
-            return nullcontext()
-        own = functools.partial(_attention_with_gradient, mx.fast.scaled_dot_product_attention)
-        return attending_by(own if _in_rows.get() else _fused_attention)
+        """The model's own attention, over whole rows in float32 where its gradient is no kernel's.
+
+        While a plan is made for a GPU, one that allocates what its kernels do.
+        """
+        planned = self._fused and is_traced()
+        if _in_rows.get():
+            return attending_by(functools.partial(attention_with_gradient, model_attention(), planned=planned))
+        return attending_by(kernel_attention) if planned else nullcontext()
 
     def states(
         self, body: Body, sequences: Sequences, read: mx.array | None, *, learning: bool, saving: bool
@@ -279,45 +283,3 @@ def _rows(part: nn.Module) -> Iterator[None]:
     finally:
         part.train(mode)
         _in_rows.reset(before)
-
-
-@contextmanager
-def attending_by(function: Callable[..., mx.array]) -> Iterator[None]:
-    """Let mlx-lm's models compute attention by another function for the length of a `with` block."""
-    before = mx.fast.scaled_dot_product_attention
-    try:
-        mx.fast.scaled_dot_product_attention = function
-        yield
-    finally:
-        mx.fast.scaled_dot_product_attention = before
-
-
-def _fused_attention(q: mx.array, k: mx.array, v: mx.array, **_: Any) -> mx.array:
-    """Makes an array like q; its gradient makes ones like k and v."""
-    return q + (k[..., :1, :1].sum() + v[..., :1, :1].sum())
-
-
-def _attention_with_gradient(attend: Callable[..., mx.array], *given: mx.array, **how: Any) -> mx.array:
-    """Mlx's own, as its device has it; where its gradient is a kernel, which mlx can't trace, what stands for one.
-
-    Source: mlx 0.32.4, whose export knows no ScaledDotProductAttentionVJP; CUDA has it for lengths that 128 divides.
-    """
-    return (attend if _traceable(attend, *given, **how) else _fused_attention)(*given, **how)
-
-
-def _traceable(attend: Callable[..., mx.array], *given: mx.array, **how: Any) -> bool:
-    """Whether mlx can tell of what the gradient of attention consists for arrays of such shapes."""
-    like = [mx.zeros(array.shape, array.dtype) for array in given]
-    fixed = {name: mx.zeros(it.shape, it.dtype) if isinstance(it, mx.array) else it for name, it in how.items()}
-
-    def gradient(*arrays: mx.array) -> Sequence[mx.array]:
-        found: Sequence[mx.array] = mx.grad(lambda *each: attend(*each, **fixed).sum(), (0, 1, 2))(*arrays)
-        return found
-
-    try:
-        mx.export_function(lambda _: None, gradient, *like)
-    except ValueError as error:
-        if "Unable to get state" not in str(error):
-            raise
-        return False
-    return True

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_ppo.algo.truncation import Distribution
 from mlx_ppo.compute import portable
 from mlx_ppo.compute.adapted import count_of, parameters_of
+from mlx_ppo.compute.attention import attending_by
 from mlx_ppo.compute.checkpointing import Function, checkpointed, planned_twice
 from mlx_ppo.compute.cpu import optimizer, threads
 from mlx_ppo.compute.cpu.activations import use_fast_gates
@@ -79,7 +80,7 @@ class CpuEngine(PortableEngine):
 
     def computing(self) -> AbstractContextManager[None]:
         """Attention's weights by numpy."""
-        return portable.attending_by(attend)
+        return attending_by(attend)
 
     def states(
         self, body: Body, sequences: Sequences, read: mx.array | None, *, learning: bool, saving: bool
