@@ -143,6 +143,23 @@ def choose(drawn: Drawn, *, only_finished: bool) -> list[Chosen]:
     return found
 
 
+def choose_pairs(drawn: Drawn, *, only_finished: bool) -> list[tuple[Chosen, Chosen]]:
+    """The best completion of each prompt with the worst one, where that scores lower and is another text.
+
+    Args:
+        drawn: the completions.
+        only_finished: leave out those that `max_tokens` cut.
+    """
+    best = choose(drawn, only_finished=only_finished)
+    worst = choose(drawn._replace(scores=-drawn.scores), only_finished=only_finished)
+    return [
+        (first, last)
+        for first, last in zip(best, worst, strict=True)
+        if drawn.scores[first] > drawn.scores[last]
+        and drawn.texts[first.prompt][first.sample] != drawn.texts[last.prompt][last.sample]
+    ]
+
+
 def _parts(count: int, size: int) -> Iterator[range]:
     for start in range(0, count, size):
         yield range(start, min(count, start + size))

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_ppo import reward_training, sft
+from mlx_ppo import dpo, reward_training, sft
 from mlx_ppo.compute.cpu import threads
 from mlx_ppo.config.sections import Job, TrainConfig
-from mlx_ppo.config.supervised import AnyJob, RewardConfig, SFTConfig
+from mlx_ppo.config.supervised import AnyJob, DPOConfig, RewardConfig, SFTConfig
 from mlx_ppo.data.prompts import PromptStream
 from mlx_ppo.errors import ConfigError
 from mlx_ppo.evaluate import evaluate
@@ -68,6 +68,8 @@ def follow(config: Job, group: Group) -> None:
     with threads.choosing(group.told()["threads"]):
         if isinstance(config, SFTConfig):
             sft.follow(config, group)
+        elif isinstance(config, DPOConfig):
+            dpo.follow(config, group)
         elif isinstance(config, RewardConfig):
             reward_training.follow(config, group)
     group.told()  # the leader has ended

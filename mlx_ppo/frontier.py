@@ -23,7 +23,7 @@ from mlx_ppo.rewards.figures import Floats
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.folder import FRONTIER, SAMPLES, log_row, open_config, replace_file
 from mlx_ppo.runs.plan_file import Choices
-from mlx_ppo.runs.targets import newest_step, parted, trained_weights
+from mlx_ppo.runs.targets import newest_step, other_policy, parted, trained_weights
 from mlx_ppo.stages.records import Rollout
 from mlx_ppo.stages.rollout import Asked, distribution_of, generate, sampling
 from mlx_ppo.stages.scoring import combined_scores, policy_logprobs, raw_scores
@@ -50,6 +50,7 @@ class Question(NamedTuple):
     coef: float | None  # the penalty; None: the run's own
     samples: int  # of the reference and of the policy, for each prompt
     prompts: int  # of its evaluations, at most
+    policy: Path | None = None  # another one than the run's, of the same model
 
 
 class Listener(Messages, Protocol):
@@ -62,7 +63,7 @@ class Listener(Messages, Protocol):
 def measured(path: Path, asked: Question, told: Listener) -> Document:
     """Sample a run's policy and its reference on the run's evaluation prompts, and say what `frontier` says.
 
-    What is found is kept in the run's folder as well.
+    What is found is kept in the run's folder as well, unless another policy was asked about.
 
     Args:
         path: a run of `train`, or one of its checkpoints.
@@ -93,7 +94,11 @@ def measured(path: Path, asked: Question, told: Listener) -> Document:
         roles.require_fields([prompt.record for prompt in prompts])
         for line in roles.remarks(max(len(prompt.tokens) for prompt in prompts) + config.rollout.max_tokens):
             told.message(line)
-        policy = trained_weights(checkpoint.folder_of(run, step), roles.trunk, full=config.model.train == "full")
+        policy = (
+            trained_weights(checkpoint.folder_of(run, step), roles.trunk, full=config.model.train == "full")
+            if asked.policy is None
+            else other_policy(asked.policy, roles.trunk)
+        )
         policies = {"reference": roles.reference, "policy": policy}
         count = 2 * len(prompts) * asked.samples
         drawn = draw(config, roles, policies, prompts, asked.samples, lambda rows: told.done(rows / count))
@@ -107,7 +112,10 @@ def measured(path: Path, asked: Question, told: Listener) -> Document:
             "the run draws from a part of the vocabulary: KL is that on the policy's part of it, and the optimum is "
             "estimated by samples of the reference alone"
         )
-    found = {"step": step, **frontier(drawn, coef, mixed=not cut), "evaluations": path_of(_rows(run / SAMPLES))}
+    measure = frontier(drawn, coef, mixed=not cut)
+    if asked.policy is not None:
+        return {"of": str(asked.policy), **measure, "evaluations": []}
+    found = {"step": step, **measure, "evaluations": path_of(_rows(run / SAMPLES))}
     replace_file(run / FRONTIER, json.dumps(found, indent=2, allow_nan=False) + "\n")
     return found
 

@@ -1,4 +1,4 @@
-"""The loop that `sft` and `reward` share: epochs of batches, validation, best weights, resume."""
+"""The loop that `sft`, `reward` and `dpo` share: epochs of batches, validation, best weights, resume."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from mlx_ppo.compute.adapted import Among
 from mlx_ppo.compute.cpu import threads
 from mlx_ppo.compute.engine import Engine
 from mlx_ppo.config.sections import RunSection
-from mlx_ppo.config.supervised import RewardConfig, SFTConfig
+from mlx_ppo.config.supervised import DPOConfig, RewardConfig, SFTConfig
 from mlx_ppo.data.random import mx_key, philox
 from mlx_ppo.errors import ProcessLost, RunError
 from mlx_ppo.models.adapters import HEAD, Weights, adapter_config
@@ -286,7 +286,9 @@ def _step(task: Task[Batch], state: Fit, batch: Batch, seed: int) -> float:
 
 
 @contextmanager
-def shared_run(config: SFTConfig | RewardConfig, run: Run, work: Work, reporter: StepReporter) -> Iterator[Group]:
+def shared_run(
+    config: SFTConfig | RewardConfig | DPOConfig, run: Run, work: Work, reporter: StepReporter
+) -> Iterator[Group]:
     """The processes that share a run, led by this one, for the length of a `with` block.
 
     Raises:

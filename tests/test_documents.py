@@ -64,7 +64,7 @@ def test_configurations_and_keys_of_printed_commands_are_right(line: str) -> Non
     given = parsed(line).params
     path = ROOT / (given["config"] or "configs/reviews.toml")
     if not path.exists():
-        assert path.name in {"CONFIG", "my-ppo.toml", "my-reward.toml"}
+        assert path.name in {"CONFIG", "my-ppo.toml", "my-reward.toml", "my-dpo.toml"}
         return
     read_config(JOBS[line.split()[0]], path, given["overrides"])
 

@@ -19,7 +19,7 @@ MODULES = {
 LAYERS = (
     "errors", "files", "bundle", "config", "data", "algo", "runtime", "compute", "tokenizers", "rewards", "models",
     "runs", "stages", "memory", "importing", "exporting", "bench", "parallel", "writing", "reporting", "evaluate",
-    "supervised", "supervised_models", "sft", "reward_feedback", "reward_batches", "reward_training",
+    "supervised", "supervised_models", "sft", "dpo", "reward_feedback", "reward_batches", "reward_training",
     "comparison", "best_of", "forgetting", "prompting", "frontier", "train", "following", "follow_worker", "api",
     "studio", "cli",
 )  # fmt: skip
@@ -54,6 +54,7 @@ OUTSIDE = {
     "frontier": {"mlx", "numpy"},
     "supervised": {"mlx", "numpy"},
     "sft": {"mlx", "numpy"},
+    "dpo": {"mlx", "numpy"},
     "reward_feedback": {"numpy"},
     "reward_batches": {"mlx", "numpy"},
     "reward_training": {"mlx", "numpy"},

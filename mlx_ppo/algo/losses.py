@@ -193,6 +193,47 @@ def all_pairs_loss(scores: mx.array, goodness: mx.array, mask: mx.array) -> tupl
     return total / mx.maximum(pairs, 1.0), (pairs > 0).astype(mx.float32)
 
 
+def direct_preference_loss(
+    chosen: mx.array,
+    rejected: mx.array,
+    *,
+    beta: float,
+    kind: Literal["sigmoid", "ipo"] = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> mx.array:
+    """Loss of a policy on preference pairs, without a reward model.
+
+        h = chosen - rejected
+        sigmoid: L = -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h),   e = label_smoothing
+        ipo:     L = (h - 1 / (2 beta))^2
+
+    Args:
+        chosen: [B], log pi - log pi_ref of the response that was preferred, nats (ipo: nats a token).
+        rejected: [B], of the other one.
+        beta: > 0, what a nat of KL to the reference costs, as `kl.coef` of PPO.
+        kind: the loss.
+        label_smoothing: 0 to below 0.5, share of pairs that are taken to be the wrong way round; sigmoid only.
+
+    Returns:
+        loss, [B] float32.
+
+    Raises:
+        ValueError: the shapes differ, or a number is out of range.
+    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing: Mitchell 2023, "A note on DPO with noisy
+        preferences", eq. 3; ipo: Azar et al. 2023, arXiv:2310.12036, eq. 17.
+    """
+    require_same_shape(chosen=chosen, rejected=rejected)
+    if not beta > 0 or not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"beta {beta} must be above 0 and label_smoothing {label_smoothing} from 0 to below 0.5")
+    lead = chosen.astype(mx.float32) - rejected.astype(mx.float32)
+    if kind == "ipo":
+        return mx.square(lead - 0.5 / beta)
+    if kind != "sigmoid":
+        raise ValueError(f"kind must be sigmoid or ipo, got {kind!r}")
+    right, wrong = mx.logaddexp(0.0, -beta * lead), mx.logaddexp(0.0, beta * lead)
+    return (1 - label_smoothing) * right + label_smoothing * wrong
+
+
 def _leads(scores: mx.array, goodness: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
     """Score of i less that of j, [B, K, K] (i, j), and whether j is the worse one; 0 and False where one is masked."""
     require_same_shape(scores=scores, goodness=goodness, mask=mask)

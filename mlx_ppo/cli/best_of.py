@@ -11,7 +11,7 @@ from typing import IO, Any
 import click
 
 from mlx_ppo.algo.truncation import Distribution
-from mlx_ppo.best_of import Drawing, Drawn, Interval, best_of_each, choose, draw
+from mlx_ppo.best_of import Drawing, Drawn, Interval, best_of_each, choose, choose_pairs, draw
 from mlx_ppo.cli.look import prompts_for, said_of, sampling_for
 from mlx_ppo.config.rewards import ScoreSection
 from mlx_ppo.config.sections import TrainConfig
@@ -25,8 +25,9 @@ _OWN = 4  # completions a prompt by which a run's own score is taken
 
 def best_of(model: Path, given: Mapping[str, Any]) -> None:
     """Print the table; the options are those of the command."""
-    if given["only_finished"] and given["output"] is None:
-        raise ConfigError("--only-finished: goes with --output")
+    for name in ("only_finished", "pairs"):
+        if given[name] and given["output"] is None:
+            raise ConfigError(f"--{name.replace('_', '-')}: goes with --output")
     if given["temperature"] == 0:
         raise ConfigError("--temperature: at 0 every sample is the same; give one above 0")
     sources = [source_named(given["reward"])] if given["reward"] is not None else []
@@ -96,18 +97,29 @@ def _measured(subject: Scorable, model: Path, given: Mapping[str, Any], output: 
 
 
 def _write(output: IO[str], prompts: Sequence[Prompt], drawn: Drawn, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The best of each prompt; how many there are, and how many the bound on tokens cut."""
-    rows = [
-        {
-            "prompt": _asked(prompts[number].record),
-            "completion": drawn.texts[number][sample],
-            "score": float(drawn.scores[number, sample]),
-            "finished": drawn.finished[number][sample],
-        }
-        for number, sample in choose(drawn, only_finished=given["only_finished"])
-    ]
+    """The best of each prompt, or pairs; how many rows there are, and in how many the bound on tokens cut one."""
+    rows, cut = list[dict[str, Any]](), 0
+    if given["pairs"]:
+        for best, worst in choose_pairs(drawn, only_finished=given["only_finished"]):
+            row: dict[str, Any] = {"prompt": _asked(prompts[best.prompt].record)}
+            for name, one in (("chosen", best), ("rejected", worst)):
+                row |= {name: drawn.texts[one.prompt][one.sample], f"{name}_score": float(drawn.scores[one])}
+            rows.append(row)
+            cut += not all(drawn.finished[one.prompt][one.sample] for one in (best, worst))
+    else:
+        for number, sample in choose(drawn, only_finished=given["only_finished"]):
+            rows.append(
+                {
+                    "prompt": _asked(prompts[number].record),
+                    "completion": drawn.texts[number][sample],
+                    "score": float(drawn.scores[number, sample]),
+                    "finished": drawn.finished[number][sample],
+                }
+            )
+            cut += not drawn.finished[number][sample]
     output.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return {"file": str(given["output"]), "rows": len(rows), "cut": sum(not row["finished"] for row in rows)}
+    what = "the best and the worst" if given["pairs"] else "the best"
+    return {"file": str(given["output"]), "what": what, "rows": len(rows), "cut": cut}
 
 
 def _asked(record: Mapping[str, Any]) -> object:
@@ -156,7 +168,7 @@ def _print(document: Mapping[str, Any]) -> None:
     click.echo("KL in nats a response from who wrote the samples; log k - (k - 1) / k is a bound on best-of-k's")
     if written := document.get("written"):
         left = document["prompts"] - written["rows"]
-        said = f"{written['file']}: the best of {written['rows']} of {document['prompts']} prompts"
+        said = f"{written['file']}: {written['what']} of {written['rows']} of {document['prompts']} prompts"
         said += f"; {left} had none that can be used" if left else ""
         said += f"; {written['cut']} were cut at {document['max_tokens']} tokens" if written["cut"] else ""
         click.echo(printable(said + (" (--only-finished leaves such out)" if written["cut"] else "")))

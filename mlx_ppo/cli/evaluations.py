@@ -23,6 +23,9 @@ from mlx_ppo.cli.options import MAX_TOKENS, Place, drawing
     "--policy", "of_policy", is_flag=True, help="Of a run, sample the policy itself instead of what it began from."
 )
 @click.option("--output", type=Place(), metavar="OUT.jsonl", help="Write the best of each, as `sft` reads them.")
+@click.option(
+    "--pairs", is_flag=True, help="Write the best and the worst of each instead, as `dpo` and `reward` read them."
+)
 @click.option("--only-finished", is_flag=True, help="Write none that the bound on tokens cut.")
 @MAX_TOKENS
 @drawing

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,14 +18,16 @@ _FILE = Place()
 @click.option("--samples", type=click.IntRange(2, 65_536), default=128, show_default=True, help="For each prompt.")
 @click.option("--prompts", type=click.IntRange(2), default=48, show_default=True, help="Evaluation prompts taken.")
 @click.option("--coef", type=Number(0, min_open=True), help="Penalty; default: the run's own, kl.coef.")
+@click.option("--policy", type=_FILE, help="Measure this one instead: a run of dpo or sft, another run, a folder.")
 @click.option("--picture", type=_FILE, help="Draw the curves into this new SVG file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def frontier(run: Path, samples: int, prompts: int, coef: float | None, picture: Path | None, as_json: bool) -> None:
+def frontier(run: Path, picture: Path | None, as_json: bool, **given: Any) -> None:
     """How near the policy of RUN is to the best one that its KL penalty allows.
 
     Samples the reference and the policy (RUN, or one checkpoint of it) for held-out prompts, and compares the policy
     with best-of-n and with the optimum: the reference tilted by exp(score / kl.coef). Keeps what it found in the
-    run's folder, for its page and report.
+    run's folder, for its page and report; not with --policy, which measures another policy of the same model by
+    this run's prompts, scores and penalty.
 
     \b
     Examples:
@@ -37,7 +40,7 @@ def frontier(run: Path, samples: int, prompts: int, coef: float | None, picture:
     from mlx_ppo.runs.folder import replace_file
     from mlx_ppo.studio.frontier import drawing, table
 
-    found = measured(run, Question(coef, samples, prompts), _Told())
+    found = measured(run, Question(**given), _Told())
     if picture is not None:
         replace_file(picture, drawing(found))
     if as_json:

@@ -14,13 +14,14 @@ from mlx_ppo.cli import PROGRAM
 from mlx_ppo.cli.work import Order, stopped, work, worth_keeping
 from mlx_ppo.config.file import read_config
 from mlx_ppo.config.sections import Job, TrainConfig
-from mlx_ppo.config.supervised import AnyJob, RewardConfig, SFTConfig
+from mlx_ppo.config.supervised import AnyJob, DPOConfig, RewardConfig, SFTConfig
 from mlx_ppo.errors import DamageError
 from mlx_ppo.runs.folder import Run, create_run, open_config
 from mlx_ppo.runs.relocation import relocate
 from mlx_ppo.runtime.signals import Interrupted, catching_interrupts
 
 if TYPE_CHECKING:
+    from mlx_ppo.cli.display import Display
     from mlx_ppo.runtime.hosts import Place
 
 
@@ -136,55 +137,63 @@ def dry(config: Job) -> None:
 
     with Display() as display:
         if isinstance(config, TrainConfig):
-            from mlx_ppo.memory.starting import budget_of, new_plan, said
-            from mlx_ppo.models.roles import Loading, load_roles
-            from mlx_ppo.prompting import load_data, tokenizer_of
-
-            data, held_out = load_data(config, tokenizer_of(config), display)
-            prompts = (*data.prompts, *held_out)
-            plan, _, processes = new_plan(config, [len(prompt.tokens) for prompt in prompts], budget_of(config))
-            click.echo(said(plan, processes))
-            choices = plan.choices
-            roles, _, _ = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
-            try:
-                longest = max(len(prompt.tokens) for prompt in prompts) + config.rollout.max_tokens
-                _remark(roles.remarks(longest))
-                roles.require_fields([prompt.record for prompt in prompts])
-            finally:
-                roles.close()
-            _statistics("training prompts", [len(prompt.tokens) for prompt in data.prompts])
-            _statistics("evaluation prompts", [len(prompt.tokens) for prompt in held_out])
-            responses = config.rollout.prompts * config.rollout.samples_per_prompt
-            click.echo(
-                f"an iteration: {responses} responses of at most {config.rollout.max_tokens} tokens, "
-                f"{config.ppo.epochs * config.ppo.minibatches} optimizer steps"
-            )
-        elif isinstance(config, SFTConfig):
-            from mlx_ppo import sft
-            from mlx_ppo.supervised_models import load_trainable, require_room
-
-            trunk = load_trainable(config.model, config.run.seed)
-            _remark(trunk.remarks)
-            train, validation = sft.load_data(config, trunk.tokenizer, display)
-            lengths = [len(example.tokens) for example in train.examples]
-            require_room(trunk, config.model, config.lora, lengths, config.sft.batch_size)
-            _statistics("training examples", lengths)
-            if validation is not None:
-                _statistics("validation examples", [len(example.tokens) for example in validation.examples])
-        elif isinstance(config, RewardConfig):
-            from mlx_ppo import reward_feedback
-            from mlx_ppo.supervised_models import load_trainable, require_room
-
-            trunk = load_trainable(config.model, config.run.seed)
-            _remark(trunk.remarks)
-            sets = reward_feedback.load_data(config, trunk.tokenizer, display)
-            lengths = [len(text) for text in sets[0].texts]
-            section = config.reward_training
-            require_room(trunk, config.model, config.lora, lengths, section.batch_size, members=section.members)
-            for name, feedback in zip(("training", "validation", "test"), sets, strict=True):
-                if feedback is not None:
-                    _statistics(f"{name} texts", [len(text) for text in feedback.texts])
+            _dry_train(config, display)
+        else:
+            assert isinstance(config, SFTConfig | RewardConfig | DPOConfig)
+            _dry_supervised(config, display)
     click.echo("dry run: everything is in order; nothing was trained")
+
+
+def _dry_train(config: TrainConfig, display: "Display") -> None:
+    from mlx_ppo.memory.starting import budget_of, new_plan, said
+    from mlx_ppo.models.roles import Loading, load_roles
+    from mlx_ppo.prompting import load_data, tokenizer_of
+
+    data, held_out = load_data(config, tokenizer_of(config), display)
+    prompts = (*data.prompts, *held_out)
+    plan, _, processes = new_plan(config, [len(prompt.tokens) for prompt in prompts], budget_of(config))
+    click.echo(said(plan, processes))
+    choices = plan.choices
+    roles, _, _ = load_roles(config, Loading(compact=choices.compact, evict=choices.evict))
+    try:
+        longest = max(len(prompt.tokens) for prompt in prompts) + config.rollout.max_tokens
+        _remark(roles.remarks(longest))
+        roles.require_fields([prompt.record for prompt in prompts])
+    finally:
+        roles.close()
+    _statistics("training prompts", [len(prompt.tokens) for prompt in data.prompts])
+    _statistics("evaluation prompts", [len(prompt.tokens) for prompt in held_out])
+    responses = config.rollout.prompts * config.rollout.samples_per_prompt
+    click.echo(
+        f"an iteration: {responses} responses of at most {config.rollout.max_tokens} tokens, "
+        f"{config.ppo.epochs * config.ppo.minibatches} optimizer steps"
+    )
+
+
+def _dry_supervised(config: SFTConfig | RewardConfig | DPOConfig, display: "Display") -> None:
+    from mlx_ppo import dpo, reward_feedback, sft
+    from mlx_ppo.supervised_models import load_trainable, require_room
+
+    trunk = load_trainable(config.model, config.run.seed)
+    _remark(trunk.remarks)
+    lengths: list[list[int] | None]
+    rows, members = 0, 1
+    if isinstance(config, SFTConfig):
+        what, rows = "examples", config.sft.batch_size
+        examples = sft.load_data(config, trunk.tokenizer, display)
+        lengths = [[len(one.tokens) for one in part.examples] if part else None for part in examples]
+    elif isinstance(config, DPOConfig):
+        what, rows = "texts of pairs", 2 * config.dpo.batch_size
+        pairs = dpo.load_data(config, trunk.tokenizer, display)
+        lengths = [dpo.lengths(part.pairs) if part else None for part in pairs]
+    else:
+        what, rows, members = "texts", config.reward_training.batch_size, config.reward_training.members
+        sets = reward_feedback.load_data(config, trunk.tokenizer, display)
+        lengths = [[len(text) for text in part.texts] if part else None for part in sets]
+    require_room(trunk, config.model, config.lora, lengths[0] or [], rows, members=members)
+    for name, found in zip(("training", "validation", "test"), lengths, strict=False):
+        if found is not None:
+            _statistics(f"{name} {what}", found)
 
 
 def _remark(lines: list[str]) -> None:

@@ -149,6 +149,23 @@ def sft(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
 
 
 @main.command()
+@click.argument("config", type=_FILE)
+@job_options
+def dpo(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
+    """Direct preference optimization: learn from preferences without a reward model.
+
+    The reference is the model as it begins. docs/evaluation.md has a configuration.
+
+    \b
+    Example: mlx-ppo dpo my-dpo.toml
+    """
+    from mlx_ppo.cli import jobs
+    from mlx_ppo.config.supervised import DPOConfig
+
+    jobs.start(DPOConfig, config, overrides, jobs.Options(**options))
+
+
+@main.command()
 @click.argument("run", type=_FILE)
 @click.option(
     "--allow-config-change",

@@ -19,7 +19,7 @@ import click
 
 import mlx_ppo
 from mlx_ppo.config.sections import Job, TrainConfig
-from mlx_ppo.config.supervised import RewardConfig, SFTConfig
+from mlx_ppo.config.supervised import DPOConfig, RewardConfig, SFTConfig
 from mlx_ppo.errors import JudgeLost, ProcessLost, RunError, UnhealthyError, UserError
 from mlx_ppo.rewards.judge_answers import ANSWERS
 from mlx_ppo.runs.folder import METRICS, Run, open_config
@@ -135,6 +135,11 @@ def _do(config: Job, run: Run, reporter: JobReporter, interrupts: Interrupts) ->
         from mlx_ppo.sft import finetune
 
         folder = finetune(config, run, reporter, interrupts)
+        return [f"finished: {short(folder)}"]
+    if isinstance(config, DPOConfig):
+        from mlx_ppo.dpo import optimize
+
+        folder = optimize(config, run, reporter, interrupts)
         return [f"finished: {short(folder)}"]
     if isinstance(config, RewardConfig):
         from mlx_ppo.reward_training import train_reward_model

@@ -5,7 +5,7 @@ import re
 from mlx_ppo.config.addresses import parse_address
 from mlx_ppo.config.rewards import RewardSource
 from mlx_ppo.config.sections import Job, TrainConfig
-from mlx_ppo.config.supervised import RewardConfig, RewardTrainingSection, SFTConfig, TrainableModelSection
+from mlx_ppo.config.supervised import WRITERS, DPOConfig, RewardConfig, RewardTrainingSection, TrainableModelSection
 
 # What each rule reads, beside `limit`.
 RULE_KEYS: dict[str, tuple[str, ...]] = {
@@ -34,7 +34,9 @@ def contradictions(config: Job) -> list[Problem]:
         return [*_train_problems(config), *_health_problems(config), *_comparing_problems(config), *by_source]
     if isinstance(config, RewardConfig):
         return [*_trainable_problems(config.model), *_feedback_problems(config.reward_training)]
-    return _trainable_problems(config.model) if isinstance(config, SFTConfig) else []
+    if isinstance(config, DPOConfig) and config.dpo.loss == "ipo" and config.dpo.label_smoothing:
+        return [*_trainable_problems(config.model), ("dpo.label_smoothing", "is read only with dpo.loss = 'sigmoid'")]
+    return _trainable_problems(config.model) if isinstance(config, WRITERS) else []
 
 
 def _train_problems(config: TrainConfig) -> list[Problem]:

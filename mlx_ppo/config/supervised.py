@@ -1,10 +1,10 @@
-"""Every key of the stages before PPO, `sft` and `reward`, and the table of all jobs."""
+"""Every key of the jobs beside PPO, `sft`, `reward` and `dpo`, and the table of all jobs."""
 
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from mlx_ppo.config.fields import Columns, Count, CountOrZero, InputPath, Length, NonNegative, Section
+from mlx_ppo.config.fields import Columns, Count, CountOrZero, InputPath, Length, NonNegative, Positive, Section
 from mlx_ppo.config.parallel import ParallelSection
 from mlx_ppo.config.sections import Job, LoraSection, ModelSection, OptimizerSection, RunSection, TrainConfig
 
@@ -12,7 +12,7 @@ Epochs = Annotated[int, Field(ge=1, le=10_000)]
 
 
 class TrainableModelSection(ModelSection):
-    """The model section of `sft` and `reward`, which write a model folder at the end."""
+    """The model section of `sft`, `reward` and `dpo`, which write a model folder at the end."""
 
     initialise: Literal["weights", "random"] = Field(
         "weights",
@@ -133,5 +133,48 @@ class RewardConfig(Job):
     parallel: ParallelSection = ParallelSection()
 
 
-AnyJob = TrainConfig | SFTConfig | RewardConfig
-JOBS: dict[str, type[Job]] = {job.command: job for job in (TrainConfig, SFTConfig, RewardConfig)}
+class PreferenceDataSection(Section):
+    """Preferences for `dpo`: JSONL with `prompt`, `chosen` and `rejected`, or rankings."""
+
+    train: InputPath = Field(description="training pairs")
+    validation: InputPath | None = Field(
+        None, description="held-out pairs; the weights with the lowest loss on them are kept"
+    )
+    max_tokens: Length = Field(512, description="a prompt with its answer's bound")
+    overlong: Literal["drop", "truncate", "error"] = Field(
+        "truncate", description="what happens to longer ones (counted and shown)"
+    )
+    columns: Columns = ()
+
+
+class DPOSection(Section):
+    """Direct preference optimization."""
+
+    beta: Positive = Field(0.1, description="what a nat of KL to the start costs; larger stays nearer to it")
+    loss: Literal["sigmoid", "ipo"] = Field(
+        "sigmoid",
+        description="DPO's; or IPO's squared one, by nats a token, for pairs that nobody would order otherwise",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="share of pairs that are taken to be the wrong way round (sigmoid)"
+    )
+    epochs: Epochs = Field(1, description="passes over the pairs")
+    batch_size: Count = Field(16, description="pairs an optimizer step")
+
+
+class DPOConfig(Job):
+    """`mlx-ppo dpo`."""
+
+    command: ClassVar[str] = "dpo"
+    run: RunSection = RunSection(name="dpo")
+    model: TrainableModelSection
+    lora: LoraSection = LoraSection()
+    data: PreferenceDataSection
+    dpo: DPOSection = DPOSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    parallel: ParallelSection = ParallelSection()
+
+
+WRITERS = (SFTConfig, DPOConfig)  # jobs beside `train` whose result is a policy
+AnyJob = TrainConfig | SFTConfig | RewardConfig | DPOConfig
+JOBS: dict[str, type[Job]] = {job.command: job for job in (TrainConfig, SFTConfig, RewardConfig, DPOConfig)}

@@ -34,6 +34,7 @@ class Pair:
     margin: float  # by how much the chosen one should score higher, 0 if the file doesn't say
     where: str
     source: str = ""  # where the row is from, "" if the file doesn't say
+    starts: tuple[int, int] = (1, 1)  # of the answer in each, at least 1
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,13 @@ def load_pairs(
     pairs = []
     records, said = records_as(path, "pairs", columns=columns)
     for record in records:
-        chosen, rejected = both_sides(record, tokenizer)
+        sides = both_answered(record, tokenizer)
         margin = margin_of(record)
-        short_chosen, short_rejected = limit.keep_end(chosen), limit.keep_end(rejected)
-        longest = max(len(chosen), len(rejected))
-        if limit.admits(longest, record.where, useless_when_cut=short_chosen == short_rejected):
-            pairs.append(Pair(short_chosen, short_rejected, margin, record.where, source_of(record)))
+        chosen, rejected = (limit.keep_end(tokens) for tokens, _ in sides)
+        starts = tuple(max(1, start - len(tokens) + len(limit.keep_end(tokens))) for tokens, start in sides)
+        longest = max(len(tokens) for tokens, _ in sides)
+        if limit.admits(longest, record.where, useless_when_cut=chosen == rejected):
+            pairs.append(Pair(chosen, rejected, margin, record.where, source_of(record), (starts[0], starts[1])))
     limit.require_some(pairs, path)
     return PairSet(tuple(pairs), limit.dropped, limit.truncated, said)
 
@@ -256,13 +258,21 @@ def both_sides(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[in
     Raises:
         DataError: the row is wrong, or there is no difference.
     """
+    (chosen, _), (rejected, _) = both_answered(record, tokenizer)
+    return chosen, rejected
+
+
+def both_answered(record: Record, tokenizer: Tokenizer) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
+    """As `both_sides`, each with the number of its tokens that are before the answer.
+
+    Raises:
+        DataError: the row is wrong, or there is no difference.
+    """
     prompt = prompt_field(record, "prompt")
     chosen, rejected = (answer_field(record, name, prompt, allow_empty=True) for name in ("chosen", "rejected"))
     prefix = prompt_tokens(prompt, tokenizer, record.where)
-    first, second = (
-        answered_tokens(prompt, prefix, answer, tokenizer, record.where)[0] for answer in (chosen, rejected)
-    )
-    if first == second:
+    first, second = (answered_tokens(prompt, prefix, answer, tokenizer, record.where) for answer in (chosen, rejected))
+    if first[0] == second[0]:
         what = "the same" if chosen == rejected else "the same to this tokenizer"
         raise DataError(f"{record.where}: 'chosen' and 'rejected' are {what}; remove the line")
     return first, second

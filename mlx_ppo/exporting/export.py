@@ -44,7 +44,7 @@ def export(run: Path, target: Path, *, form: str, dtype: str | None, bits: int |
     """Export a run, or one checkpoint of it, into a new folder.
 
     Args:
-        run: a run of `train` or `sft`, or a folder in its `checkpoints`.
+        run: a run of `train`, `sft` or `dpo`, or a folder in its `checkpoints`.
         target: the folder to make; it appears complete and checked, or not at all.
         form: "adapters", "peft", "fused" or "gguf".
         dtype: type to store, one of `FUSED_DTYPES` or `GGUF_DTYPES`; None: the source's own, or "f16".
@@ -82,7 +82,7 @@ def _check_options(form: str, dtype: str | None, bits: int | None) -> None:
 def _load(run: Path) -> Policy:
     target = load_target(run)
     if target.config is None:
-        raise ConfigError(f"{run}: not a run of `train` or `sft`, nor a checkpoint of one")
+        raise ConfigError(f"{run}: not a run of `train`, `sft` or `dpo`, nor a checkpoint of one")
     trunk, weights = target.trunk, target.weights
     if any(array.dtype != mx.float32 for array in trunk.base.values()):
         trunk = load_trunk(Path(trunk.name), dtype="float32")

@@ -103,6 +103,8 @@ SUPERVISED = (
         "validation_slope", "slope", ".3f", "of the rating regressed on the output; 1 where a regression is calibrated"
     ),
     Metric("validation_best", "best answer", ".1%", "how often the highest score is that of a ranking's best answer"),
+    Metric("validation_margin", "margin", "+.3f", "`dpo`: mean lead of chosen over rejected answers, beta times nats"),
+    Metric("validation_chosen", "chosen answers", "+.2f", "`dpo`: what chosen answers have gained, nats an answer"),
     Metric("validation_calibration_error", "calibration error", ".3f", "mean |confidence - accuracy| over pairs"),
 )
 NORMAL_SUPERVISED = {
@@ -114,6 +116,8 @@ NORMAL_SUPERVISED = {
     "validation_correlation": "rises from 0 towards 1",
     "validation_slope": "near 1 with the regression objective",
     "validation_best": "clearly above one in as many as there are answers, which is chance",
+    "validation_margin": "rises from 0",
+    "validation_chosen": "falls less than that of the rejected answers; far below 0, answers become others altogether",
     "validation_calibration_error": "below 0.1",
 }
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Self
 
 import tomli
 
-from mlx_ppo.config.sections import Job, TrainConfig
-from mlx_ppo.config.supervised import RewardConfig, SFTConfig
+from mlx_ppo.config.sections import Job
+from mlx_ppo.config.supervised import JOBS
 from mlx_ppo.errors import RunError
 from mlx_ppo.runtime.system import facts
 
@@ -27,7 +27,7 @@ class Moved(NamedTuple):
     @classmethod
     def of(cls, config: Job, folder: Path) -> Self:
         """From a run's configuration and its folder."""
-        assert isinstance(config, TrainConfig | SFTConfig | RewardConfig)
+        assert isinstance(config, tuple(JOBS.values()))
         return cls(config.run.folder, Path(os.path.realpath(folder)).parent)
 
     def place(self, path: Path) -> Path:

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_ppo.config.rewards import RewardSource, ScoreSection
 from mlx_ppo.config.sections import Job, TrainConfig
-from mlx_ppo.config.supervised import RewardConfig, SFTConfig, TrainableModelSection
+from mlx_ppo.config.supervised import WRITERS, RewardConfig, TrainableModelSection
 from mlx_ppo.errors import ConfigError, ModelError, RunError
 from mlx_ppo.models.adapters import Weights, load_adapters
 from mlx_ppo.models.load import load_trunk
@@ -29,7 +31,7 @@ class Target:
 
 
 def load_target(path: Path) -> Target:
-    """Load a model folder, the newest checkpoint of a `train` run (or the one named), or the result of an `sft` run.
+    """Load a model folder, the newest checkpoint of a `train` run (or the one named), or the result of `sft` or `dpo`.
 
     Raises:
         ModelError: there is nothing to write with.
@@ -91,11 +93,29 @@ def load_scorable(path: Path, sources: Sequence[RewardSource] = ()) -> Scorable:
     roles = Roles(target.trunk, Weights({}), None)
     try:
         for source in sources:
-            roles.add(source, target.config.model.dtype if isinstance(target.config, SFTConfig) else "auto", Loading())
+            roles.add(source, target.config.model.dtype if isinstance(target.config, WRITERS) else "auto", Loading())
     except BaseException:
         roles.close()
         raise
     return Scorable(roles, target.weights, target.config)
+
+
+def other_policy(path: Path, trunk: Trunk) -> Weights:
+    """The weights on a trunk of a policy that was trained elsewhere, by `dpo`, `sft` or another run.
+
+    Raises:
+        ConfigError: it is of a model of another kind or size, or its adapters lie on other weights.
+        ModelError: there is nothing to write with.
+    """
+    target = load_target(path)
+    own, base = target.trunk.base, trunk.base
+    if own.keys() != base.keys() or any(own[name].shape != array.shape for name, array in base.items()):
+        raise ConfigError(f"{path}: a policy of another model than {trunk.name}; name one of the same")
+    if all(mx.array_equal(own[name], array.astype(own[name].dtype)) for name, array in base.items()):
+        return target.weights
+    if any(name.endswith(".lora_a") for name in target.weights.arrays):
+        raise ConfigError(f"{path}: its adapters lie on other weights than those of {trunk.name}; merge them first")
+    return Weights({**own, **target.weights.arrays})
 
 
 def start_of(target: Target) -> Target:
@@ -106,7 +126,7 @@ def start_of(target: Target) -> Target:
         ModelError: the folder can't be loaded any more.
     """
     config = target.config
-    if not isinstance(config, TrainConfig | SFTConfig):
+    if not isinstance(config, (TrainConfig, *WRITERS)):
         raise ConfigError("--base: name the model folder to compare with; only a run says what it began from")
     model, trunk = config.model, target.trunk
     if isinstance(model, TrainableModelSection) and model.initialise == "random":
@@ -130,13 +150,13 @@ def _of_run(run: Path, chosen: Path | None) -> Target:
     config = open_config(run)
     if isinstance(config, RewardConfig):
         raise ModelError(f"{run}: a reward model gives scores, it doesn't write; name a policy")
-    if isinstance(config, SFTConfig) and chosen is None:
+    if isinstance(config, WRITERS) and chosen is None:
         if (run / "model").is_dir():
             return Target(load_trunk(run / "model"), Weights({}), config)
         chosen = run / "adapters"
         if not chosen.is_dir():
             raise ModelError(f"{run}: not finished; go on with `mlx-ppo resume {run}`")
-    assert isinstance(config, TrainConfig | SFTConfig)
+    assert isinstance(config, (TrainConfig, *WRITERS))
     chosen = chosen or folder_of(run, newest_step(run))
     trunk = load_trunk(config.model.path, dtype=config.model.dtype)
     return Target(trunk, trained_weights(chosen, trunk, full=config.model.train == "full"), config)

@@ -201,7 +201,7 @@ class Studio:
     def resume(self, name: str) -> str:
         """Go on with a job that was stopped or killed; the new job's id."""
         job = self.jobs.get(name)
-        if job.running or job.run is None or job.kind not in ("train", "reward", "sft"):
+        if job.running or job.run is None or job.kind not in ("train", "reward", "sft", "dpo"):
             raise ConfigError("this job can't go on")
         config = open_config(self.project.folder / job.run)
         if isinstance(config, TrainConfig) and any(source.kind == "function" for source in config.reward):

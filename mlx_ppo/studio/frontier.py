@@ -110,7 +110,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
     policy, optimum, coef = found["policy"], found["optimum"], found["coef"]
     lines = [
         f"{found['prompts']} held-out prompts, {found['samples']} samples each of the reference (mean score "
-        f"{found['reference']['score']:+.3f}) and of the policy after iteration {found['step']}; penalty {coef:g}",
+        f"{found['reference']['score']:+.3f}) and of the policy {_which(found)}; penalty {coef:g}",
         f"{'':22}{'gain':>8}{'KL':>8}{f'gain - {coef:g} KL':>18}",
     ]
     for one in found["best_of"][1:]:
@@ -134,6 +134,10 @@ def table(found: Mapping[str, Any]) -> list[str]:
             "above, and the share below; more --samples narrow that"
         )
     return lines
+
+
+def _which(found: Mapping[str, Any]) -> str:
+    return found["of"] if "of" in found else f"after iteration {found['step']}"
 
 
 def _row(name: str, gain: float, kl: float, value: float) -> str:

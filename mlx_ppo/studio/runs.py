@@ -29,7 +29,10 @@ _LARGEST = 1 << 24  # bytes of config.toml, plan.json, lock
 _KEPT = 200  # findings of the health rules that are shown
 _FINDING = {"rule": 60, "sentence": 300, "key": 60, "level": 60}  # characters of its texts, at most
 _LONGEST_NAME = 100  # characters of a column's name
-_TOTALS = {"train": ("run", "iterations"), "sft": ("sft", "epochs"), "reward": ("reward_training", "epochs")}
+_TOTALS = {
+    "train": ("run", "iterations"), "sft": ("sft", "epochs"), "reward": ("reward_training", "epochs"),
+    "dpo": ("dpo", "epochs"),
+}  # fmt: skip
 
 
 class RunReader:
@@ -223,7 +226,7 @@ def page_document(
     """
     supervised = {reader.command != "train" for reader in readers}
     if len(supervised) > 1:
-        raise ConfigError("runs of train and of sft or reward have no figure in common; name those of one kind")
+        raise ConfigError("runs of train and of sft, reward or dpo have no figure in common; name those of one kind")
     runs = [reader.document(buckets=buckets, texts=texts, longest=longest) for reader in readers]
     present = {key for reader in readers for key in reader.columns}
     for run, name in zip(runs, names([reader.folder for reader in readers]), strict=True):

@@ -1,4 +1,4 @@
-"""Losses on rankings: against every order by enumeration, finite differences, junk in the padding."""
+"""Losses on rankings and pairs: against every order by enumeration, finite differences, junk in the padding."""
 
 from collections.abc import Sequence
 from itertools import permutations
@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_ppo.algo.losses import all_pairs_loss, pairwise_reward_loss, plackett_luce_loss
+from mlx_ppo.algo.losses import all_pairs_loss, direct_preference_loss, pairwise_reward_loss, plackett_luce_loss
 
 LOSSES = [plackett_luce_loss, all_pairs_loss]
 
@@ -109,3 +109,38 @@ def test_two_responses_are_a_pair_and_far_scores_overflow_nothing(loss) -> None:
 def test_shapes_must_agree(loss) -> None:
     with pytest.raises(ValueError, match="shape"):
         loss(mx.zeros((2, 3)), mx.zeros((2, 2)), mx.ones((2, 3), mx.bool_))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
+def test_direct_preference_loss_by_its_formula_and_its_gradient(kind, smoothing) -> None:
+    rng = np.random.default_rng(5)
+    chosen, rejected = rng.normal(0, 3, 6), rng.normal(0, 3, 6)
+    beta = 0.3
+
+    def expected(lead: np.ndarray) -> np.ndarray:
+        if kind == "ipo":
+            return (lead - 1 / (2 * beta)) ** 2
+        sigma = 1 / (1 + np.exp(-beta * lead))
+        return -(1 - smoothing) * np.log(sigma) - smoothing * np.log(1 - sigma)
+
+    def loss(first: mx.array, second: mx.array) -> mx.array:
+        return direct_preference_loss(first, second, beta=beta, kind=kind, label_smoothing=smoothing)
+
+    given = mx.array(chosen, mx.float32), mx.array(rejected, mx.float32)
+    np.testing.assert_allclose(np.array(loss(*given)), expected(chosen - rejected), rtol=1e-4)
+    by_chosen, by_rejected = mx.grad(lambda *each: loss(*each).sum(), (0, 1))(*given)
+    slope = (expected(chosen - rejected + 1e-5) - expected(chosen - rejected - 1e-5)) / 2e-5
+    np.testing.assert_allclose(np.array(by_chosen), slope, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(np.array(by_rejected), -slope, rtol=1e-3, atol=1e-5)
+    far = mx.array([1e4, -1e4])
+    assert np.isfinite(np.array(loss(far, -far))).all()
+
+
+def test_direct_preference_loss_refuses_what_is_out_of_range() -> None:
+    pair = mx.zeros((2,)), mx.zeros((2,))
+    for given in ({"beta": 0.0}, {"beta": 0.1, "label_smoothing": 0.5}, {"beta": 0.1, "kind": "hinge"}):
+        with pytest.raises(ValueError):
+            direct_preference_loss(*pair, **given)
+    with pytest.raises(ValueError):
+        direct_preference_loss(mx.zeros((2,)), mx.zeros((3,)), beta=0.1)

@@ -58,7 +58,18 @@ def _reward() -> Sections:
     }
 
 
-_BASES = {"train": _train, "sft": _sft, "reward": _reward}
+def _dpo() -> Sections:
+    return {
+        "run": {"folder": "runs", "name": "a", "save_every": 2},
+        "model": {"path": "model"},
+        "lora": {"rank": 4},
+        "data": {"train": "pairs.jsonl"},
+        "dpo": {"epochs": 4, "batch_size": 3, "beta": 0.5},
+        "optimizer": {"learning_rate": 3e-3},
+    }
+
+
+_BASES = {"train": _train, "sft": _sft, "reward": _reward, "dpo": _dpo}
 RATINGS = tuple(
     {"text": text, "rating": rating}
     for text, rating in (

@@ -45,9 +45,11 @@ def commands(project) -> dict[str, list[object]]:
     """One of each, in an order in which they build on each other; some finish in a second run."""
     train = project.config(run={"iterations": 2, "save_every": 1}, data={"eval_count": 2})
     once = {"epochs": 1}
+    project.jsonl("pairs.jsonl", [{"prompt": "it was", "chosen": " good", "rejected": " bad"}])
     return {
         "train": [train],
         "sft": [project.config("sft", sft=once, run={"name": "s"})],
+        "dpo": [project.config("dpo", dpo=once, run={"name": "d"})],
         "reward": [project.config("reward", reward_training=once, run={"name": "r"})],
         "resume": ["runs/a"],
         "sample": ["runs/a", "--prompt", "it", "--max-tokens", 2],

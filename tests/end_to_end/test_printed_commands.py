@@ -18,7 +18,7 @@ from printed_commands import ROOT, parsed, printed, split
 
 # What takes minutes, isn't about the example, or serves a page until Ctrl-C; each has tests of its own.
 _ELSEWHERE = {"bench", "doctor", "label", "studio", "watch"}
-_JOBS = {"train", "sft", "reward"}
+_JOBS = {"train", "sft", "reward", "dpo"}
 
 
 def example() -> str:

@@ -84,7 +84,8 @@ def test_scoring_attends_as_updating_does(
         world, again = make_world(**sizes), make_world(**sizes)
         assert metal["fused"] and not metal["unfused"]
     assert again.update(epochs=1, minibatches=1).first_ratio_error < 1e-5
-    monkeypatch.setattr(portable, "attention_with_gradient", lambda attend, *given, planned, **how: attend(*given, **how))
+    own = lambda attend, *given, planned, **how: attend(*given, **how)  # noqa: E731
+    monkeypatch.setattr(portable, "attention_with_gradient", own)
     try:
         error = world.update(epochs=1, minibatches=1).first_ratio_error
     except RunError as stopped:

@@ -1,0 +1,203 @@
+"""Direct preference optimization: a policy learns from pairs of answers, without a reward model and without sampling.
+
+Source: Rafailov et al. 2023, arXiv:2305.18290. The reference is the policy as it begins; what it gives to each answer
+is computed once, before the first step, so that it needs no memory of its own.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_ppo.algo.losses import direct_preference_loss
+from mlx_ppo.compute.sequences import make_sequences
+from mlx_ppo.config.supervised import DPOConfig
+from mlx_ppo.data.batches import length_batches
+from mlx_ppo.data.preferences import Pair, PairSet, load_pairs
+from mlx_ppo.data.tokenizer import Tokenizer
+from mlx_ppo.models.adapters import Weights
+from mlx_ppo.models.roles import initial_weights, token_statistics
+from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.reporting import Silent
+from mlx_ppo.rewards.figures import Floats
+from mlx_ppo.runs.folder import Run
+from mlx_ppo.runtime.group import Group
+from mlx_ppo.runtime.signals import Interrupts
+from mlx_ppo.stages.optimizer import Optimizer
+from mlx_ppo.supervised import Course, Fit, StepReporter, Task, fit, shared_run
+from mlx_ppo.supervised_models import load_trainable, require_room, work_of, write_result
+
+_HELD_OUT = 256  # training pairs that are measured where there is no validation file
+
+
+class Batch(NamedTuple):
+    """Pairs, and what the reference gives to their answers."""
+
+    pairs: Sequence[Pair]
+    reference: Floats  # [p, 2] nats, of the chosen and the rejected answer
+
+
+def optimize(config: DPOConfig, run: Run, reporter: StepReporter, interrupts: Interrupts) -> Path:
+    """Train on pairs and write the finished model or adapters; returns their folder.
+
+    Raises:
+        UserError: whatever is wrong with model or data, or went wrong.
+    """
+    job = _Job(config, reporter)
+    with shared_run(config, run, job.work, reporter) as group:
+        best = fit(job.task(group), job.state, run, reporter, interrupts, job.course)
+    run.secure()
+    result = write_result(run.folder, job.trunk, best, config.model)
+    run.note_files(result)
+    return result
+
+
+def follow(config: DPOConfig, group: Group) -> None:
+    """Do the same steps as the process that leads, on this one's part of each batch.
+
+    Raises:
+        UserError: as `optimize`.
+    """
+    job = _Job(config, Silent())
+    fit(job.task(group), job.state, None, Silent(), Interrupts(), job.course)
+
+
+def load_data(config: DPOConfig, tokenizer: Tokenizer, reporter: StepReporter) -> tuple[PairSet, PairSet | None]:
+    """Training and validation pairs.
+
+    Raises:
+        DataError: a file can't be read, or a row is wrong.
+    """
+    section, sets = config.data, list[PairSet]()
+    for path in filter(None, (section.train, section.validation)):
+        found = load_pairs(
+            path, tokenizer, max_tokens=section.max_tokens, overlong=section.overlong, columns=section.columns
+        )
+        if found.said:
+            reporter.message(found.said)
+        if found.dropped or found.truncated:
+            reporter.message(f"{path.name}: {found.dropped} overlong dropped, {found.truncated} truncated")
+        sets.append(found)
+    return sets[0], sets[1] if len(sets) > 1 else None
+
+
+class _Job:
+    """Model and data, loaded."""
+
+    def __init__(self, config: DPOConfig, reporter: StepReporter) -> None:
+        """Load them."""
+        self.config, self.reporter, size = config, reporter, config.dpo.batch_size
+        self.trunk = trunk = load_trainable(config.model, config.run.seed)
+        train, validation = load_data(config, trunk.tokenizer, reporter)
+        self.train, self.held_out = train.pairs, (validation or train).pairs
+        if validation is None:
+            self.held_out = self.held_out[:_HELD_OUT]
+        texts = lengths(self.train)
+        kept = require_room(trunk, config.model, config.lora, texts, 2 * size)
+        weights = initial_weights(trunk, config.model, config.lora, key="policy", seed=config.run.seed)
+        longest = max(*texts, *lengths(self.held_out))
+        for remark in (*trunk.remarks, *trunk.within(longest)):
+            reporter.message(remark)
+        steps = config.dpo.epochs * math.ceil(len(self.train) / size)
+        optimizer = Optimizer(config.optimizer, learning_rate=config.optimizer.learning_rate, total_steps=steps)
+        self.state = Fit(weights, optimizer)
+        self.start = weights
+        self.course = Course(config.run, config.dpo.epochs, 0, trunk.blocks, validation is not None)
+        self.work = work_of(trunk, weights, texts, config.dpo.epochs, min(size, len(self.train)), kept)
+
+    def task(self, group: Group) -> Task[Batch]:
+        """What is trained, by the processes of a group; the reference's log-probabilities are computed here."""
+        apart = self.course.validated
+        count = len(self.train) + (len(self.held_out) if apart else 0)
+        self.reporter.message(f"reading {count} pairs by the reference")
+        reference = self._measured(self.start, self.train, group)
+        of_held_out = self._measured(self.start, self.held_out, group) if apart else reference[: len(self.held_out)]
+        rows = [max(map(len, (pair.chosen, pair.rejected))) for pair in self.train]
+        size, seed = self.config.dpo.batch_size, self.config.run.seed
+
+        def batches(epoch: int) -> list[Batch]:
+            groups = length_batches(rows, max_rows=size, max_tokens=None, seed_parts=(seed, epoch))
+            return [Batch([self.train[row] for row in rows], reference[list(rows)]) for rows in groups]
+
+        def sizes(batch: Batch) -> list[int]:
+            return [len(pair.chosen) + len(pair.rejected) for pair in batch.pairs]
+
+        def validate(weights: Weights) -> dict[str, float]:
+            now = self._measured(weights, self.held_out, group)
+            gained = self._log_ratios(mx.array(now), mx.array(of_held_out), self.held_out)
+            leads = np.array(gained[0] - gained[1])
+            return {
+                "loss": float(np.array(self._losses(*gained)).mean()),
+                "accuracy": float((leads > 0).mean()),
+                "margin": self.config.dpo.beta * float(leads.mean()),
+                "chosen": float(np.array(now[:, 0] - of_held_out[:, 0]).mean()),
+            }
+
+        return Task(self.trunk.engine, batches, sizes, self._loss, validate, group)
+
+    def _loss(self, weights: Weights, batch: Batch, own: Sequence[int], key: mx.array) -> mx.array:
+        pairs = [batch.pairs[at] for at in own]
+        now = summed_logprobs(self.trunk, weights, pairs, learning=True)
+        losses = self._losses(*self._log_ratios(now, mx.array(batch.reference[list(own)]), pairs))
+        return losses.sum() / len(batch.pairs)
+
+    def _losses(self, chosen: mx.array, rejected: mx.array) -> mx.array:
+        section = self.config.dpo
+        return direct_preference_loss(
+            chosen, rejected, beta=section.beta, kind=section.loss, label_smoothing=section.label_smoothing
+        )
+
+    def _log_ratios(self, now: mx.array, reference: mx.array, pairs: Sequence[Pair]) -> tuple[mx.array, mx.array]:
+        """Of the chosen and the rejected answers [p]; IPO's are means over their tokens."""
+        ratios = now - reference
+        if self.config.dpo.loss == "ipo":
+            ratios = ratios / mx.array([answer_lengths(pair) for pair in pairs])
+        return ratios[:, 0], ratios[:, 1]
+
+    def _measured(self, weights: Weights, pairs: Sequence[Pair], group: Group) -> Floats:
+        """Log-probabilities [p, 2] of the answers, computed by the processes of the group together."""
+        rows = [max(map(len, (pair.chosen, pair.rejected))) for pair in pairs]
+        batches = length_batches(rows, max_rows=self.config.dpo.batch_size, max_tokens=None, seed_parts=None)
+
+        def work(at: int) -> Floats:
+            return np.array(summed_logprobs(self.trunk, weights, [pairs[row] for row in batches[at]]))
+
+        found = group.divided([sum(rows[row] for row in batch) for batch in batches], work)
+        whole = np.zeros((len(pairs), 2), np.float32)
+        for batch, part in zip(batches, found, strict=True):
+            whole[list(batch)] = part
+        return whole
+
+
+def lengths(pairs: Sequence[Pair]) -> list[int]:
+    """Tokens of every text of some pairs."""
+    return [len(text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+
+
+def answer_lengths(pair: Pair) -> list[int]:
+    """Tokens of the two answers, EOS included."""
+    return [len(pair.chosen) - pair.starts[0], len(pair.rejected) - pair.starts[1]]
+
+
+def summed_logprobs(trunk: Trunk, weights: Weights, pairs: Sequence[Pair], *, learning: bool = False) -> mx.array:
+    """Log-probabilities [p, 2] of whole answers, chosen and rejected, in nats.
+
+    Args:
+        trunk: the shared model.
+        weights: whose.
+        pairs: p of them.
+        learning: a gradient will be taken.
+    """
+    rows = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+    starts = [start for pair in pairs for start in pair.starts]
+    sequences = make_sequences(
+        [row[:at] for row, at in zip(rows, starts, strict=True)],
+        [row[at:] for row, at in zip(rows, starts, strict=True)],
+    )
+    with trunk.using(weights):
+        states = trunk.response_states(sequences, learning=learning)
+        logprobs, _ = token_statistics(trunk, states, sequences, temperature=1.0, learning=learning)
+    return mx.where(sequences.mask, logprobs, 0.0).sum(axis=1).reshape(len(pairs), 2)
