@@ -10,14 +10,16 @@ import pytest
 from mlx_ppo.compute import attention
 from mlx_ppo.compute.attention import attending_by, attention_with_gradient, model_attention
 
-SHAPE, SCALE = (1, 4, 24, 16), 0.25
+SHAPE, OF_KEYS, SCALE = (2, 4, 24, 16), (2, 2, 24, 16), 0.25
 HALF = [mx.bfloat16, mx.float16]
 
 
 def given(dtype: mx.Dtype) -> list[mx.array]:
-    """Queries, keys and values whose scores are some tens, as those of trained models."""
+    """Queries, and keys and values of half as many heads, whose scores are some tens, as those of trained models."""
     mx.random.seed(0)
-    return [(factor * mx.random.normal(SHAPE)).astype(dtype) for factor in (6.0, 6.0, 1.0)]
+    shapes = (SHAPE, OF_KEYS, OF_KEYS)
+    factors = (6.0, 6.0, 1.0)
+    return [(factor * mx.random.normal(shape)).astype(dtype) for factor, shape in zip(factors, shapes, strict=True)]
 
 
 def gradients(attend: Any, arrays: list[mx.array], mask: Any) -> list[np.ndarray]:
@@ -38,6 +40,8 @@ MASKS = {
     "none": lambda dtype: None,
     "causal": lambda dtype: "causal",
     "bool": lambda dtype: mx.tri(24, dtype=mx.bool_),
+    "of rows": lambda dtype: mx.broadcast_to(mx.tri(24, dtype=mx.bool_), (2, 1, 24, 24)),
+    "of heads": lambda dtype: mx.broadcast_to(mx.tri(24, dtype=mx.bool_), (2, 4, 24, 24)),
     "added": lambda dtype: mx.where(mx.tri(24, dtype=mx.bool_), 0.0, -1e4).astype(dtype),
 }
 
