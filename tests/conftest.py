@@ -59,8 +59,16 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--rounding metal goes with --engine portable")
     if engine:
         os.environ[SWITCH] = engine
+    config.option.loadscopereorder = False  # xdist's order is by the number of tests, see below
     if rounding:
         with_metal_rounding()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, of which some have one that takes minutes: it mustn't be the last to begin."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def with_metal_rounding() -> None:
