@@ -65,8 +65,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, of which some have one that takes minutes: it mustn't be the last to begin."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files with slow tests first, of which some have one that takes minutes: it mustn't be the last to begin.
+
+    With another engine, tests that compute with the CPU's all the same are left to the runs without `--engine`.
+    """
+    if config.getoption("--engine") == "portable":
+        same = [item for item in items if "on_cpu_engine" in getattr(item, "fixturenames", ())]
+        items[:] = [item for item in items if "on_cpu_engine" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=same)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
