@@ -26,6 +26,7 @@ from mlx_lm.utils import load_model, quantize_model
 from tiny_models import COMMON, KINDS, write_weights, write_word_tokenizer
 
 from mlx_ppo.compute.choose import SWITCH, chosen_engine, using
+from mlx_ppo.compute.cpu import threads
 from mlx_ppo.compute.cpu.engine import CpuEngine
 from mlx_ppo.config.rewards import ScoreSection
 from mlx_ppo.config.sections import LoraSection, OptimizerSection, PPOSection
@@ -85,6 +86,19 @@ def with_metal_rounding() -> None:
 
     metal_rounding.install()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROUNDING), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """Loading or planning a large model sets OpenBLAS to a thread for each processor, for good.
+
+    Such threads wait for each other at every product, and the workers of the tests share the processors: what came
+    after such a test in its process took up to ten times as long.
+    """
+    before = threads.current()
+    yield
+    if threads.current() != before:
+        threads.use(before)
 
 
 @pytest.fixture(scope="module")
