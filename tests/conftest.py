@@ -26,6 +26,7 @@ from mlx_lm.utils import load_model, quantize_model
 from tiny_models import COMMON, KINDS, write_weights, write_word_tokenizer
 
 from mlx_ppo.compute.choose import SWITCH, chosen_engine, using
+from mlx_ppo.compute.cpu import threads
 from mlx_ppo.compute.cpu.engine import CpuEngine
 from mlx_ppo.config.rewards import ScoreSection
 from mlx_ppo.config.sections import LoraSection, OptimizerSection, PPOSection
@@ -59,8 +60,23 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--rounding metal goes with --engine portable")
     if engine:
         os.environ[SWITCH] = engine
+    config.option.loadscopereorder = False  # xdist's order is by the number of tests, see below
     if rounding:
         with_metal_rounding()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files with slow tests first, of which some have one that takes minutes: it mustn't be the last to begin.
+
+    With another engine, tests that compute with the CPU's all the same are left to the runs without `--engine`.
+    """
+    if config.getoption("--engine") == "portable":
+        same = [item for item in items if "on_cpu_engine" in getattr(item, "fixturenames", ())]
+        items[:] = [item for item in items if "on_cpu_engine" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=same)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def with_metal_rounding() -> None:
@@ -70,6 +86,19 @@ def with_metal_rounding() -> None:
 
     metal_rounding.install()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROUNDING), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """Loading or planning a large model sets OpenBLAS to a thread for each processor, for good.
+
+    Such threads wait for each other at every product, and the workers of the tests share the processors: what came
+    after such a test in its process took up to ten times as long.
+    """
+    before = threads.current()
+    yield
+    if threads.current() != before:
+        threads.use(before)
 
 
 @pytest.fixture(scope="module")

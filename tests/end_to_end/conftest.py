@@ -1,12 +1,20 @@
 """A small project for every test of the command line."""
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from project import Project
+
+from mlx_ppo.compute.cpu.engine import CpuEngine
+from mlx_ppo.compute.engine import Capabilities
+from mlx_ppo.compute.portable import PortableEngine
+from mlx_ppo.models.trunk import Trunk
 
 
 @pytest.fixture
@@ -34,3 +42,37 @@ def _no_global_random_draws() -> Iterator[None]:
     """Results must not depend on mlx's global generator: give it another state before each test."""
     mx.random.seed(int.from_bytes(os.urandom(4), "big"))
     yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tried_once() -> Iterator[None]:
+    """What an engine tries with a model that is loaded, tried once for equal models: most commands load the tiny llama.
+
+    The trials were most of what such a command computes; tests/compute is about them. Subprocesses still do each.
+    """
+    found: dict[object, Capabilities] = {}
+
+    def trying(capabilities: Callable[..., Capabilities]) -> Callable[..., Capabilities]:
+        def once(engine: Any, body: Trunk, *, checked: bool) -> Capabilities:
+            if not checked:
+                return capabilities(engine, body, checked=False)
+            key = (capabilities, *vars(engine).items(), *_identity(body))
+            if key not in found:
+                found[key] = capabilities(engine, body, checked=True)
+            return found[key]
+
+        return once
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (CpuEngine, PortableEngine):
+            patch.setattr(kind, "capabilities", trying(kind.capabilities))
+        yield
+
+
+def _identity(body: Trunk) -> tuple[object, ...]:
+    """Of a model: configuration, modules, tokens, and every weight."""
+    weights = hashlib.blake2b()
+    for name, array in body.base.items():
+        weights.update(f"{name} {array.dtype} {array.shape}".encode())
+        weights.update(np.asarray(mx.view(array.reshape(-1), mx.uint8)).tobytes())
+    return (Path(body.name) / "config.json").read_bytes(), str(body.model), body.vocab_size, weights.digest()

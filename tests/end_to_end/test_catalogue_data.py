@@ -174,6 +174,7 @@ HOSTILE = {
 def test_a_hostile_template(home, case, monkeypatch):
     source, words = HOSTILE[case]
     monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "_PATIENCE", 200.0)  # the machine may be busy
     monkeypatch.setattr(chat_template, "CHARACTERS", 100_000)
     template(home.folder / "chat", source)
     rows = {"train": {"messages": chat(USER)}, "sft": {"messages": chat(USER, ANSWER)}}

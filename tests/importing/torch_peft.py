@@ -1,6 +1,10 @@
-"""PEFT's own adapters: `make MODEL OUT FORM`, `read MODEL ADAPTERS`, in a Python with torch, transformers and peft.
+"""PEFT's own adapters, in a Python with torch, transformers and peft, which takes seconds to start: many at a time.
 
-`make` writes random adapters; both write the logits of some tokens into the adapters' folder.
+    python torch_peft.py make MODELS ADAPTERS KIND/FORM...
+    python torch_peft.py read MODELS ADAPTERS KIND...
+
+The model of a kind is in its folder in MODELS. `make` writes random adapters; both write the logits of some tokens into
+the adapters' folders, whose paths in ADAPTERS are the last words.
 """
 
 import sys
@@ -21,7 +25,14 @@ FORMS = {
 }
 
 
-def main(order: str, model: str, adapters: str, form: str = "plain") -> None:
+def main(order: str, models: str, adapters: str, *names: str) -> None:
+    """Do the same for each."""
+    for name in names:
+        kind, _, form = name.partition("/")
+        one(order, Path(models) / kind, Path(adapters) / name, form)
+
+
+def one(order: str, model: Path, adapters: Path, form: str) -> None:
     """One of the two."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
     if order == "make":
@@ -34,15 +45,15 @@ def main(order: str, model: str, adapters: str, form: str = "plain") -> None:
                 torch.nn.init.normal_(parameter, std=0.1)
             elif "magnitude" in name:
                 parameter.data *= 1 + 0.3 * torch.rand_like(parameter)
-        found.save_pretrained(adapters)
+        found.save_pretrained(str(adapters))
     else:
-        found = PeftModel.from_pretrained(base, adapters)
+        found = PeftModel.from_pretrained(base, str(adapters))
     with torch.no_grad():
         changed = found.eval()(torch.tensor([TOKENS])).logits[0].numpy()
         with found.disable_adapter():
             plain = found(torch.tensor([TOKENS])).logits[0].numpy()
-    np.save(Path(adapters) / "logits.npy", changed)
-    np.save(Path(adapters) / "plain.npy", plain)
+    np.save(adapters / "logits.npy", changed)
+    np.save(adapters / "plain.npy", plain)
 
 
 main(*sys.argv[1:])
