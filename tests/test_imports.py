@@ -20,8 +20,8 @@ LAYERS = (
     "errors", "files", "bundle", "config", "data", "algo", "runtime", "compute", "tokenizers", "rewards", "models",
     "runs", "stages", "memory", "importing", "exporting", "bench", "parallel", "writing", "reporting", "evaluate",
     "supervised", "supervised_models", "sft", "dpo", "reward_feedback", "reward_batches", "reward_training",
-    "comparison", "best_of", "forgetting", "prompting", "frontier", "train", "following", "follow_worker", "api",
-    "studio", "cli",
+    "comparison", "best_of", "forgetting", "harness", "prompting", "frontier", "train", "following", "follow_worker",
+    "api", "studio", "cli",
 )  # fmt: skip
 # Beside the standard library, and with the longest match: what else.
 OUTSIDE = {
@@ -61,6 +61,7 @@ OUTSIDE = {
     "comparison": {"mlx", "numpy"},
     "best_of": {"mlx", "numpy"},
     "forgetting": {"mlx", "numpy"},
+    "harness": {"lm_eval", "mlx", "numpy"},
     "parallel": {"numpy"},
     "train": {"numpy"},
     "following": {"mlx"},

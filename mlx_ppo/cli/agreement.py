@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from mlx_ppo.cli.options import Number, Place
+from mlx_ppo.cli.options import KEY_ENV, Number, Place
 from mlx_ppo.errors import ConfigError, DataError, printable
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class _Text(NamedTuple):
 @click.option(
     "--model", metavar="NAME", help="The judge's name, as its server knows it; or the folder that adapters lie on."
 )
-@click.option("--key-env", metavar="VARIABLE", help="Environment variable with the key that the server asks for.")
+@KEY_ENV
 @click.option(
     "--mode", type=click.Choice(["pointwise", "pairwise"]), help="Default: pairs pairwise, ratings pointwise."
 )

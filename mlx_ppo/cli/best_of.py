@@ -31,7 +31,7 @@ def best_of(model: Path, given: Mapping[str, Any]) -> None:
     if given["temperature"] == 0:
         raise ConfigError("--temperature: at 0 every sample is the same; give one above 0")
     sources = [source_named(given["reward"])] if given["reward"] is not None else []
-    with _new_file(given["output"]) as output, closing(load_scorable(model, sources)) as subject:
+    with new_file(given["output"]) as output, closing(load_scorable(model, sources)) as subject:
         document = _measured(subject, model, given, output)
     if given["as_json"]:
         click.echo(json.dumps(document, indent=2))
@@ -132,7 +132,7 @@ def _bounds(name: str, interval: Interval) -> dict[str, float | None]:
 
 
 @contextmanager
-def _new_file(path: Path | None) -> Iterator[IO[str]]:
+def new_file(path: Path | None) -> Iterator[IO[str]]:
     """A file that appears complete or not at all; that it can't be written comes up before anything is computed."""
     if path is None:
         yield io.StringIO()

@@ -77,4 +77,30 @@ def forgetting_command(run: Path, base: Path | None, **options: Any) -> None:
     forgetting(run, base, **options)
 
 
-COMMANDS = (best_of_command, forgetting_command)
+@click.command("evaluate")
+@click.argument("model", type=Place())
+@click.option("--tasks", required=True, metavar="NAME[,NAME...]", help="Tasks, groups or tags that lm_eval knows.")
+@click.option("--include", type=Place(), metavar="FOLDER", help="Folder with tasks of your own, YAML files.")
+@click.option("--limit", type=click.IntRange(1), help="Documents of a task, the first ones; default: all.")
+@click.option("--shots", type=click.IntRange(0), help="Examples before a question; default: as the task has it.")
+@click.option("--base", type=Place(), help="Model to compare with; default: what the run began from.")
+@click.option("--plain", is_flag=True, help="Ask without the chat template that the model has.")
+@click.option("--output", type=Place(), metavar="OUT.json", help="Write all figures into a new file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate_command(model: Path, **options: Any) -> None:
+    """Benchmarks of lm-evaluation-harness (pip install lm_eval), before and after training, from data on this machine.
+
+    MODEL is a run, a checkpoint of one, or a model folder, which is measured alone. Nothing is fetched: a task's data
+    are in a file that it names, or in the cache of Hugging Face's datasets.
+
+    \b
+    Examples:
+      mlx-ppo evaluate runs/reviews --tasks my_task --include my-tasks --output figures.json
+      mlx-ppo evaluate runs/reviews --tasks arc_easy,hellaswag --limit 200
+    """
+    from mlx_ppo.cli.harness import evaluate
+
+    evaluate(model, options)
+
+
+COMMANDS = (best_of_command, forgetting_command, evaluate_command)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_ppo.cli.judging import judge_at
 from mlx_ppo.comparison import CRITERION, ByModel, ByServer, Pair
+from mlx_ppo.config.rewards import RewardSource
 from mlx_ppo.config.sections import RolloutSection, TrainConfig
 from mlx_ppo.data.prompts import Prompt, load_prompts
 from mlx_ppo.data.tokenizer import Tokenizer
@@ -65,6 +66,7 @@ def compare(
     file: Path | None,
     reward: str | None,
     judge: Path | str | None,
+    key_env: str | None,
     criterion: str | None,
     count: int,
     max_tokens: int | None,
@@ -76,10 +78,13 @@ def compare(
 
     Without numbers, each samples as its run does, both by the length of the run that gives the prompts.
     """
+    question = criterion or CRITERION
+    if key_env is not None and not isinstance(judge, str):
+        raise ConfigError("--key-env: goes with --judge ADDRESS#MODEL; a run's own judge has its key_env in the run")
+    named = judge_at(judge, rubric=question, key_env=key_env) if isinstance(judge, str) else judge
     targets = [load_target(first), load_target(second)]
     configured = next((t.config for t in reversed(targets) if isinstance(t.config, TrainConfig)), None)
-    question = criterion or CRITERION
-    asked = _asked(judge, question, configured if reward is None else None)
+    asked = _asked(named, question, configured if reward is None else None)
     scorer = None if asked is not None and reward is None else _scorer(targets, reward, configured)
     source = next((t for t in reversed(targets) if isinstance(t.config, TrainConfig)), targets[1])
     prompts = prompts_for(source, (), file, count)
@@ -116,11 +121,10 @@ def compare(
         click.echo(f"both judges prefer the same one in {agreement(one, other)}")
 
 
-def _asked(judge: Path | str | None, question: str, config: TrainConfig | None) -> ByModel | ByServer | None:
+def _asked(source: Path | RewardSource | None, question: str, config: TrainConfig | None) -> ByModel | ByServer | None:
     """The model that is asked: here, at an address, or where none is named and the run had no other reward its own."""
-    if isinstance(judge, Path):
-        return ByModel(load_target(judge), question)
-    source = judge_at(judge, rubric=question) if judge is not None else None
+    if isinstance(source, Path):
+        return ByModel(load_target(source), question)
     if source is None and config is not None and all(each.kind in ("judge", "function") for each in config.reward):
         source = next((each for each in config.reward if each.kind == "judge"), None)
     if source is None:

@@ -16,6 +16,7 @@ from mlx_ppo.cli.frontier import frontier
 from mlx_ppo.cli.group import Commands
 from mlx_ppo.cli.options import (
     JUDGE,
+    KEY_ENV,
     MAX_TOKENS,
     PROCESSES,
     SET,
@@ -241,6 +242,7 @@ def sample(model: Path, prompts: tuple[str, ...], file: Path | None, count: int,
     help="Judge; by default the run's reward model or rule.",
 )
 @JUDGE
+@KEY_ENV
 @click.option("--criterion", help="What it is asked; by default which is the better one.")
 @click.option("--count", type=click.IntRange(2), default=128, show_default=True, help="Prompts taken.")
 @MAX_TOKENS

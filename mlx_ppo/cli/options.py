@@ -66,6 +66,9 @@ JUDGE = click.option(
     metavar="MODEL|ADDRESS#MODEL",
     help="Model, here or served on this machine, that is shown both completions in both orders and asked for the best.",
 )
+KEY_ENV = click.option(
+    "--key-env", metavar="VARIABLE", help="Environment variable with the key that the judge's server asks for."
+)
 
 
 SET = click.option(

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_ppo.compute.adapted import parameters_of
 from mlx_ppo.compute.choose import chosen_engine
+from mlx_ppo.compute.cpu import threads
 from mlx_ppo.compute.portable import DTYPES
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.data.tokenizer import Tokenizer
@@ -73,7 +74,8 @@ def weightless_trunk(config: dict[str, Any], name: str, *, dtype: str, compact: 
     stored = DTYPES.get(str(config.get("torch_dtype") or config.get("dtype")), mx.float32)
     model.set_dtype(stored)
     model.set_dtype(compute_dtype(engine, dtype, parameters_of(model), model))
-    engine.prepare(model)
+    with threads.choosing(threads.current()):  # nothing is computed with it
+        engine.prepare(model)
     tokenizer: Tokenizer = _NoTokenizer(1000)
     with computing_with(name):
         trunk = Trunk(weightless(model), tokenizer, name, engine, checked=False)

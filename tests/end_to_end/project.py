@@ -79,6 +79,22 @@ RATINGS = tuple(
 )  # fmt: skip
 
 
+def write_task(project: "Project") -> Path:
+    """A folder with a task of lm-evaluation-harness: which of two words goes on, by a file of four lines."""
+    folder = project.folder / "tasks"
+    folder.mkdir()
+    rows = [{"text": text, "label": number % 2} for number, text in enumerate(PROMPTS[:4])]
+    file = project.jsonl("tasks/kind.jsonl", rows)
+    (folder / "kind.yaml").write_text(
+        "task: kind\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {file}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\n"
+        'doc_to_text: "{{text}}"\ndoc_to_choice: [bad, good]\ndoc_to_target: label\n'
+        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    return folder
+
+
 class Project:
     """A folder with a model, prompts, texts, ratings, reward code and configurations."""
 

@@ -167,6 +167,30 @@ def test_a_comparison_is_judged_by_a_server(project):
     project.refused(4, "nobody listens there", "compare", "model", "runs/a", "--judge", f"{server.address}#m")
 
 
+def test_a_comparison_by_a_judge_that_asks_for_a_key(project, monkeypatch):
+    given = ("compare", "model", "model", "--prompts", "prompts.jsonl", "--count", 4, "--max-tokens", 6)
+    with serving(asking_for("a-secret/key")) as server:
+        where = ("--judge", f"{server.address}#m")
+        project.refused(4, "asks for a key; name the variable that holds it by 'key_env'", *given, *where)
+        project.refused(2, "MY_KEY isn't set; put the judge's key in it", *given, *where, "--key-env", "MY_KEY")
+        monkeypatch.setenv("MY_KEY", "two words")
+        shown = project.refused(2, "what MY_KEY holds can't be sent", *given, *where, "--key-env", "MY_KEY")
+        assert "two words" not in shown
+        monkeypatch.setenv("MY_KEY", "another/key")
+        shown = project.refused(4, "HTTP 401", *given, *where, "--key-env", "MY_KEY")
+        assert "another" not in shown and "Bearer [key]" in shown
+        shown = project.refused(2, "must be the name of an environment variable", *given, *where, "--key-env", "sk-12")
+        assert "sk-12" not in shown
+        monkeypatch.setenv("MY_KEY", "a-secret/key")
+        before = project.everything()
+        shown = project.cli(*given, *where, "--key-env", "MY_KEY")
+        assert shown.exit_code == 0 and "wins 50.0%" in shown.output and "a-secret" not in shown.output
+        assert project.everything() == before
+    words = "--key-env: goes with --judge ADDRESS#MODEL"
+    for judge in ((), ("--judge", "model")):
+        project.refused(2, words, *given, *judge, "--reward", "rule.py:letters", "--key-env", "MY_KEY")
+
+
 def test_pairs_without_a_usable_answer_are_ties(project):
     with serving(
         lambda _, document: "hm" if "A" in texts(document) and texts(document)["prompt"] == "it was" else "A"

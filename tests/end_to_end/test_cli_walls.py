@@ -5,9 +5,10 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
-from project import Project
+from project import Project, write_task
 
 from mlx_ppo.cli.main import main
 
@@ -46,6 +47,9 @@ def commands(project) -> dict[str, list[object]]:
     train = project.config(run={"iterations": 2, "save_every": 1}, data={"eval_count": 2})
     once = {"epochs": 1}
     project.jsonl("pairs.jsonl", [{"prompt": "it was", "chosen": " good", "rejected": " bad"}])
+    evaluate: dict[str, list[object]] = {}
+    if find_spec("lm_eval") is not None:
+        evaluate["evaluate"] = ["runs/a", "--tasks", "kind", "--include", write_task(project)]
     return {
         "train": [train],
         "sft": [project.config("sft", sft=once, run={"name": "s"})],
@@ -64,6 +68,7 @@ def commands(project) -> dict[str, list[object]]:
         "best-of": ["runs/a", "--n", 2, "--count", 2],
         "forgetting": ["runs/a", "--tokens", 64],
         "frontier": ["runs/a", "--samples", 2, "--prompts", 2],
+        **evaluate,
         "merge": ["model", "runs/a/checkpoints/000002", "merged"],
         "doctor": [],
         "init": ["fresh"],
@@ -94,7 +99,8 @@ def done(request, tmp_path_factory):
 def test_every_command_works_without_a_network(done):
     serving = {"studio", "label", "watch"}  # they listen on the loopback address: tests/studio/test_server.py
     asking = {"agreement"}  # a server on that address: tests/end_to_end/test_cli_judge.py
-    assert set(done) == set(main.commands) - serving - asking
+    optional = set() if find_spec("lm_eval") is not None else {"evaluate"}
+    assert set(done) == set(main.commands) - serving - asking - optional
     assert {name: shown.stderr for name, (shown, _) in done.items() if shown.returncode} == {}
     assert "was refused before anything was sent" in done["doctor"][0].stdout
 
