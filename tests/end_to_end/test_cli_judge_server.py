@@ -92,7 +92,10 @@ def compared(project: Any, address: str, **settings: Any) -> Path:
     run = {"iterations": 3, "evaluate_every": 0, "save_every": 1}
     data = {"eval_count": 1, "prompts": str(REVIEWS / "data" / "prompts-train.jsonl")}
     ppo, model = {"advantage": "grpo", "minibatches": 1}, {"path": str(REVIEWS)}
-    config: Path = project.config(reward=[source], rollout=rollout, run=run, data=data, ppo=ppo, model=model)
+    alone = {"processes": 1}  # several would meet at other ports of the loopback address
+    config: Path = project.config(
+        reward=[source], rollout=rollout, run=run, data=data, ppo=ppo, model=model, parallel=alone
+    )
     return config
 
 
