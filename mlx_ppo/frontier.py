@@ -99,6 +99,7 @@ def measured(path: Path, asked: Question, told: Listener) -> Document:
             if asked.policy is None
             else other_policy(asked.policy, roles.trunk)
         )
+        roles.trunk.share_below([])  # another policy may change any block
         policies = {"reference": roles.reference, "policy": policy}
         count = 2 * len(prompts) * asked.samples
         drawn = draw(config, roles, policies, prompts, asked.samples, lambda rows: told.done(rows / count))

@@ -102,7 +102,8 @@ def test_what_is_wrong_is_said_in_a_line(project):
 
 def test_from_a_policys_own_samples_to_the_frontier_of_a_run(project):
     """Best and worst sample of each prompt, DPO on them, and its policy by the run's scores and penalty."""
-    project.done("train", project.config(run={"name": "ppo"}, kl={"coef": 0.1}))
+    upper = {"lora": {"layers": 1, "rank": 4}, "critic": {"kind": "head"}}  # the other policy changes all blocks
+    project.done("train", project.config(run={"name": "ppo"}, kl={"coef": 0.1}, **upper))
     given = ("--prompts", "prompts.jsonl", "--n", 6, "--output", "own.jsonl", "--pairs")
     assert "the best and the worst of 6 of 6 prompts" in project.done("best-of", "runs/ppo", *given)
     rows = [json.loads(line) for line in (project.folder / "own.jsonl").read_text().splitlines()]
