@@ -44,29 +44,29 @@ def _no_global_random_draws() -> Iterator[None]:
     yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _tried_once() -> Iterator[None]:
+_found: dict[object, Capabilities] = {}
+
+
+@pytest.fixture(autouse=True)
+def _tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an engine tries with a model that is loaded, tried once for equal models: most commands load the tiny llama.
 
     The trials were most of what such a command computes; tests/compute is about them. Subprocesses still do each.
     """
-    found: dict[object, Capabilities] = {}
 
     def trying(capabilities: Callable[..., Capabilities]) -> Callable[..., Capabilities]:
         def once(engine: Any, body: Trunk, *, checked: bool) -> Capabilities:
             if not checked:
                 return capabilities(engine, body, checked=False)
             key = (capabilities, *vars(engine).items(), *_identity(body))
-            if key not in found:
-                found[key] = capabilities(engine, body, checked=True)
-            return found[key]
+            if key not in _found:
+                _found[key] = capabilities(engine, body, checked=True)
+            return _found[key]
 
         return once
 
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in (CpuEngine, PortableEngine):
-            patch.setattr(kind, "capabilities", trying(kind.capabilities))
-        yield
+    for kind in (CpuEngine, PortableEngine):
+        monkeypatch.setattr(kind, "capabilities", trying(kind.capabilities))
 
 
 def _identity(body: Trunk) -> tuple[object, ...]:

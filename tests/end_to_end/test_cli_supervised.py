@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -65,7 +66,11 @@ def since_start(project, start):
 
 def trainers(processes):
     """Those that train; one that has been forked just now isn't one yet."""
-    return [child for child in processes if "mlx_ppo.cli.work" in child.cmdline()]
+    found = []
+    for child in processes:
+        with suppress(psutil.Error):  # it has ended meanwhile
+            found += [child] if "mlx_ppo.cli.work" in child.cmdline() else []
+    return found
 
 
 def family(process):

@@ -16,8 +16,8 @@ from mlx_ppo.runs import checkpoint
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from printed_commands import ROOT, parsed, printed, split
 
-# What takes minutes, isn't about the example, or serves a page until Ctrl-C; each has tests of its own.
-_ELSEWHERE = {"bench", "doctor", "label", "studio", "watch"}
+# What takes minutes or others' data, isn't about the example, or serves a page until Ctrl-C; each has its own tests.
+_ELSEWHERE = {"bench", "doctor", "evaluate", "label", "studio", "watch"}
 _JOBS = {"train", "sft", "reward", "dpo"}
 
 

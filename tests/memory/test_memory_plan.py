@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -147,9 +148,13 @@ def errors(plan: Plan, found: Measured) -> dict[str, float]:
     ],
 )
 def test_predicted_peaks_are_those_of_the_phases(make_config: Make, sections: dict[str, Any]) -> None:
-    """Within what the moment at which mlx's threads let go of a buffer changes, which is much in a model of 4 MB."""
-    plan, found = measured(make_config(**sections))
-    off = errors(plan, found[-1])
+    """Within what the moment at which mlx's threads let go of a buffer changes, which is much in a model of 4 MB.
+
+    So the middle one of three iterations counts.
+    """
+    plan, found = measured(make_config(**sections), turns=4)
+    of_each = [errors(plan, one) for one in found[1:]]
+    off = {name: median(one[name] for one in of_each) for name in of_each[0]}
     assert {"rollout", "score policy", "score reference", "update policy", "update step"} <= set(off)
     assert all(-0.22 < error < 0.12 for error in off.values()), off
 
