@@ -27,8 +27,8 @@ from mlx_ppo.runs.folder import Run
 from mlx_ppo.runtime.group import Group
 from mlx_ppo.runtime.signals import Interrupts
 from mlx_ppo.stages.optimizer import Optimizer
-from mlx_ppo.supervised import Course, Fit, StepReporter, Task, fit, shared_run
-from mlx_ppo.supervised_models import load_trainable, require_room, work_of, write_result
+from mlx_ppo.supervised import Course, Fit, StepReporter, Task
+from mlx_ppo.supervised_models import follow_policy, load_trainable, require_room, train_policy, work_of
 
 _HELD_OUT = 256  # training pairs that are measured where there is no validation file
 
@@ -46,13 +46,7 @@ def optimize(config: DPOConfig, run: Run, reporter: StepReporter, interrupts: In
     Raises:
         UserError: whatever is wrong with model or data, or went wrong.
     """
-    job = _Job(config, reporter)
-    with shared_run(config, run, job.work, reporter) as group:
-        best = fit(job.task(group), job.state, run, reporter, interrupts, job.course)
-    run.secure()
-    result = write_result(run.folder, job.trunk, best, config.model)
-    run.note_files(result)
-    return result
+    return train_policy(_Job(config, reporter), config, run, reporter, interrupts)
 
 
 def follow(config: DPOConfig, group: Group) -> None:
@@ -61,8 +55,7 @@ def follow(config: DPOConfig, group: Group) -> None:
     Raises:
         UserError: as `optimize`.
     """
-    job = _Job(config, Silent())
-    fit(job.task(group), job.state, None, Silent(), Interrupts(), job.course)
+    follow_policy(_Job(config, Silent()), group)
 
 
 def load_data(config: DPOConfig, tokenizer: Tokenizer, reporter: StepReporter) -> tuple[PairSet, PairSet | None]:

@@ -31,11 +31,9 @@ from mlx_ppo.supervised import (
     StepReporter,
     Task,
     drop_tokens,
-    fit,
     noise_of,
-    shared_run,
 )
-from mlx_ppo.supervised_models import load_trainable, require_room, work_of, write_result
+from mlx_ppo.supervised_models import follow_policy, load_trainable, require_room, train_policy, work_of
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,7 @@ def finetune(config: SFTConfig, run: Run, reporter: StepReporter, interrupts: In
     Raises:
         UserError: whatever is wrong with model or data, or went wrong.
     """
-    job = _Job(config, reporter)
-    with shared_run(config, run, job.work, reporter) as group:
-        best = fit(job.task(group), job.state, run, reporter, interrupts, job.course)
-    run.secure()
-    result = write_result(run.folder, job.trunk, best, config.model)
-    run.note_files(result)
-    return result
+    return train_policy(_Job(config, reporter), config, run, reporter, interrupts)
 
 
 def follow(config: SFTConfig, group: Group) -> None:
@@ -68,8 +60,7 @@ def follow(config: SFTConfig, group: Group) -> None:
     Raises:
         UserError: as `finetune`.
     """
-    job = _Job(config, Silent())
-    fit(job.task(group), job.state, None, Silent(), Interrupts(), job.course)
+    follow_policy(_Job(config, Silent()), group)
 
 
 class _Job:

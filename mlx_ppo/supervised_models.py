@@ -1,11 +1,12 @@
-"""What `sft` and `reward` load, what it will need, and what they write."""
+"""What supervised jobs load, what it will need, and what they write."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from mlx_ppo.compute.adapted import count_of, dimensions, layer_of
 from mlx_ppo.config.sections import LoraSection
-from mlx_ppo.config.supervised import TrainableModelSection
+from mlx_ppo.config.supervised import DPOConfig, SFTConfig, TrainableModelSection
 from mlx_ppo.errors import ConfigError
 from mlx_ppo.memory.budget import default_budget
 from mlx_ppo.memory.plan import GIB, RUNTIME
@@ -14,9 +15,51 @@ from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.models.write import write_adapters, write_model
 from mlx_ppo.parallel import Work
+from mlx_ppo.reporting import Silent
+from mlx_ppo.runs.folder import Run
+from mlx_ppo.runtime.group import Group
+from mlx_ppo.runtime.signals import Interrupts
+from mlx_ppo.supervised import Course, Fit, StepReporter, Task, fit, shared_run
 
 _PASSES = 6  # multiplications for each parameter and token: forward two, backward four
 _COPIES = 4  # of trained weights: they, their gradient, two moments
+
+
+class PolicyJob(Protocol):
+    """A job whose result is a policy, with model and data loaded."""
+
+    trunk: Trunk
+    state: Fit
+    course: Course
+    work: Work
+
+    def task(self, group: Group) -> Task[Any]:
+        """What is trained, by the processes of a group."""
+
+
+def train_policy(
+    job: PolicyJob, config: SFTConfig | DPOConfig, run: Run, reporter: StepReporter, interrupts: Interrupts
+) -> Path:
+    """Train, and write the finished model or adapters; returns their folder.
+
+    Raises:
+        UserError: what went wrong.
+    """
+    with shared_run(config, run, job.work, reporter) as group:
+        best = fit(job.task(group), job.state, run, reporter, interrupts, job.course)
+    run.secure()
+    result = write_result(run.folder, job.trunk, best, config.model)
+    run.note_files(result)
+    return result
+
+
+def follow_policy(job: PolicyJob, group: Group) -> None:
+    """Do the same steps as the process that leads, on this one's part of each batch.
+
+    Raises:
+        UserError: as the leader's.
+    """
+    fit(job.task(group), job.state, None, Silent(), Interrupts(), job.course)
 
 
 def work_of(trunk: Trunk, weights: Weights, lengths: Sequence[int], epochs: int, pieces: int, kept: int) -> Work:
