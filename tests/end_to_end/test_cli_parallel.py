@@ -13,7 +13,7 @@ import pytest
 from mlx.core import load
 from test_cli_walls import LOOPBACK, MAIN, namespace, reaching_out, tracer
 
-from mlx_ppo.bundle import lora_example
+from mlx_ppo.bundle import example_config, lora_example
 from mlx_ppo.memory.starting import expected_peaks
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.folder import MEMORY, RESPONSES
@@ -81,18 +81,19 @@ def test_three_and_four_do_too_and_each_is_repeatable(project):
     assert all(len(row["processes"]) == 3 and min(row["processes"]) > 0 for row in rows)
 
 
-def test_each_process_needs_what_was_planned_for_it(project):
-    """With responses that seldom end before the longest, as plans expect them to."""
+@pytest.mark.parametrize(("example", "least"), [(example_config, 0.95), (lora_example, 0.85)])
+def test_each_process_needs_what_was_planned_for_it(project, example, least):
+    """Responses that end before the longest count with LoRA, where weights, gradients and moments are few."""
     shape = ("rollout.prompts=32", "rollout.max_tokens=10", "rollout.temperature=1", "data.eval_count=4")
     shape += ("ppo.minibatches=2", "ppo.epochs=1", "critic.warmup_iterations=1")
     names = ("run.folder=runs", "run.name=a", "run.iterations=2", "parallel.processes=2")
-    shown = finished(project, "train", lora_example(), *(part for one in (*shape, *names) for part in ("--set", one)))
+    shown = finished(project, "train", example(), *(part for one in (*shape, *names) for part in ("--set", one)))
     rows = [json.loads(line) for line in (project.run() / MEMORY).read_text().splitlines()]
     planned = expected_peaks(read_plan(project.run()))
-    assert len(rows) == 2 and planned[0] > planned[1] > 20e6
+    assert len(rows) == 2 and planned[0] >= planned[1] > 20e6
     for rank in range(2):
         most = max(row["processes"][rank] for row in rows)
-        assert 0.9 < most / planned[rank] < 1.1, (rank, most, planned)
+        assert least < most / planned[rank] < 1.05, (rank, most, planned)
     assert "arrays of each process at most, of what was planned for it" in shown
 
 
