@@ -8,6 +8,7 @@ found. Exit code 1 where a combination doesn't resolve.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,8 @@ def resolve(system: str, python: str) -> tuple[dict[str, str], str]:
 
 def main(names: list[str]) -> int:
     """Print the table; 1 where something doesn't resolve."""
+    if shutil.which("uv") is None:
+        sys.exit("wheels.py: there is no `uv` here; `pip install uv` brings it")
     print("| | " + " | ".join(f"Python {python}" for python in PYTHONS) + " |")
     print("|---|" + "---|" * len(PYTHONS))
     problems, seen = [], []

@@ -25,6 +25,7 @@ class HealthSection(Section):
     gradient: Level = Field("warn", description="a gradient is above ten times its bound for 8 iterations")
     signal: Level = Field("warn", description="scores that are compared are equal")
     controller: Level = Field("warn", description="the KL stays above 1.5 times `kl.target` (adaptive)")
+    plateau: Level = Field("warn", description="score less KL penalty hasn't risen for 16 iterations")
     kl_limit: Positive = Field(1.0, description="nats a token from the reference at which the KL has run away")
     length_factor: Annotated[float, Field(gt=1)] = Field(
         3.0, description="how many times longer or shorter than at first responses may become"

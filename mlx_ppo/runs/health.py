@@ -1,35 +1,17 @@
-"""Is a run healthy? One rule for each way in which PPO goes wrong, on the rows of metrics.jsonl.
+"""Is a run healthy? Follows the rows of metrics.jsonl with the rules of `health_rules`, and says what they find.
 
-A rule compares the mean of the last rows with that of the rows before the policy's first step. It says how bad it is
-as a number that reaches 1 where a person should know. All follows from the rows, so a resumed run says the same.
+All follows from the rows, so a resumed run says the same.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from mlx_ppo.config.health import HealthSection
 from mlx_ppo.config.sections import TrainConfig
+from mlx_ppo.runs.health_rules import FLAT, RECENT, RULES, Facts, Row, View, mean
 
-Row = Mapping[str, float]
-
-RECENT, LONG = 4, 8  # iterations that a rule looks at: what may be chance of one, and what is slow
 COLLAPSED = "THE POLICY COLLAPSED"  # how the lines above the closing table begin, where it did
 SOONEST = 3  # as many after the first step at least
 WORSE = 2.0  # how much worse it is said again
-
-ENTROPY_LEFT = 0.25  # of that at the start
-NEGATIVE = 0.02  # nats a token below 0, in every one of the recent iterations
-FINISHED = 0.05
-REPEATED = 0.3  # more than at the start
-DISTINCT_LEFT = 0.5  # of that at the start
-BEYOND = 0.25
-APART = 0.3  # deviations of the score up, of the judge down; more where few responses make chance larger
-EXPLAINED = 0.01
-CLIPPED, OLD, EFFECTIVE = 0.4, 0.2, 0.5  # clipped tokens, nats a token from the policy that sampled, effective samples
-NORMS = 10.0  # times optimizer.gradient_clip
-SIGNAL = 0.1
-OFF_TARGET = 1.5  # times kl.target
 
 
 class Finding(NamedTuple):
@@ -40,48 +22,6 @@ class Finding(NamedTuple):
     sentence: str
     key: str  # the configuration's, that it names first
     level: str  # "warn", "stop" or "best"
-
-
-class Reading(NamedTuple):
-    """What a rule sees: 1 and above is unhealthy."""
-
-    severity: float
-    key: str
-    sentence: str
-
-
-class Facts(NamedTuple):
-    """What the rules need to know of a run."""
-
-    section: HealthSection
-    warmup: int  # first iterations without a step of the policy
-    responses: int  # an iteration
-    gradient_clip: float
-    target: float | None  # of an adaptive KL controller
-    judges: tuple[str, ...]  # sources that score without a weight
-
-
-HEALTHY = Reading(0.0, "", "")
-
-
-class View(NamedTuple):
-    """What a rule looks at."""
-
-    facts: Facts
-    start: Row  # means before the policy's first step
-    rows: tuple[Row, ...]  # the last LONG after it
-
-    def now(self, key: str) -> float:
-        """Mean of the recent rows."""
-        return _mean(self.rows[-RECENT:], key)
-
-    def recent(self, key: str) -> list[float]:
-        """Each of the recent rows."""
-        return [row[key] for row in self.rows[-RECENT:]]
-
-    def long(self, key: str) -> list[float] | None:
-        """Each of the last LONG rows; None before there are so many."""
-        return [row[key] for row in self.rows] if len(self.rows) == LONG else None
 
 
 def facts_of(config: TrainConfig, judges: Iterable[str]) -> Facts:
@@ -113,9 +53,9 @@ class Monitor:
         """Take the next row; what is to be said about it."""
         if row["step"] <= self._facts.warmup + 1:
             self._before.append(row)
-            self._start = {key: _mean(self._before, key) for key in row if all(key in one for one in self._before)}
+            self._start = {key: mean(self._before, key) for key in row if all(key in one for one in self._before)}
             return []
-        self._rows = (*self._rows, row)[-LONG:]
+        self._rows = (*self._rows, row)[-2 * FLAT :]
         if len(self._rows) < SOONEST:
             return []
         view = View(self._facts, self._start, self._rows)
@@ -158,189 +98,3 @@ def verdict(current: Mapping[str, Finding]) -> list[str]:
     if collapsed(current):
         return [f"{COLLAPSED}. A score in the table below is no success; don't use this policy.", *lines]
     return lines
-
-
-def _mean(rows: Iterable[Row], key: str) -> float:
-    values = [row[key] for row in rows]
-    return math.fsum(values) / len(values)
-
-
-def _entropy(view: View) -> Reading:
-    was, now = view.start["entropy"], view.now("entropy")
-    return Reading(
-        ENTROPY_LEFT * was / max(now, 1e-3),
-        "kl.coef",
-        f"entropy fell from {was:.2f} to {now:.2f} nats a token: the policy writes nearly the same every time; raise "
-        "kl.coef or ppo.entropy_coef, or lower optimizer.learning_rate",
-    )
-
-
-def _kl(view: View) -> Reading:
-    kl, tokens = view.now("kl"), max(view.now("length"), 1.0)
-    below = [row["kl"] / max(row["length"], 1.0) for row in view.rows[-RECENT:]]
-    if max(below) < -NEGATIVE:
-        return Reading(
-            -kl / tokens / NEGATIVE,
-            "rollout.kv_cache",
-            f"KL is {kl:.2f} nats a sequence and stays below 0, which no distribution has: responses aren't sampled "
-            "from the policy that is scored; set rollout.kv_cache = 'full' or model.dtype = 'float32'",
-        )
-    return Reading(
-        kl / tokens / view.facts.section.kl_limit,
-        "kl.coef",
-        f"KL ran away to {kl:.1f} nats a sequence, {kl / tokens:.2f} a token: the policy has left the reference; raise "
-        "kl.coef or lower optimizer.learning_rate",
-    )
-
-
-def _length(view: View) -> Reading:
-    was, now = max(view.start["length"], 1.0), max(view.now("length"), 1.0)
-    longer = now > was
-    mend = "set score.overlong_buffer" if longer else "raise kl.coef"
-    return Reading(
-        (now / was if longer else was / now) / view.facts.section.length_factor,
-        "score.overlong_buffer" if longer else "kl.coef",
-        f"responses went from {was:.0f} to {now:.0f} tokens: the reward pays for length, not only for what is said; "
-        f"if that isn't meant, {mend}, or change the reward",
-    )
-
-
-def _unfinished(view: View) -> Reading:
-    was, now = view.start["finished"], view.now("finished")
-    always = was < FINISHED
-    mend = "raise rollout.max_tokens" if always else "set score.truncated = 'subtract', or raise kl.coef"
-    return Reading(
-        FINISHED / max(now, 1e-2) if now < FINISHED else 0.0,
-        "rollout.max_tokens" if always else "score.truncated",
-        f"{now:.0%} of the responses end by themselves" + ("" if always else f", {was:.0%} did at first") + f"; {mend}",
-    )
-
-
-def _repetition(view: View) -> Reading:
-    was, now = view.start["repetition"], view.now("repetition")
-    return Reading(
-        (now - was) / REPEATED,
-        "kl.coef",
-        f"responses repeat themselves: {now:.0%} of their 4-grams were there before, {was:.0%} at first; raise kl.coef "
-        "or lower optimizer.learning_rate, and look at the samples",
-    )
-
-
-def _diversity(view: View) -> Reading:
-    was, now = view.start["distinct_2"], view.now("distinct_2")
-    return Reading(
-        DISTINCT_LEFT * was / max(now, 1e-4),
-        "kl.coef",
-        f"responses become alike: {now:.0%} of their pairs of tokens are different ones, {was:.0%} at first; raise "
-        "kl.coef or ppo.entropy_coef",
-    )
-
-
-def _beyond(view: View) -> Reading:
-    shares = {key.partition("/")[2]: view.now(key) for key in view.start if key.startswith("beyond/")}
-    if not shares:
-        return HEALTHY
-    name = max(shares, key=lambda source: shares[source])
-    return Reading(
-        shares[name] / BEYOND,
-        "kl.coef",
-        f"{shares[name]:.0%} of the responses score above everything that {name} saw in its training, where it only "
-        "guesses; raise kl.coef, or rate such responses and train it again",
-    )
-
-
-def _judge(view: View) -> Reading:
-    worst = HEALTHY
-    chance = 3 * math.sqrt(1 / view.facts.responses + 1 / (view.facts.responses * len(view.rows[-RECENT:])))
-    apart = max(APART, chance)
-    up = (view.now("score") - view.start["score"]) / max(view.start["score_deviation"], 1e-6) / apart
-    for name in view.facts.judges:
-        was, now = view.start[f"score/{name}"], view.now(f"score/{name}")
-        down = (was - now) / max(view.start[f"deviation/{name}"], 1e-6) / apart
-        if min(up, down) > worst.severity:
-            worst = Reading(
-                min(up, down),
-                "kl.coef",
-                f"the score rises while {name}, which isn't trained for, fell from {was:.2f} to {now:.2f}: the policy "
-                "exploits the reward; raise kl.coef, or improve the reward",
-            )
-    return worst
-
-
-def _critic(view: View) -> Reading:
-    explained = view.long("explained_variance")
-    if explained is None or view.now("signal") == 0:
-        return HEALTHY
-    return Reading(
-        2.0 - max(explained) / EXPLAINED if max(explained) < EXPLAINED else 0.0,
-        "critic.learning_rate",
-        f"the critic explains nothing of the returns ({view.now('explained_variance'):+.2f}) for {LONG} iterations; "
-        "change critic.learning_rate or raise critic.warmup_iterations",
-    )
-
-
-def _ratio(view: View) -> Reading:
-    clipped, old, effective = (
-        view.now("clip_low") + view.now("clip_high"),
-        view.now("kl_old"),
-        view.now("effective_samples"),
-    )
-    return Reading(
-        max(clipped / CLIPPED, old / OLD, (1 - effective) / (1 - EFFECTIVE)),
-        "optimizer.learning_rate",
-        f"an update moves too far from the policy that sampled ({clipped:.0%} of the tokens clipped, {old:.2f} nats a "
-        f"token, effective samples {effective:.0%}); lower optimizer.learning_rate or ppo.epochs",
-    )
-
-
-def _gradient(view: View) -> Reading:
-    worst = HEALTHY
-    for who in ("policy", "critic"):
-        norms, clip = view.long(f"{who}_norm") if f"{who}_norm" in view.rows[-1] else None, view.facts.gradient_clip
-        if norms is not None and min(norms) / (NORMS * clip) > worst.severity:
-            worst = Reading(
-                min(norms) / (NORMS * clip),
-                "optimizer.gradient_clip",
-                f"the gradient of the {who} is always clipped: its norm is {view.now(f'{who}_norm'):.3g}, "
-                "optimizer.gradient_clip is " + f"{clip:g}; raise that, or make the scores smaller ([[reward]] weight)",
-            )
-    return worst
-
-
-def _signal(view: View) -> Reading:
-    return Reading(
-        2.0 - view.now("signal") / SIGNAL if view.now("signal") < SIGNAL else 0.0,
-        "reward",
-        f"there is no signal: scores that are compared are equal (deviation {view.now('score_deviation'):.2g}); change "
-        "the [[reward]], or take more and harder prompts (rollout.prompts, rollout.samples_per_prompt)",
-    )
-
-
-def _controller(view: View) -> Reading:
-    target, kl = view.facts.target, view.long("kl")
-    if target is None or kl is None:
-        return HEALTHY
-    falling = sum(kl[LONG // 2 :]) < 0.8 * sum(kl[: LONG // 2])
-    return Reading(
-        0.0 if falling else min(kl) / (OFF_TARGET * target),
-        "kl.horizon",
-        f"KL stays at {view.now('kl'):.1f} nats a sequence, above kl.target = {target:g}, and kl.coef, now "
-        f"{view.rows[-1]['kl_coef']:.3g}, doesn't bring it back; lower kl.horizon or optimizer.learning_rate",
-    )
-
-
-RULES: Mapping[str, Callable[[View], Reading]] = {
-    "entropy": _entropy,
-    "kl": _kl,
-    "length": _length,
-    "unfinished": _unfinished,
-    "repetition": _repetition,
-    "diversity": _diversity,
-    "beyond": _beyond,
-    "judge": _judge,
-    "critic": _critic,
-    "ratio": _ratio,
-    "gradient": _gradient,
-    "signal": _signal,
-    "controller": _controller,
-}

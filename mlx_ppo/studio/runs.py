@@ -13,7 +13,8 @@ from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.errors import ConfigError, UserError, printable
 from mlx_ppo.files import read_json, read_regular
 from mlx_ppo.runs.folder import CONFIG, HEALTH, LOCK, MEMORY, METRICS, RECORD, open_config, read_record
-from mlx_ppo.runs.health import LONG, Facts, Monitor, collapsed, facts_of
+from mlx_ppo.runs.health import Monitor, collapsed, facts_of
+from mlx_ppo.runs.health_rules import LONG, Facts
 from mlx_ppo.runs.metrics import by_present_names
 from mlx_ppo.runs.plan_file import PLAN
 from mlx_ppo.studio.figures import PLANNED, SHARE, Column, figures, frontier, frontier_point, rounded, thinned

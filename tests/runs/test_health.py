@@ -6,7 +6,8 @@ import random
 import pytest
 
 from mlx_ppo.config.health import HealthSection
-from mlx_ppo.runs.health import LONG, RECENT, RULES, Facts, Monitor, collapsed, verdict
+from mlx_ppo.runs.health import Monitor, collapsed, verdict
+from mlx_ppo.runs.health_rules import FLAT, LONG, RECENT, RULES, Facts
 
 HEALTHY = {
     "score": 0.2, "score_deviation": 0.7, "kl": 0.5, "kl_coef": 0.1, "entropy": 3.0, "length": 19.0, "finished": 0.95,
@@ -28,7 +29,10 @@ SICK = {
     "gradient": {"policy_norm": 15.0},
     "signal": {"signal": 0.0, "score_deviation": 0.0},
     "controller": {"kl": 15.0},
+    "plateau": {"total_reward": 0.5},
 }
+
+LONGEST = 2 * FLAT + 4  # rows that the slowest rule needs
 
 
 def facts(**changes):
@@ -57,14 +61,14 @@ def test_there_is_a_rule_for_every_key_of_the_section():
 @pytest.mark.parametrize("rule", SICK)
 def test_a_rule_speaks_once_of_what_it_is_for_and_no_other_does(rule):
     given = {"target": 6.0} if rule == "controller" else {}
-    found, monitor = followed(rows(20, SICK[rule]), **given)
+    found, monitor = followed(rows(LONGEST, SICK[rule]), **given)
     assert [finding.rule for finding in found] == [rule] and list(monitor.current) == [rule]
     first = found[0]
-    assert 3 + RECENT - 2 <= first.step <= 3 + LONG and first.level == "warn"
+    assert 3 + RECENT - 2 <= first.step <= 3 + (2 * FLAT if rule == "plateau" else LONG) and first.level == "warn"
     named = "[[reward]]" if first.key == "reward" else first.key
     assert named in first.sentence and "\n" not in first.sentence and len(first.sentence) < 320
-    assert followed(rows(20, SICK[rule]), section={rule: "off"}, **given)[0] == []
-    assert followed(rows(20, SICK[rule]), section={rule: "stop"}, **given)[0][0].level == "stop"
+    assert followed(rows(LONGEST, SICK[rule]), section={rule: "off"}, **given)[0] == []
+    assert followed(rows(LONGEST, SICK[rule]), section={rule: "stop"}, **given)[0][0].level == "stop"
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -117,6 +121,26 @@ def test_a_controller_that_brings_the_kl_back_is_left_alone():
     falling = [{**row, "kl": 300.0 * 0.85 ** row["step"]} for row in rows(20)]
     assert "controller" not in {finding.rule for finding in followed(falling, target=6.0)[0]}
     assert followed(rows(20, SICK["controller"]))[0] == []
+
+
+def rising(per_iteration, count=80, seed=0):
+    generator = random.Random(seed)
+    return [{**row, "total_reward": per_iteration * row["step"] + generator.gauss(0, 0.06)} for row in rows(count)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_run_that_still_learns_is_no_plateau(seed):
+    """Noise of an iteration of 128 responses of a deviation of 0.7."""
+    assert followed(rising(0.01, seed=seed))[0] == []
+    found, _ = followed(
+        [*rising(0.01, 40, seed), *({**row, "total_reward": 0.4} for row in rows(80) if row["step"] > 40)]
+    )
+    assert (
+        [finding.rule for finding in found][:1] == ["plateau"]
+        and len(found) < 3
+        and 50 <= found[0].step <= 40 + 2 * FLAT
+    )
+    assert followed(rising(0.0, seed=seed), target=6.0)[0] == []  # another objective in every iteration
 
 
 def test_rows_without_a_column_are_passed_over():
