@@ -114,6 +114,7 @@ def differences(before: Document, now: Document) -> list[str]:
 def _facts(result: Document) -> Iterator[tuple[str, object]]:
     yield from result["versions"].items()
     yield from ((name, result.get(name)) for name in (*_FACTS, "engine"))
+    yield "processors that others kept busy", round(result.get("busy", 0.0))  # earlier versions didn't look
     yield from result["shapes"].items()
 
 

@@ -39,6 +39,7 @@ from mlx_ppo.errors import ConfigError, printable
 from mlx_ppo.memory.model import config_of, weightless_trunk
 from mlx_ppo.memory.phases import Accountant
 from mlx_ppo.memory.plan import Plan, make_plan, require_fit
+from mlx_ppo.memory.processes import BUSY, Load
 from mlx_ppo.memory.starting import accountant_of, budget_of
 from mlx_ppo.models.adapters import new_adapters
 from mlx_ppo.models.heads import HEAD_FILE, RewardFacts, new_head
@@ -142,7 +143,9 @@ def measure(config: TrainConfig, prompt: int, iterations: int) -> Document:
     accountant = accountant_of(config, None, prompt)
     plan = make_plan(accountant, config, budget_of(config))
     require_fit(plan, accountant, config)
+    load = Load()
     found = dry_run(config, plan, accountant.shapes, iterations=1 + iterations)[1:]
+    busy = load.others
     seconds = [seconds_of(one.seconds, one.prefill, one.total) for one in found]
     ceilings = Ceilings(gigaflops(_SIDE, _computed_in(accountant)), gigabytes())
     names = [name for name in seconds[0] if name not in ("between", "update step")]
@@ -155,6 +158,7 @@ def measure(config: TrainConfig, prompt: int, iterations: int) -> Document:
         "device": device(),
         "engine": engine(),
         "processors": cores(),
+        "busy": busy,
         "ceilings": ceilings._asdict(),
         "shapes": _shapes(config, accountant, plan),
         "iterations": iterations,
@@ -230,6 +234,13 @@ def _print(result: Document) -> None:
         "operations are those of matrix products, counted in a trace",
         highlight=False,
     )
+    if result["busy"] > BUSY * result["processors"]:
+        console.print(
+            f"warning: other programs kept {result['busy']:.1f} of {result['processors']} processors busy; on a quiet "
+            "machine these figures are better",
+            markup=False,
+            highlight=False,
+        )
     if mlx_ppo.BLAS.problem:
         console.print(f"warning: {mlx_ppo.BLAS.problem}", markup=False, highlight=False)
 

@@ -25,7 +25,7 @@ from mlx_ppo.compute.cpu import threads
 from mlx_ppo.compute.machine import SIDE, gigaflops
 from mlx_ppo.errors import RunError
 from mlx_ppo.memory.budget import cgroup_room, default_budget
-from mlx_ppo.memory.processes import looked
+from mlx_ppo.memory.processes import BUSY, looked
 from mlx_ppo.runs.folder import METRICS
 from mlx_ppo.runs.provenance import engine
 from mlx_ppo.runtime import offline
@@ -34,7 +34,6 @@ from mlx_ppo.runtime.system import cores
 
 _GIB = 1 << 30
 _SLOW = 15.0  # GFLOP/s; the reference BLAS has 2 to 6, OpenBLAS some 50 a core
-_BUSY = 0.25  # of the processors
 _FILES = 256  # a training run opens some tens
 _PROOF_SECONDS = 600.0
 _RELAXED = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
@@ -107,7 +106,7 @@ def _threads() -> Finding:
     if given is not None and given > 1:
         problem = "OPENBLAS_NUM_THREADS keeps a run from giving way to other programs; unset it"
     else:
-        problem = "other programs slow a run down: close them" if busy > _BUSY * mine else ""
+        problem = "other programs slow a run down: close them" if busy > BUSY * mine else ""
     return Finding("threads", value, problem)
 
 

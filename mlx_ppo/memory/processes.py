@@ -17,6 +17,7 @@ from mlx_ppo.runtime.system import cores
 _MOST = 8  # processes; more were never measured
 _WORTH = 2e12  # multiplications of a run; below it takes some 20 seconds, of which the start of a process takes two
 _LOOK = 0.3  # seconds
+BUSY = 0.25  # of the processors, kept so by others, slow what is measured
 LONG = 5.0  # seconds after which a load is no passing one
 
 

@@ -39,6 +39,17 @@ def test_the_peak_is_that_of_the_type_that_is_computed_in(project):
         assert row["share_of_peak"] == pytest.approx(row["gflops_per_second"] / peak)
 
 
+def test_a_busy_machine_is_told(project, monkeypatch):
+    from mlx_ppo.cli import bench
+
+    for busy in (0.1, 1.6):
+        monkeypatch.setattr(bench.Load, "others", busy * bench.cores())
+        shown = project.done("bench", "model", *SMALL, "--output", f"{busy}.json")
+        assert ("warning: other programs kept" in " ".join(shown.split())) == (busy > 1)
+    shown = project.done("bench", "model", *SMALL, "--compare", "0.1.json")
+    assert "processors that others kept busy" in shown
+
+
 def test_every_phase_has_its_seconds_tokens_operations_and_bytes(project, kept):
     phases = kept["phases"]
     assert set(phases) == {*PRODUCTS, "update step", "between"}
