@@ -89,6 +89,7 @@ class Reader(Protocol):
     """Reads one token of each of some rows, and samples the next."""
 
     ahead: bool  # reading begins before the tokens are known to the caller, for rows that have ended too
+    in_place: bool  # reading writes into the caches' memory, so that their arrays may be parts of larger ones
 
     def sample(self, states: mx.array, draws: Numbers, how: Distribution) -> Sampled:
         """Tokens from final states [B, D], by uniform draws [B]; see `Engine.reader`."""

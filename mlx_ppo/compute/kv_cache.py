@@ -12,6 +12,8 @@ from mlx_ppo.runtime.open_files import open_files_limit_kept
 with open_files_limit_kept():
     from mlx_lm.models.cache import BatchKVCache, KVCache, dynamic_roll, make_prompt_cache
 
+Numbers = np.ndarray[Any, np.dtype[np.integer[Any]]]
+
 FULL, EIGHT_BITS = "full", "8-bit"
 _GROUPS = (64, 32)  # elements that share a scale and an offset; the first that divides the heads
 _BITS = 8
@@ -59,22 +61,35 @@ def size_caches(caches: Sequence[Any], length: int) -> None:
             cache.step = length
 
 
-def keep_rows(caches: Sequence[Any], rows: Sequence[int], room: int) -> None:
+def keep_rows(caches: Sequence[Any], rows: Sequence[int], room: int, *, in_place: bool = False) -> None:
     """Keep some rows of a model's caches, in this order; one layer at a time, so that only one is there twice.
 
     Args:
         caches: of the model's layers, which are changed.
         rows: at least one; a row may be there several times.
         room: tokens that plain caches shall have room for; padding that all rows have is dropped.
+        in_place: where rows only come into the places of others that leave (see `filled`), they alone may be copied,
+            by numpy; the arrays are parts of larger ones then, and whoever adds to them has to do it in place, too.
     """
     chosen = mx.array(list(rows), mx.int32)
     spare = min((int(np.asarray(cache.left_padding)[list(rows)].min()) for cache in _plain(caches)[:1]), default=0)
+    few = in_place and spare == 0 and all(row == place or row >= len(rows) for place, row in enumerate(rows))
     for cache in caches:
-        if _plain([cache]):
+        if few and _plain([cache]) and room <= _parts(cache)[0].shape[2]:
+            _move(cache, rows, chosen)
+        elif _plain([cache]):
             _stack(cache, [(cache, run) for run in _runs(rows)], cache._idx - spare, room)
         else:
             cache.filter(chosen)
         mx.eval(cache.state)
+
+
+def filled(rows: Numbers) -> Numbers:
+    """Rows that stay, in order: the same in one in which few move, as the last take the places of those that leave."""
+    places = np.arange(len(rows))
+    order, late = places.copy(), rows[rows >= len(rows)]
+    order[~np.isin(places, rows)] = late
+    return order
 
 
 def join(caches: Sequence[Any], others: list[Any], room: int) -> None:
@@ -103,6 +118,17 @@ def _runs(rows: Sequence[int]) -> list[slice]:
     """Rows that follow each other, together."""
     ends = np.flatnonzero(np.diff(rows) != 1) + 1
     return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(np.asarray(rows), ends)]
+
+
+def _move(cache: BatchKVCache, rows: Sequence[int], chosen: mx.array) -> None:
+    """Copy rows to the places of those that left; the arrays are seen up to the last one."""
+    parts = _parts(cache)
+    for values in map(np.asarray, parts):
+        for place, row in enumerate(rows):
+            if place != row:
+                values[place] = values[row]
+    cache.offset, cache.left_padding = cache.offset[chosen], cache.left_padding[chosen]
+    _hold(cache, [part[: len(rows)] for part in parts])
 
 
 def _stack(cache: BatchKVCache, pieces: Sequence[tuple[BatchKVCache, slice]], end: int, room: int) -> None:

@@ -190,6 +190,7 @@ class ModelReader:
     """Decodes by the model, and samples where the logits are."""
 
     ahead = True
+    in_place = False
 
     def __init__(self, body: Body) -> None:
         """With the weights that lie on the model."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_ppo.algo.truncation import Distribution
 from mlx_ppo.compute.engine import Numbers, Reader
-from mlx_ppo.compute.kv_cache import FULL, join, keep_rows, new_caches, size_caches
+from mlx_ppo.compute.kv_cache import FULL, filled, join, keep_rows, new_caches, size_caches
 from mlx_ppo.data.batches import pad_right
 from mlx_ppo.errors import RunError
 from mlx_ppo.models.trunk import Trunk
@@ -165,18 +165,20 @@ class Decoder:
         going &= ~self._finished[live]
         if whole and not reader.ahead:
             self._advance(reader, picked, slots)
-        self._keep(np.flatnonzero(going))
-        if not whole and going.any():
-            self._advance(reader, picked[going], slots[going])
+        kept = filled(np.flatnonzero(going))
+        self._keep(kept)
+        if not whole and len(kept):
+            self._advance(reader, picked[kept], slots[kept])
 
     def _keep(self, places: Ints) -> None:
-        """Free all other places."""
+        """Free all other places; the requests have theirs in this order then."""
         if len(places) == len(self._live):
             return
         self._detach()
         self._live, self._states = self._live[places], self._states[mx.array(places)]
         if len(places):
-            keep_rows(self._cache, places.tolist(), self._room(self._live))
+            in_place = self._reader is not None and self._reader.in_place
+            keep_rows(self._cache, places.tolist(), self._room(self._live), in_place=in_place)
         else:
             self._cache = []
 

@@ -66,6 +66,23 @@ def test_both_engines_step_alike(decay: float) -> None:
             np.testing.assert_allclose(np.array(moments[name][key]), wanted, rtol=2e-6, atol=1e-7 * abs(wanted).max())
 
 
+@pytest.mark.parametrize("size", [1, 3, 511, 512, 513, 8000, 50_257])
+def test_a_draw_is_never_of_a_token_without_mass(size: int) -> None:
+    """Also where rounding puts it beyond the last sum, and where whole blocks have none."""
+    generator = np.random.default_rng(size)
+    logits = generator.normal(scale=3.0, size=(9, size)).astype(np.float32)
+    logits[generator.random(logits.shape) < 0.95] = -np.inf
+    logits[np.arange(9), generator.integers(0, size, 9)] = 1.0
+    draws = np.array([0.0, 1 - 2**-53, 1 - 2**-24, *generator.random(6)])
+    tokens, logprobs, _ = sample(logits, draws, Distribution(1.0))
+    exact = np.exp(logits.astype(np.float64))
+    bounds = np.cumsum(exact, axis=-1) / exact.sum(axis=-1, keepdims=True)
+    rows = np.arange(9)
+    assert np.isfinite(logits[rows, tokens]).all() and np.isfinite(logprobs).all()
+    assert (bounds[rows, tokens] >= draws - 1e-9).all()
+    assert (bounds[rows, tokens] - exact[rows, tokens] / exact.sum(axis=-1) <= draws + 1e-9).all()
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 1.5])
 @pytest.mark.parametrize("size", [1, 5, 255, 256, 257, 4000, 50_000])
 def test_a_device_samples_what_numpy_does(size: int, temperature: float) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache
 
-from mlx_ppo.compute.kv_cache import EightBitCache, join, keep_rows, new_caches, share_offsets, size_caches
+from mlx_ppo.compute.kv_cache import EightBitCache, filled, join, keep_rows, new_caches, share_offsets, size_caches
 from mlx_ppo.memory.simulator.trace import trace
 from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.trunk import Trunk
@@ -62,6 +62,31 @@ def test_eight_bits_are_close_to_all(wide: Trunk, keep: list[int] | None, step: 
         assert cache.size() == other.size()
         assert cache.offset.tolist() == other.offset.tolist()
         assert cache.left_padding.tolist() == other.left_padding.tolist()
+
+
+@pytest.mark.parametrize("form", ["full", "8-bit"])
+@pytest.mark.parametrize("keep", [[0, 1], [1, 2], [2], [0, 2], [2, 0, 1], [1, 1, 0, 0]])
+def test_rows_moved_in_place_are_those_that_are_copied(wide: Trunk, form: str, keep: list[int]) -> None:
+    """Whether or not the order is one in which rows may move, and whether padding is dropped."""
+    _, copied = decode(wide, form, step=256)
+    _, moved = decode(wide, form, step=256)
+    for caches, in_place in ((copied, False), (moved, True)):
+        keep_rows(caches, filled(np.array(keep)).tolist() if keep == sorted(set(keep)) else keep, 8, in_place=in_place)
+    for one, other in zip(copied, moved, strict=True):
+        assert (one._idx, one.offset.tolist()) == (other._idx, other.offset.tolist())
+        assert one.left_padding.tolist() == other.left_padding.tolist()
+        for mine, its in zip(one.state[:2], other.state[:2], strict=True):
+            for part, its_part in zip(*(each if form == "8-bit" else [each] for each in (mine, its)), strict=True):
+                np.testing.assert_array_equal(np.array(part)[:, :, : one._idx], np.array(its_part)[:, :, : one._idx])
+
+
+def test_rows_that_stay_move_only_into_places_of_those_that_leave() -> None:
+    generator = np.random.default_rng(0)
+    for count in range(1, 40):
+        stay = np.flatnonzero(generator.random(count) < 0.7)
+        order = filled(stay)
+        assert sorted(order) == stay.tolist()
+        assert all(row == place or (row >= len(stay) and place not in stay) for place, row in enumerate(order))
 
 
 def read_prompts(trunk: Trunk, form: str, prompts: list[tuple[int, ...]], room: int) -> list[Any]:

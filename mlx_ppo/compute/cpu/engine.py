@@ -145,6 +145,7 @@ class StepReader:
     """Numpy and BLAS read and sample."""
 
     ahead = False
+    in_place = True
 
     def __init__(self, body: Body, rows: int) -> None:
         """With the weights that lie on the model."""

@@ -158,5 +158,5 @@ def integers(values: Sequence[int]) -> Any:
 
 
 def _addresses(array: Floats, starts: Sequence[int]) -> Any:
-    base = array.ctypes.data
-    return (ctypes.c_void_p * len(starts))(*[base + _FLOAT * start for start in starts])
+    found = array.ctypes.data + _FLOAT * np.asarray(starts, np.uintp)
+    return (ctypes.c_void_p * len(found)).from_buffer(found.data)

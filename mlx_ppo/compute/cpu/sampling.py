@@ -8,6 +8,7 @@ from mlx_ppo.compute.cpu.truncation import packed, support
 from mlx_ppo.compute.engine import Numbers, Sampled
 
 _PIECE = 1 << 18  # elements
+_BLOCK = 512  # tokens whose masses are summed before single ones are looked at
 
 
 def sample(logits: Floats, draws: Floats, how: Distribution) -> Sampled:
@@ -39,7 +40,7 @@ def _sample_rows(logits: Floats, draws: Floats, how: Distribution) -> tuple[Numb
         none = np.zeros(scaled.shape, np.bool_)
         nothing = np.zeros(len(scaled), np.int64), np.full(len(scaled), np.nan, np.float32)
         return (*nothing, packed(none)) if how.truncates else nothing
-    scaled = scaled - top
+    scaled = np.subtract(scaled, top, out=None if scaled is logits else scaled)
     masses = np.exp(scaled)
     rows = np.arange(len(scaled))
     sets: tuple[Numbers, ...] = ()
@@ -48,11 +49,24 @@ def _sample_rows(logits: Floats, draws: Floats, how: Distribution) -> tuple[Numb
         masses[~drawn] = 0
         sets = (packed(drawn),)
     if how.temperature > 0:
-        cumulative = np.cumsum(masses, axis=-1, dtype=np.float64)
-        wanted = draws.astype(np.float64) * cumulative[:, -1]
-        tokens = np.array([np.searchsorted(c, w, side="right") for c, w in zip(cumulative, wanted, strict=True)])
-        total = cumulative[:, -1]
+        tokens, total = _drawn(masses, draws)
     else:
         tokens = scaled.argmax(axis=-1)
         total = masses.sum(axis=-1, dtype=np.float64)
     return tokens, (scaled[rows, tokens] - np.log(total)).astype(np.float32), *sets
+
+
+def _drawn(masses: Floats, draws: Floats) -> tuple[Numbers, Numbers]:
+    """The first token [B] up to which masses [B, V] exceed a share of their sum [B]: first the block, then within."""
+    every, count = np.arange(len(masses))[:, None], masses.shape[-1]
+    blocks = np.cumsum(np.add.reduceat(masses, np.arange(0, count, _BLOCK), axis=-1, dtype=np.float64), axis=-1)
+    total = blocks[:, -1:]
+    wanted = draws.astype(np.float64)[:, None] * total
+    block = np.minimum((blocks <= wanted).sum(axis=-1, keepdims=True), (blocks < total).sum(axis=-1, keepdims=True))
+    columns = block * _BLOCK + np.arange(min(_BLOCK, count))
+    within = np.where(columns < count, masses[every, np.minimum(columns, count - 1)], np.float32(0))
+    before = np.where(block > 0, blocks[every, block - 1], 0.0)
+    sums = before + np.cumsum(within, axis=-1, dtype=np.float64)
+    last = within.shape[-1] - 1 - np.argmax(within[:, ::-1] > 0, axis=-1)  # of any mass: sums are rounded
+    place = np.minimum((sums <= wanted).sum(axis=-1), last)
+    return columns[every[:, 0], place], total[:, 0]

@@ -20,6 +20,7 @@ from mlx_ppo.compute.cpu.products import Floats, Run, by_matrix, integers, prepa
 from mlx_ppo.compute.engine import Body
 
 Normalise = Callable[[Floats], Floats]
+_TURNS = 64  # tokens for which rotations are computed at once
 MOST_ROWS = 64  # with more, one usual product by a matrix is faster than many small ones
 
 
@@ -49,6 +50,7 @@ class Steps:
         self._mixed = np.empty((rows, attention.o_proj.weight.shape[1]), np.float32)
         self._gated = np.empty((rows, body.model.layers[0].mlp.down_proj.weight.shape[1]), np.float32)
         self._ropes: dict[tuple[Any, ...], Any] = {}
+        self._known, self._turns = range(0), dict[tuple[Any, ...], Rotation]()
         self._blocks = [self._block(block) for block in body.model.layers]
         self._norm = _norm(inner.norm)
         self._attached: list[_Attached] = []
@@ -69,9 +71,7 @@ class Steps:
             self._attach(caches)
         self._rows[:] = [count, count]
         offsets, padding = caches[0].offset, np.asarray(caches[0].left_padding)
-        rotation = {
-            kind: rotation_at(rope, offsets, self._mixed.shape[1] // self._heads) for kind, rope in self._ropes.items()
-        }
+        rotation = self._rotations(np.asarray(offsets))
         counts = np.arange(at + 1)[None, :] >= padding[:, None]
         mask = None if counts.all() else np.where(counts, np.float32(0), LOWEST)[:, None]
         states, entering = self._embedding[tokens], None
@@ -106,6 +106,16 @@ class Steps:
         """Let go of the caches, and of the logits."""
         self._attached, self._logits = [], None
 
+    def _rotations(self, offsets: np.ndarray[Any, Any]) -> dict[tuple[Any, ...], Rotation]:
+        """What turns queries and keys at the rows' offsets, by kind; computed for many tokens to come at once."""
+        least, most = int(offsets.min()), int(offsets.max())
+        if not self._known.start <= least <= most < self._known.stop:
+            self._known = range(least, most + _TURNS)
+            at, size = mx.arange(least, most + _TURNS), self._mixed.shape[1] // self._heads
+            self._turns = {kind: rotation_at(rope, at, size) for kind, rope in self._ropes.items()}
+        rows = offsets - self._known.start
+        return {kind: (factors[rows], exchanged[rows]) for kind, (factors, exchanged) in self._turns.items()}
+
     def _block(self, block: Any) -> "_Block":
         attention, mlp = block.self_attn, block.mlp
         kind = angles_of(attention.rope)
@@ -139,16 +149,16 @@ class Steps:
         together, length, width = integers([self._heads // groups]), integers([0]), integers([size])
         asked = np.empty((rows, self._heads, size), np.float32)
         weights = np.empty((rows, self._heads, room), np.float32)
-        each = range(rows * groups)
+        each = np.arange(rows * groups)
         of_asked, of_weights, of_mixed = (
-            (array, [number * self._heads // groups * step for number in each], step)
+            (array, each * (self._heads // groups * step), step)
             for array, step in ((asked, size), (weights, room), (self._mixed, size))
         )
         for cache in caches:
             keys, values = np.asarray(cache.keys), np.asarray(cache.values)
             if not keys.shape == values.shape == shape or not keys.flags.c_contiguous or not values.flags.c_contiguous:
                 raise ValueError("the layers' caches differ")
-            starts = [number * room * size for number in each]
+            starts = each * (room * size)
             score = prepare((together, length, width), of_asked, (keys, starts, size), of_weights, transposed=True)
             mix = prepare((together, width, length), of_weights, (values, starts, size), of_mixed, transposed=False)
             self._attached.append(_Attached(keys, values, asked, weights, length, score, mix))
