@@ -93,6 +93,10 @@ class Decoder:
         self._detach()
         free = self.places - len(self._live)
         added, self._waiting = self._waiting[:free], self._waiting[free:]
+        if (
+            len(added) and len(self._live) and self._in_place
+        ):  # what rows left behind is let go of before others are read
+            keep_rows(self._cache, range(len(self._live)), self._room(self._live))
         for rows in self._of_like_length(added):
             cache, states = self._prefill(rows)
             self._states = mx.concatenate([self._states, states]) if len(self._live) else states
@@ -177,10 +181,13 @@ class Decoder:
         self._detach()
         self._live, self._states = self._live[places], self._states[mx.array(places)]
         if len(places):
-            in_place = self._reader is not None and self._reader.in_place
-            keep_rows(self._cache, places.tolist(), self._room(self._live), in_place=in_place)
+            keep_rows(self._cache, places.tolist(), self._room(self._live), in_place=self._in_place)
         else:
             self._cache = []
+
+    @property
+    def _in_place(self) -> bool:
+        return self._reader is not None and self._reader.in_place
 
     def _detach(self) -> None:
         if self._reader is not None:
