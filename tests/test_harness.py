@@ -1,5 +1,7 @@
 """What lm-evaluation-harness is told of a policy, against plain passes, and against mlx-lm's own interface."""
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -125,3 +127,35 @@ def test_it_says_what_the_interface_of_mlx_lm_says(model_folder, monkeypatch):
     prompts = [Request((text, settings)) for text in ("The film", "A story of")]
     written = [[text.strip() for text in model.generate_until(prompts)] for model in (own, theirs)]
     assert written[0] == written[1]  # the detokenizer of mlx-lm loses the first space
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}the {{ message['role'] }} : {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}the assistant : {% endif %}"
+)
+
+
+def test_questions_in_a_chat_template(model_folder, tmp_path):
+    """The template brings the token that begins a text, once; a last message that is begun is gone on with."""
+    harness = pytest.importorskip("mlx_ppo.harness", exc_type=ImportError)
+    from mlx_ppo.runs.targets import load_target
+
+    folder = tmp_path / "chats"
+    shutil.copytree(model_folder, folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps({**settings, "bos_token": "<s>", "chat_template": TEMPLATE}))
+    policy = harness.PolicyLM(load_target(folder), chat=True)
+    asked = [{"role": "user", "content": "is the film good"}]
+    context = policy.apply_chat_template(asked)
+    assert context == "<s>the user : is the film good\nthe assistant : "
+    begun = policy.apply_chat_template([*asked, {"role": "assistant", "content": "it"}], add_generation_prompt=False)
+    assert begun == context + "it"
+    tokenizer = policy._target.trunk.tokenizer
+    before = tokenizer.render_chat(asked, add_generation_prompt=True)
+    tokens = tokenizer.encode(context + "it was", bos=False)
+    assert tokens.count(before[0]) == 1 and policy._context(context) == tuple(before)
+    start = len(tokenizer.encode(context.rstrip(), bos=False))
+    table = logprobs(policy, tokens)[start - 1 :]
+    (found,) = policy.loglikelihood([Request((context, "it was"))])
+    assert found[0] == pytest.approx(table[np.arange(len(table)), tokens[start:]].sum(), abs=1e-4)
