@@ -113,7 +113,8 @@ def _work(config: Job, order: Order) -> None:
     if click.get_current_context().obj is PROGRAM:
         from mlx_ppo.cli.supervise import supervise
 
-        finish = supervise(order, retries=config.memory.retries if isinstance(config, TrainConfig) else 0)
+        assert isinstance(config, AnyJob)
+        finish = supervise(order, retries=config.memory.retries, planned=isinstance(config, TrainConfig))
     else:
         finish = _here(order)
     for line in finish:

@@ -153,13 +153,13 @@ class Trainer:
         return status
 
 
-def supervise(order: Order, *, retries: int) -> list[str]:
+def supervise(order: Order, *, retries: int, planned: bool) -> list[str]:
     """Do a run's work in a child process; the lines to print at its end.
 
     Args:
         order: what is to be done.
-        retries: how many times a run that is killed goes on by itself, each time with a smaller plan, or one of whose
-            processes is lost.
+        retries: how many times a run that is killed goes on by itself, or one of whose processes is lost.
+        planned: it has a plan, which is made smaller after a kill.
     Raises:
         UserError: as the job's.
         RunError: the child was killed.
@@ -191,8 +191,9 @@ def supervise(order: Order, *, retries: int) -> list[str]:
             journal.note(event="died", status=status, why=said)
             if not (refused or status == -signal.SIGKILL) or relay.first is not None or attempt == retries:
                 break
-            now = Order(str(folder), smaller=starved or last is None or last[0] != "lost")
-            how = "a smaller plan" if now.smaller else "new processes"
+            killed = starved or last is None or last[0] != "lost"
+            now = Order(str(folder), smaller=killed and planned)
+            how = "new processes" if not killed else "a smaller plan" if planned else "the last checkpoint"
             click.echo(f"warning: {said}; going on with {how} ({attempt + 1} of {retries})", err=True)
     remedy = f" {last[1][1]}." if last is not None and last[1][1] else ""
     raise RunError(f"{said}.{remedy} {_mend(folder)}")

@@ -217,7 +217,9 @@ class MemorySection(Section):
         0.0, description="bound on the process's memory in GiB; 0: three quarters of what is free at the start"
     )
     retries: CountOrZero = Field(
-        0, description="how many times a run that the system kills goes on by itself, each time with a smaller plan"
+        0,
+        description="how many times a run that the system kills, or one of whose processes is lost, goes on by itself; "
+        "after a kill with a smaller plan",
     )
     residency: Literal["auto", "resident", "evict"] = Field(
         "auto",

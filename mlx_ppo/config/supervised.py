@@ -56,6 +56,16 @@ class SFTSection(Section):
     )
 
 
+class RetriesSection(Section):
+    """The memory section of jobs whose memory isn't planned."""
+
+    retries: CountOrZero = Field(
+        0,
+        description="how many times a run that the system kills, or one of whose processes is lost, goes on by itself "
+        "from its last checkpoint",
+    )
+
+
 class SFTConfig(Job):
     """`mlx-ppo sft`."""
 
@@ -66,6 +76,7 @@ class SFTConfig(Job):
     data: ExampleDataSection
     sft: SFTSection = SFTSection()
     optimizer: OptimizerSection = OptimizerSection()
+    memory: RetriesSection = RetriesSection()
     parallel: ParallelSection = ParallelSection()
 
 
@@ -130,6 +141,7 @@ class RewardConfig(Job):
     data: FeedbackDataSection
     reward_training: RewardTrainingSection = RewardTrainingSection()
     optimizer: OptimizerSection = OptimizerSection()
+    memory: RetriesSection = RetriesSection()
     parallel: ParallelSection = ParallelSection()
 
 
@@ -172,6 +184,7 @@ class DPOConfig(Job):
     data: PreferenceDataSection
     dpo: DPOSection = DPOSection()
     optimizer: OptimizerSection = OptimizerSection()
+    memory: RetriesSection = RetriesSection()
     parallel: ParallelSection = ParallelSection()
 
 

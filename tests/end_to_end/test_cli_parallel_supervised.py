@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from mlx.core import load
 from test_cli_hosts import hosts  # noqa: F401  a fixture
@@ -103,6 +104,45 @@ def test_a_process_that_is_lost_is_named_and_the_run_goes_on(project, job, numbe
     assert "Go on with: mlx-ppo resume" in line and not follower.is_running()
     saved = checkpoint.newest(project.run())
     assert saved is not None and saved.step >= project.metrics()[-1]["step"]
+
+
+@pytest.mark.parametrize("job", ["sft", "reward"])
+def test_a_lost_process_is_replaced_and_a_killed_run_goes_on(project, job):
+    section = {"sft": "sft", "reward": "reward_training"}[job]
+    shape = {"run": {"save_every": 5}, section: {"epochs": 500}, "memory": {"retries": 2}}
+    command = project.start(job, project.config(job, parallel={"processes": 2, "patience": 10.0}, **shape))
+    log, deadline, reached = project.run() / "metrics.jsonl", time.monotonic() + 150, 0
+
+    def further():
+        """The run goes on: its step now."""
+        while not log.exists() or len(project.metrics()) <= reached:
+            assert time.monotonic() < deadline and command.poll() is None
+            time.sleep(0.05)
+        return len(project.metrics())
+
+    try:
+        reached = further() + 5
+        reached = further()
+        (follower,) = followers(command.pid)
+        follower.kill()
+        psutil.wait_procs([follower], timeout=30)
+        while not (found := [one for one in followers(command.pid) if one.pid != follower.pid]):
+            assert time.monotonic() < deadline and command.poll() is None
+            time.sleep(0.05)
+        reached = further()
+        found[0].parent().kill()  # the process that works
+        psutil.wait_procs(found, timeout=30)
+        reached = further()
+        command.send_signal(signal.SIGINT)
+        _, errors = command.communicate(timeout=60)
+    finally:
+        command.kill()
+    first, second, last = errors.splitlines()
+    assert "process 2 of 2" in first and first.endswith("; going on with new processes (1 of 2)"), errors
+    assert "was killed" in second and second.endswith("; going on with the last checkpoint (2 of 2)"), errors
+    assert command.returncode == 130 and "mlx-ppo resume" in last, errors
+    steps = [row["step"] for row in project.metrics()]
+    assert steps == sorted(set(steps))
 
 
 def test_two_machines_share_the_training_of_a_reward_model(project, hosts):  # noqa: F811
