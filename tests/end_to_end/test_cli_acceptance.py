@@ -178,6 +178,19 @@ def test_all_shares_together_are_the_limit_and_the_long_run_fits(
     assert four.passed is None and four.said == "quantised models are not promised on CUDA: ill"
 
 
+def test_growth_is_told_from_longer_responses() -> None:
+    """Peaks follow the lengths of responses; arrays that stay, and memory outside of them, show by themselves."""
+    rows = [{"seconds": 2.0, "tokens_per_second": 100.0} for _ in range(43)]
+    memory = [{"update policy": 100 + step, "update step": 50} for step in range(43)]
+    found = acceptance._growth(rows, memory, [10**9] * 200)
+    assert found == {"arrays_last_over_first": 1.0, "resident_more_mb": 0.0, "pace_last_over_first": 1.0}
+    leaking = [{**row, "update step": 50 + step} for step, row in enumerate(memory)]
+    assert acceptance._growth(rows, leaking, [])["arrays_last_over_first"] > 1.2
+    slower = [{"seconds": 2.0 + step / 43, "tokens_per_second": 100.0 / (1 + step / 86)} for step in range(43)]
+    found = acceptance._growth(slower, memory, [10**9 + step * 10**6 for step in range(200)])
+    assert found["pace_last_over_first"] > 1.2 and found["resident_more_mb"] == 150.0
+
+
 def test_longer_than_a_quarter_of_an_hour_is_refused() -> None:
     done = subprocess.run([*COMMAND, "--acceptance", "--minutes", "16"], capture_output=True, text=True)
     assert done.returncode == 2 and "16.0 is not in the range 0<x<=15" in done.stderr
