@@ -143,7 +143,7 @@ def _is_result(document: object) -> bool:
     rows = [*document["phases"].values()]
     times = [row.get(name) if isinstance(row, dict) else None for row in rows for name in TIMES]
     speeds = [document["ceilings"].get(name) for name in Ceilings._fields]
-    return bool(rows) and all(_is_amount(value) for value in (*times, *speeds))
+    return bool(rows) and all(_is_amount(value) for value in (*times, *speeds, document.get("busy", 0.0)))
 
 
 def _is_amount(value: object) -> bool:

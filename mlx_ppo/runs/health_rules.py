@@ -63,10 +63,6 @@ class View(NamedTuple):
         """Mean of the recent rows."""
         return mean(self.rows[-RECENT:], key)
 
-    def recent(self, key: str) -> list[float]:
-        """Each of the recent rows."""
-        return [row[key] for row in self.rows[-RECENT:]]
-
     def long(self, key: str) -> list[float] | None:
         """Each of the last LONG rows; None before there are so many."""
         return self._last(LONG, key)

@@ -93,9 +93,8 @@ class Decoder:
         self._detach()
         free = self.places - len(self._live)
         added, self._waiting = self._waiting[:free], self._waiting[free:]
-        if (
-            len(added) and len(self._live) and self._in_place
-        ):  # what rows left behind is let go of before others are read
+        if len(added) and len(self._live) and self._in_place:
+            # what rows left behind is let go of before others are read
             keep_rows(self._cache, range(len(self._live)), self._room(self._live))
         for rows in self._of_like_length(added):
             cache, states = self._prefill(rows)

@@ -131,6 +131,7 @@ def test_nothing_differs_from_itself(kept):
         ({"phases": {"iteration": {"seconds": math.nan, "fastest": 1, "slowest": 2}}}, "not a result"),
         ({"ceilings": {"gigaflops": 1}}, "not a result"),
         ({"versions": []}, "not a result"),
+        ({"busy": "much"}, "not a result"),
     ],
 )
 def test_damaged_results_are_refused_before_anything_is_measured(project, content, words):

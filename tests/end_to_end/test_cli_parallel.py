@@ -19,7 +19,7 @@ from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.folder import MEMORY, RESPONSES
 from mlx_ppo.runs.plan_file import read_plan
 
-CLOSE = 2e-5  # after a few steps of Adam; 1.1e-5 was seen, with the portable engine
+CLOSE = 2e-5  # after a few steps of Adam; 1.1e-5 was seen, with either engine
 CHAIN = {"prompts": 5, "max_tokens": 6, "batch_size": 8, "samples_per_prompt": 2}
 MODES = {
     "gae": {},
