@@ -56,7 +56,8 @@ class OutputHead:
         size = self._together(body, states)
         ahead = learning and not body.replaced and len(states) > (0 if self.always_ahead else size)
         if len(states) <= size and not ahead:
-            return self.vocabulary(self.logits(body, states), tokens, support, temperature=temperature)
+            summed = learning and self.always_ahead
+            return self.vocabulary(self.logits(body, states), tokens, support, temperature=temperature, summed=summed)
         names = _names_read(body, states) if body.replaced else ()
 
         def statistics(

@@ -20,58 +20,19 @@ from mlx_ppo.compute.cpu.attention import silent
 from mlx_ppo.compute.cpu.block_passes import (
     BlockPass,
     Norm,
-    Places,
     Positions,
     Shapes,
     floats_of,
     workspace_for,
     workspace_in,
 )
-from mlx_ppo.compute.cpu.common_blocks import LOWEST, Rotation, angles_of, rotation_at, view
-from mlx_ppo.compute.cpu.pass_attention import Part, scores_at_once
+from mlx_ppo.compute.cpu.common_blocks import Rotation, angles_of, rotation_at, view
+from mlx_ppo.compute.cpu.layout import Layout
+from mlx_ppo.compute.cpu.pass_attention import scores_at_once
 from mlx_ppo.compute.cpu.products import Floats
 from mlx_ppo.compute.engine import Body
 from mlx_ppo.compute.needs import Work, is_traced, made_outside
 from mlx_ppo.compute.sequences import Sequences
-
-
-class Layout:
-    """The N positions of a pass, in the order that `Sequences` tells."""
-
-    def __init__(self, sequences: Sequences, read: mx.array | None) -> None:
-        """Look at shapes only."""
-        shared = self._shared = sequences.shared
-        self._read = read
-        if shared is None:
-            rows, count = sequences.tokens.shape
-            self.tokens = sequences.tokens.reshape(-1)
-            self.parts: tuple[Part, ...] = (Part(0, rows, count),)
-        else:
-            (many, width), (rows, count) = shared.prompts.shape, shared.responses.shape
-            self.tokens = mx.concatenate([shared.prompts.reshape(-1), shared.responses.reshape(-1)])
-            self.parts = Part(0, many, width), Part(many * width, rows, count, width)
-        self.size: int = self.tokens.size
-
-    def positions(self) -> tuple[tuple[Part, ...], Places]:
-        """The parts with all that is known of them, and each position's place in its row [N]."""
-        first, *others = self.parts
-        places = np.tile(np.arange(first.length), first.rows)
-        if self._shared is None:
-            return self.parts, places
-        (part,) = others
-        owners, lengths = np.asarray(self._shared.owners), np.asarray(self._shared.lengths)
-        there = np.arange(part.width)[None, :] < lengths[owners, None]
-        padding = None if self._shared.level else np.where(there, np.float32(0), LOWEST)
-        after = lengths[owners, None] + np.arange(part.length)[None, :]
-        found = part._replace(owners=owners.tolist(), padding=padding)
-        return (first, found), np.concatenate([places, after.reshape(-1)])
-
-    def read_last(self) -> Places | None:
-        """Positions [M], in order, of which the last block's feed-forward part is read; None: all."""
-        if self._read is None:
-            return None
-        found = np.unique(np.asarray(self._read))
-        return found if len(found) < self.size else None
 
 
 def states_of(body: Body, sequences: Sequences, read: mx.array | None, *, learning: bool, saving: bool) -> mx.array:
@@ -86,18 +47,20 @@ def states_of(body: Body, sequences: Sequences, read: mx.array | None, *, learni
     """
     kept = (sequences.kept if sequences.shared is None else sequences.shared.kept) if body.split else None
     layout = Layout(sequences, read)
+    if not is_traced():
+        layout.leave_out_padding(body.inner.norm.weight.size)
     if kept is None:
-        entering: mx.array = body.inner.embed_tokens(layout.tokens)
+        entering: mx.array = body.inner.embed_tokens(layout.of(layout.tokens))
     else:
         parts = (kept,) if isinstance(kept, mx.array) else kept
-        entering = mx.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+        entering = layout.of(mx.concatenate([part.reshape(-1, part.shape[-1]) for part in parts]))
     one = Pass(body, layout, 0 if kept is None else body.split, saving=saving)
     compute = _planned if is_traced() else computed
     return compute(one, entering, *one.learned.values(), learning=learning)
 
 
 def computed(one: "Pass", entering: mx.array, *arrays: mx.array, learning: bool) -> mx.array:
-    """Final states of those [N, D] that enter the first block, as a function that has a gradient if `learning`."""
+    """Final states [whole, D] of those [N, D] that enter the first block; a function with a gradient if `learning`."""
 
     @mx.custom_function
     def function(entering: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
@@ -154,15 +117,16 @@ class Pass:
 
     @silent
     def forward(self, entering: mx.array, arrays: Sequence[mx.array], *, keeping: bool) -> tuple[mx.array, ...]:
-        """Final states [N, D] of those that enter; and, `keeping`, what of each block the gradient reads."""
-        blocks, norm, positions = self._prepared(arrays)
+        """Final states [whole, D] of those [N, D] that enter; and, `keeping`, what of each block the gradient reads."""
+        layout, (blocks, norm, positions) = self._layout, self._prepared(arrays)
         result, states = _copied(entering)
         kept: list[mx.array] = []
-        _, reused = workspace_for(self._working(blocks[0], keeping=keeping))
+        working = [self._working(blocks[0], count, keeping=keeping) for count in (layout.size, layout.room)]
+        reused = workspace_for(*working)[1]
         for number, block in enumerate(blocks, self._start):
             workspace = {**reused, "entering": states}
             if keeping and number >= self._lowest and not self._saving:
-                own, of_own = workspace_for(block.kept(len(states)))
+                own, of_own = workspace_for(block.kept(layout.size), block.kept(layout.room))
                 kept.append(own)
                 workspace = {**reused, **of_own}
                 workspace["entering"][:] = states
@@ -172,19 +136,21 @@ class Pass:
         if keeping:
             kept.append(mx.array(states))
         norm.forward(states, states)
-        return result, *kept
+        del reused, workspace, states
+        return layout.spread(result), *kept
 
     @silent
     def back(self, arrays: Sequence[mx.array], gradient: mx.array, kept: Sequence[mx.array]) -> tuple[mx.array, ...]:
-        """Gradients by what enters (0 where nobody needs them) and by the arrays, for those [N, D] by the states."""
-        blocks, norm, positions = self._prepared(arrays)
+        """Gradients by what enters (0 where nobody needs them) and by arrays, for those [whole, D] by the states."""
+        layout, (blocks, norm, positions) = self._layout, self._prepared(arrays)
         learned = [mx.zeros(array.shape) for array in arrays]
-        result = mx.zeros(gradient.shape)
+        result = mx.zeros((layout.size, gradient.shape[-1]))
         mx.eval(learned, result)
         by_name = dict(zip(self.learned, map(np.asarray, learned), strict=True))
         by_states = np.asarray(result)
-        norm.back(np.asarray(kept[-1]), np.asarray(gradient), by_states, by_name)
-        _, passing = workspace_for(self._working_back(blocks[0]))
+        norm.back(np.asarray(kept[-1]), layout.taken(np.asarray(gradient)), by_states, by_name)
+        working = [self._working_back(blocks[0], count) for count in (layout.size, layout.room)]
+        passing = workspace_for(*working)[1]
         for number in reversed(range(self._lowest, self._body.blocks)):
             block, own, there = (
                 blocks[number - self._start],
@@ -197,7 +163,7 @@ class Pass:
             else:
                 passing.update(workspace_in(own, block.kept(len(by_states))))
             block.back(passing, there, by_states, by_name, further=number > self._lowest or self._through)
-        return result if self._through else mx.zeros(gradient.shape), *learned
+        return result if self._through else mx.zeros(result.shape), *learned
 
     def needs(self, *, learning: bool) -> Needs:
         """In bytes, without looking at any weight's values."""
@@ -207,19 +173,18 @@ class Pass:
         kept = sum(states if self._saving else floats_of(block.kept(count)) for block in upper) + states
         return Needs(
             kept=4 * kept if learning else 0,
-            forward=4 * floats_of(self._working(blocks[0], keeping=learning)),
-            back=4 * floats_of(self._working_back(blocks[0])),
+            forward=4 * floats_of(self._working(blocks[0], count, keeping=learning)),
+            back=4 * floats_of(self._working_back(blocks[0], count)),
             scores=scores_at_once(self._layout.parts, blocks[0].heads.number),
         )
 
-    def _working(self, block: BlockPass, *, keeping: bool) -> Shapes:
-        """What a forward needs beside what the gradient reads."""
-        count, all_kept = self._layout.size, keeping and self._lowest == self._start and not self._saving
+    def _working(self, block: BlockPass, count: int, *, keeping: bool) -> Shapes:
+        """What a forward of so many positions needs beside what the gradient reads."""
+        all_kept = keeping and self._lowest == self._start and not self._saving
         return block.passing(count) if all_kept else block.reused(count)
 
-    def _working_back(self, block: BlockPass) -> Shapes:
-        """What the gradient needs beside what it reads."""
-        count = self._layout.size
+    def _working_back(self, block: BlockPass, count: int) -> Shapes:
+        """What the gradient of so many positions needs beside what it reads."""
         again = {**block.kept(count), **block.passing(count)} if self._saving else {}
         return {**again, **block.back_passing(count)}
 

@@ -29,7 +29,7 @@ def vocabulary_statistics(
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities [N] of tokens [N] and entropies [N]; see `output_head.OutputHead.vocabulary`.
 
-    `summed`: the entropies are not computed (NaN).
+    `summed`: the entropies are not computed (NaN), and the gradient by the log-probabilities is, once.
     """
     function = _summed if summed else _apart
     inverse = mx.array(1.0 / temperature)
@@ -57,6 +57,12 @@ def _summed_statistics(
 def _summed_statistics_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> tuple[mx.array, ...]:
+    """In the memory of the forward's gradient, which nobody else sees."""
+    factors = np.asarray(cotangents[0])
+    if (factors != 1).any():
+        gradient = np.asarray(outputs[2])
+        for rows in _pieces(gradient):
+            gradient[rows] *= factors[rows, None]
     return outputs[2], *map(mx.zeros_like, primals[1:])
 
 
