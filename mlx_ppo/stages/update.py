@@ -88,6 +88,9 @@ class _Step:
         size, sharing = choices.micro_batch or len(rows), self._sharing(saving=how.saving)
         if sharing:  # rows of one prompt side by side
             rows = sorted(rows, key=self.rollout.prompts.__getitem__)
+        elif size < len(rows):  # rows of similar length, which need little padding; the longest first
+            lengths = self.rollout.lengths
+            rows = sorted(rows, key=lambda row: -sum(lengths[row]))
         parts = self._parts(rows, sharing=sharing)
         own, rows = parts[self.roles.group.rank], [row for part in parts for row in part]
         mask = self.rollout.mask[mx.array(list(rows))]

@@ -11,6 +11,7 @@ from mlx_ppo.errors import RunError
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.roles import token_statistics
 from mlx_ppo.stages.optimizer import Learner
+from mlx_ppo.stages.records import Rollout
 
 MakeWorld = Callable[..., Any]  # the fixture of conftest.py
 
@@ -107,6 +108,20 @@ def test_weights_dont_depend_on_the_micro_batch(make_world: MakeWorld, aggregate
     for other in found[1:]:
         for name, array in found[0].items():
             np.testing.assert_allclose(other[name], array, atol=1e-4, err_msg=name)
+
+
+def test_rows_of_similar_length_are_read_together(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, seen, real = make_world(samples=1), list[list[int]](), Rollout.sequences
+
+    def sequences(rollout: Rollout, rows: list[int], *, sharing: bool = False) -> Any:
+        seen.append([sum(rollout.lengths[row]) for row in rows])
+        return real(rollout, rows, sharing=sharing)
+
+    monkeypatch.setattr(Rollout, "sequences", sequences)
+    world.update(epochs=1, minibatches=1, micro_batch=2)
+    lengths = [length for part in seen for length in part]
+    assert max(map(len, seen)) == 2 < len(lengths) == len(world.rollout.prompts)
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 2
 
 
 @pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (2, 3), (3, 10)])
