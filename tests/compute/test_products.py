@@ -29,6 +29,27 @@ def test_rows_by_a_matrix(outputs, columns_first, add):
     np.testing.assert_array_equal(out[2:], before[2:], err_msg="rows that weren't asked for stay")
 
 
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("columns_first", [False, True])
+@pytest.mark.parametrize("add", [False, True])
+def test_as_many_rows_as_are_asked_for_on_any_processor(monkeypatch, small, columns_first, add):
+    """Where OpenBLAS has kernels for small products, many rows are computed in two parts; elsewhere plainly."""
+    monkeypatch.setattr(products, "_has_small_kernels", lambda: small)
+    left, matrix, before = drawn(64, 13), drawn(100, 13, seed=1), drawn(64, 100, seed=2)
+    matrix = np.asfortranarray(matrix) if columns_first else matrix
+    out, rows = before.copy(), integers([64, 64])
+    run = by_matrix(rows, left, matrix, out, add=add)
+    for count in (64, 1, 32, 33, 50, 51, 52, 63, 17):
+        rows[:], out[:] = [count, count], before
+        run()
+        np.testing.assert_allclose(out[:count], left[:count] @ matrix.T + add * before[:count], atol=2e-5)
+        np.testing.assert_array_equal(out[count:], before[count:])
+
+
+def test_whether_there_are_small_kernels_is_known_of_this_processor():
+    assert isinstance(products._has_small_kernels(), bool)
+
+
 def test_shapes_that_dont_fit_never_reach_c():
     for left, matrix, out in (((4, 6), (3, 5), (4, 3)), ((4, 5), (3, 5), (4, 4)), ((4, 5), (3, 5), (5, 3))):
         with pytest.raises(ValueError, match="don't fit"):

@@ -22,6 +22,11 @@ Place = tuple[
 Run = Callable[[], Any]
 _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
 _BLOCK = 24  # columns of the result: of 16 to 96, the fastest or nearly so for 8 to 64 rows
+_MOST, _FIRST = (
+    50,
+    32,
+)  # of more rows than these, so many by themselves: OpenBLAS has its kernels for 1,200 results at most
+_WITHOUT_SMALL_KERNELS = ("Haswell", "Zen", "Excavator", "Sandybridge", "Nehalem")  # names of processors in OpenBLAS
 _FLOAT = 4  # bytes
 
 
@@ -106,6 +111,16 @@ def multiply(left: Floats, right: Floats, out: Floats, *, factor: float = 1.0, a
 
 
 @functools.cache
+def _has_small_kernels() -> bool:
+    """Whether the BLAS has kernels that leave a matrix as it lies; OpenBLAS has none for AVX2."""
+    name = getattr(loaded_blas(), PREFIX + "openblas_get_corename", None)
+    if name is None:
+        return True
+    name.restype = ctypes.c_char_p
+    return name().decode() not in _WITHOUT_SMALL_KERNELS
+
+
+@functools.cache
 def _plain() -> Any:
     function = getattr(loaded_blas(), PREFIX + "cblas_sgemm")
     integer, real, address = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
@@ -136,20 +151,44 @@ def by_matrix(rows: Any, left: Floats, matrix: Floats, out: Floats, *, add: bool
     count, inner = matrix.shape
     if left.shape[1] != inner or out.shape[1] != count or len(out) > len(left):
         raise ValueError(f"products of {left.shape} and {matrix.shape} don't fit {out.shape}")
+    if not _has_small_kernels():
+
+        def whole() -> None:
+            multiply(left[: rows[0]], matrix.T, out[: rows[0]], add=add)
+
+        return whole
     starts = range(0, count, _BLOCK)
     full, rest = divmod(count, _BLOCK)
     sizes = [full] * (full > 0) + [1] * (rest > 0)
     columns = [_BLOCK] * (full > 0) + [rest] * (rest > 0)
     plain = matrix.flags.c_contiguous
-    return prepare(
-        (rows, integers(columns), integers([inner] * len(sizes))),
-        (left, [0] * len(starts), inner),
-        (matrix, [start * inner for start in starts], inner) if plain else (matrix, starts, count),
-        (out, starts, count),
-        sizes=sizes,
-        transposed=plain,
-        add=add,
-    )
+
+    def prepared(rows: Any, first: int) -> Run:
+        return prepare(
+            (rows, integers(columns), integers([inner] * len(sizes))),
+            (left, [first * inner] * len(starts), inner),
+            (matrix, [start * inner for start in starts], inner) if plain else (matrix, starts, count),
+            (out, [first * count + start for start in starts], count),
+            sizes=sizes,
+            transposed=plain,
+            add=add,
+        )
+
+    together = prepared(rows, 0)
+    if len(out) <= _MOST:
+        return together
+    others = integers([0, 0])
+    apart = prepared(integers([_FIRST] * 2), 0), prepared(others, _FIRST)
+
+    def run() -> None:
+        if rows[0] <= _MOST:
+            together()
+            return
+        others[:] = [rows[0] - _FIRST] * 2
+        for some in apart:
+            some()
+
+    return run
 
 
 def integers(values: Sequence[int]) -> Any:
