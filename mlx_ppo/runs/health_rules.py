@@ -28,6 +28,7 @@ CLIPPED, OLD, EFFECTIVE = 0.4, 0.2, 0.5  # clipped tokens, nats a token from the
 NORMS = 10.0  # times optimizer.gradient_clip
 SIGNAL = 0.1
 OFF_TARGET = 1.5  # times kl.target
+ENDING = 2 / 3  # of the learning rate of the FLAT iterations before: the schedule ends, and with it what a run gains
 
 
 class Reading(NamedTuple):
@@ -249,6 +250,9 @@ def _controller(view: View) -> Reading:
 def _plateau(view: View) -> Reading:
     both = view.flat("total_reward")
     if both is None or view.facts.target is not None:  # an adaptive penalty is another objective in every iteration
+        return HEALTHY
+    rates = [row.get("learning_rate", 1.0) for row in view.rows[-2 * FLAT :]]
+    if math.fsum(rates[FLAT:]) < ENDING * math.fsum(rates[:FLAT]):
         return HEALTHY
     (now, spread), (was, before) = ((math.fsum(part) / FLAT, variance(part)) for part in both)
     error = math.sqrt((spread + before) / FLAT) + 1e-9

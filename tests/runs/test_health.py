@@ -143,6 +143,18 @@ def test_a_run_that_still_learns_is_no_plateau(seed):
     assert followed(rising(0.0, seed=seed), target=6.0)[0] == []  # another objective in every iteration
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_end_of_a_schedule_is_no_plateau(seed):
+    """A rate that falls to 0 ends what a run gains; halfway down, what doesn't rise is still said."""
+    flat = [{**row, "total_reward": 0.9} for row in rising(0.0, 110, seed)]
+    falling = [{**row, "learning_rate": 5e-4 * (1 - row["step"] / 110)} for row in flat]
+    assert [finding.rule for finding in followed(falling)[0]] == ["plateau"]
+    late = [{**row, "total_reward": min(0.02 * row["step"], 1.3)} for row in falling]
+    early = [{**row, "learning_rate": 5e-4} for row in late]
+    assert followed(late)[0] == []
+    assert [finding.rule for finding in followed(early)[0]] == ["plateau"]
+
+
 def test_rows_without_a_column_are_passed_over():
     bare = [
         {key: row[key] for key in ("step", "score", "kl", "length", "entropy")} for row in rows(20, SICK["entropy"])
