@@ -29,7 +29,7 @@ class Positions(NamedTuple):
 def workspace_for(shapes: Shapes, room: Shapes | None = None) -> tuple[mx.array, Workspace]:
     """Memory of mlx, with room for arrays of some shapes, by default the given ones, and these arrays in it."""
     size = floats_of(shapes if room is None else room)
-    memory = mx.zeros((4 * size,), mx.uint8).view(mx.float32)  # bytes are set three times as fast
+    memory = mx.zeros((size, 4), mx.uint8).view(mx.float32).reshape(-1)  # bytes are set three times as fast
     mx.eval(memory)
     return memory, workspace_in(memory, shapes)
 

@@ -22,10 +22,8 @@ Place = tuple[
 Run = Callable[[], Any]
 _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112
 _BLOCK = 24  # columns of the result: of 16 to 96, the fastest or nearly so for 8 to 64 rows
-_MOST, _FIRST = (
-    50,
-    32,
-)  # of more rows than these, so many by themselves: OpenBLAS has its kernels for 1,200 results at most
+_MOST = 50  # rows at once: OpenBLAS has its kernels for 1,200 results at most
+_FIRST = 32  # of more rows than that, so many by themselves
 _WITHOUT_SMALL_KERNELS = ("Haswell", "Zen", "Excavator", "Sandybridge", "Nehalem")  # names of processors in OpenBLAS
 _FLOAT = 4  # bytes
 
