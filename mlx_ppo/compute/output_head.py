@@ -28,7 +28,9 @@ Statistics = Callable[..., tuple[mx.array, mx.array]]
 class OutputHead:
     """Log-probabilities by chunks, in mlx; an engine may compute parts of it otherwise."""
 
-    always_ahead = False  # take the gradient along also where all positions are one chunk
+    # Take the gradient along also where all positions are one chunk; that of `summed` statistics is then right for any
+    # weighted sum of the log-probabilities.
+    always_ahead = False
 
     def statistics(
         self,

@@ -248,11 +248,12 @@ def _controller(view: View) -> Reading:
 
 
 def _plateau(view: View) -> Reading:
-    both = view.flat("total_reward")
-    if both is None or view.facts.target is not None:  # an adaptive penalty is another objective in every iteration
+    both, rates = view.flat("total_reward"), view.flat("learning_rate")
+    if (
+        both is None or rates is None or view.facts.target is not None
+    ):  # an adaptive penalty is another objective in every iteration
         return HEALTHY
-    rates = [row.get("learning_rate", 1.0) for row in view.rows[-2 * FLAT :]]
-    if math.fsum(rates[FLAT:]) < ENDING * math.fsum(rates[:FLAT]):
+    if math.fsum(rates[0]) < ENDING * math.fsum(rates[1]):
         return HEALTHY
     (now, spread), (was, before) = ((math.fsum(part) / FLAT, variance(part)) for part in both)
     error = math.sqrt((spread + before) / FLAT) + 1e-9

@@ -92,9 +92,7 @@ def test_a_response_without_tokens_has_no_position(sharing: bool) -> None:
 
 
 @pytest.mark.parametrize("sharing", [False, True])
-def test_memory_is_asked_for_in_few_sizes_and_never_for_more_than_with_padding(
-    sharing: bool, make_model: Callable[..., Path]
-) -> None:
+def test_memory_is_asked_for_in_few_sizes_and_never_for_more_than_with_padding(sharing: bool) -> None:
     generator, rooms = np.random.default_rng(0), set()
     for _ in range(50):
         prompts = [[5, 6, 7]] * 16

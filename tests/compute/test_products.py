@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -46,8 +51,15 @@ def test_as_many_rows_as_are_asked_for_on_any_processor(monkeypatch, small, colu
         np.testing.assert_array_equal(out[count:], before[count:])
 
 
-def test_whether_there_are_small_kernels_is_known_of_this_processor():
-    assert isinstance(products._has_small_kernels(), bool)
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="names of another architecture's kernels")
+@pytest.mark.parametrize(("kernels", "small"), [("Nehalem", False), ("SkylakeX", True)])
+def test_which_processors_have_small_kernels(kernels, small):
+    if small and " avx512bw " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX-512")
+    script = "import mlx_ppo; from mlx_ppo.compute.cpu import products; print(products._has_small_kernels())"
+    surroundings = {**os.environ, "OPENBLAS_CORETYPE": kernels}
+    shown = subprocess.run([sys.executable, "-c", script], env=surroundings, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == str(small)
 
 
 def test_shapes_that_dont_fit_never_reach_c():

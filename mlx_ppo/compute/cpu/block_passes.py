@@ -26,10 +26,9 @@ class Positions(NamedTuple):
     read: Places | None = None  # [M], rising: those whose states are read when they leave the block; None: all
 
 
-def workspace_for(shapes: Shapes, room: Shapes | None = None) -> tuple[mx.array, Workspace]:
-    """Memory of mlx, with room for arrays of some shapes, by default the given ones, and these arrays in it."""
-    size = floats_of(shapes if room is None else room)
-    memory = mx.zeros((size, 4), mx.uint8).view(mx.float32).reshape(-1)  # bytes are set three times as fast
+def workspace_for(shapes: Shapes, room: Shapes) -> tuple[mx.array, Workspace]:
+    """Memory of mlx, with room for arrays of larger shapes, and arrays of the given ones in it."""
+    memory = mx.zeros((floats_of(room), 4), mx.uint8).view(mx.float32).reshape(-1)  # bytes are set three times as fast
     mx.eval(memory)
     return memory, workspace_in(memory, shapes)
 
