@@ -13,7 +13,7 @@ HEALTHY = {
     "score": 0.2, "score_deviation": 0.7, "kl": 0.5, "kl_coef": 0.1, "entropy": 3.0, "length": 19.0, "finished": 0.95,
     "repetition": 0.01, "distinct_2": 0.7, "signal": 1.0, "clip_low": 0.03, "clip_high": 0.03, "kl_old": 0.01,
     "effective_samples": 0.97, "explained_variance": 0.2, "policy_norm": 0.3, "beyond/reward": 0.0,
-    "score/other": 0.1, "deviation/other": 0.5, "learning_rate": 5e-4,
+    "score/other": 0.1, "deviation/other": 0.5,
 }  # fmt: skip
 SICK = {
     "entropy": {"entropy": 0.4},
@@ -45,7 +45,8 @@ def rows(count, change=None, *, since=3, seed=0):
     generator = random.Random(seed)
     for step in range(1, count + 1):
         row = {**HEALTHY, **(change if change is not None and step >= since else {})}
-        yield {"step": step, **{key: value * generator.uniform(0.9, 1.1) for key, value in row.items()}}
+        noisy = {key: value * generator.uniform(0.9, 1.1) for key, value in row.items()}
+        yield {"step": step, "learning_rate": 5e-4, **noisy}
 
 
 def followed(run, **given):
