@@ -1,7 +1,7 @@
 """Direct preference optimization: a policy learns from pairs of answers, without a reward model and without sampling.
 
 Source: Rafailov et al. 2023, arXiv:2305.18290. The reference is the policy as it begins; what it gives to each answer
-is computed once, before the first step, so that it needs no memory of its own.
+is computed once, before the first step, so that it needs no memory of its own. `kto` learns from answers judged alone.
 """
 
 import math
@@ -12,15 +12,16 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_ppo import kto
 from mlx_ppo.algo.losses import direct_preference_loss
-from mlx_ppo.compute.sequences import make_sequences
+from mlx_ppo.answer_logprobs import measured, summed_logprobs
 from mlx_ppo.config.supervised import DPOConfig
 from mlx_ppo.data.batches import length_batches
+from mlx_ppo.data.judgements import Answer
 from mlx_ppo.data.preferences import Pair, PairSet, load_pairs
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.models.adapters import Weights
-from mlx_ppo.models.roles import initial_weights, token_statistics
-from mlx_ppo.models.trunk import Trunk
+from mlx_ppo.models.roles import initial_weights
 from mlx_ppo.reporting import Silent
 from mlx_ppo.rewards.figures import Floats
 from mlx_ppo.runs.folder import Run
@@ -28,7 +29,14 @@ from mlx_ppo.runtime.group import Group
 from mlx_ppo.runtime.signals import Interrupts
 from mlx_ppo.stages.optimizer import Optimizer
 from mlx_ppo.supervised import Course, Fit, StepReporter, Task
-from mlx_ppo.supervised_models import follow_policy, load_trainable, require_room, train_policy, work_of
+from mlx_ppo.supervised_models import (
+    PolicyJob,
+    follow_policy,
+    load_trainable,
+    require_room,
+    train_policy,
+    work_of,
+)
 
 _HELD_OUT = 256  # training pairs that are measured where there is no validation file
 
@@ -41,12 +49,12 @@ class Batch(NamedTuple):
 
 
 def optimize(config: DPOConfig, run: Run, reporter: StepReporter, interrupts: Interrupts) -> Path:
-    """Train on pairs and write the finished model or adapters; returns their folder.
+    """Train on pairs (`kto`: on judged answers) and write the finished model or adapters; returns their folder.
 
     Raises:
         UserError: whatever is wrong with model or data, or went wrong.
     """
-    return train_policy(_Job(config, reporter), config, run, reporter, interrupts)
+    return train_policy(_job(config, reporter), config, run, reporter, interrupts)
 
 
 def follow(config: DPOConfig, group: Group) -> None:
@@ -55,7 +63,23 @@ def follow(config: DPOConfig, group: Group) -> None:
     Raises:
         UserError: as `optimize`.
     """
-    follow_policy(_Job(config, Silent()), group)
+    follow_policy(_job(config, Silent()), group)
+
+
+def _job(config: DPOConfig, reporter: StepReporter) -> PolicyJob:
+    return kto.Job(config, reporter) if config.dpo.loss == "kto" else _Job(config, reporter)
+
+
+def text_lengths(config: DPOConfig, tokenizer: Tokenizer, reporter: StepReporter) -> list[list[int] | None]:
+    """Tokens of each text of the training and of the validation data, of which the second may be missing.
+
+    Raises:
+        DataError: a file can't be read, or a row is wrong.
+    """
+    if config.dpo.loss == "kto":
+        judged = kto.load_data(config, tokenizer, reporter)
+        return [[len(answer.tokens) for answer in part.answers] if part else None for part in judged]
+    return [lengths(part.pairs) if part else None for part in load_data(config, tokenizer, reporter)]
 
 
 def load_data(config: DPOConfig, tokenizer: Tokenizer, reporter: StepReporter) -> tuple[PairSet, PairSet | None]:
@@ -133,14 +157,18 @@ class _Job:
 
     def _loss(self, weights: Weights, batch: Batch, own: Sequence[int], key: mx.array) -> mx.array:
         pairs = [batch.pairs[at] for at in own]
-        now = summed_logprobs(self.trunk, weights, pairs, learning=True)
+        now = summed_logprobs(self.trunk, weights, answers_of(pairs), learning=True).reshape(len(pairs), 2)
         losses = self._losses(*self._log_ratios(now, mx.array(batch.reference[list(own)]), pairs))
         return losses.sum() / len(batch.pairs)
 
     def _losses(self, chosen: mx.array, rejected: mx.array) -> mx.array:
         section = self.config.dpo
         return direct_preference_loss(
-            chosen, rejected, beta=section.beta, kind=section.loss, label_smoothing=section.label_smoothing
+            chosen,
+            rejected,
+            beta=section.beta,
+            kind="ipo" if section.loss == "ipo" else "sigmoid",
+            label_smoothing=section.label_smoothing,
         )
 
     def _log_ratios(self, now: mx.array, reference: mx.array, pairs: Sequence[Pair]) -> tuple[mx.array, mx.array]:
@@ -154,15 +182,8 @@ class _Job:
         """Log-probabilities [p, 2] of the answers, computed by the processes of the group together."""
         rows = [max(map(len, (pair.chosen, pair.rejected))) for pair in pairs]
         batches = length_batches(rows, max_rows=self.config.dpo.batch_size, max_tokens=None, seed_parts=None)
-
-        def work(at: int) -> Floats:
-            return np.array(summed_logprobs(self.trunk, weights, [pairs[row] for row in batches[at]]))
-
-        found = group.divided([sum(rows[row] for row in batch) for batch in batches], work)
-        whole = np.zeros((len(pairs), 2), np.float32)
-        for batch, part in zip(batches, found, strict=True):
-            whole[list(batch)] = part
-        return whole
+        both = [[2 * row + side for row in batch for side in (0, 1)] for batch in batches]
+        return measured(self.trunk, weights, answers_of(pairs), both, group).reshape(len(pairs), 2)
 
 
 def lengths(pairs: Sequence[Pair]) -> list[int]:
@@ -175,22 +196,10 @@ def answer_lengths(pair: Pair) -> list[int]:
     return [len(pair.chosen) - pair.starts[0], len(pair.rejected) - pair.starts[1]]
 
 
-def summed_logprobs(trunk: Trunk, weights: Weights, pairs: Sequence[Pair], *, learning: bool = False) -> mx.array:
-    """Log-probabilities [p, 2] of whole answers, chosen and rejected, in nats.
-
-    Args:
-        trunk: the shared model.
-        weights: whose.
-        pairs: p of them.
-        learning: a gradient will be taken.
-    """
-    rows = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
-    starts = [start for pair in pairs for start in pair.starts]
-    sequences = make_sequences(
-        [row[:at] for row, at in zip(rows, starts, strict=True)],
-        [row[at:] for row, at in zip(rows, starts, strict=True)],
-    )
-    with trunk.using(weights):
-        states = trunk.response_states(sequences, learning=learning)
-        logprobs, _ = token_statistics(trunk, states, sequences, temperature=1.0, learning=learning)
-    return mx.where(sequences.mask, logprobs, 0.0).sum(axis=1).reshape(len(pairs), 2)
+def answers_of(pairs: Sequence[Pair]) -> list[Answer]:
+    """Chosen and rejected answer of each pair, one after the other."""
+    return [
+        Answer(tokens, start)
+        for pair in pairs
+        for tokens, start in zip((pair.chosen, pair.rejected), pair.starts, strict=True)
+    ]

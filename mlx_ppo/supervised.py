@@ -47,7 +47,8 @@ class Task(Generic[Batch]):
     `batches` must give the same list for the same epoch, and `sizes` the tokens of each piece of a batch that can be
     computed by itself; `loss` is what some of the pieces add to the mean over the whole batch; `validate` returns
     named figures, of which the one called "loss" is to be as low as possible. The processes of `group` each compute
-    some of the pieces, and take the same steps.
+    some of the pieces, and take the same steps. `prepare` is asked by all of them before each step, with the weights
+    as they are then, for the batch that the loss will see.
     """
 
     engine: Engine
@@ -56,6 +57,7 @@ class Task(Generic[Batch]):
     loss: Callable[[Weights, Batch, Sequence[int], mx.array], mx.array]
     validate: Callable[[Weights], dict[str, float]]
     group: Group = ALONE
+    prepare: Callable[[Weights, Batch], Batch] | None = None
 
 
 @dataclass(frozen=True)
@@ -265,9 +267,10 @@ def _epoch(state: Fit, course: Course) -> str:
 def _step(task: Task[Batch], state: Fit, batch: Batch, seed: int) -> float:
     key, arrays = mx_key(seed, "noise", state.optimizer.steps), dict(state.weights.arrays)
     own = task.group.deal(task.sizes(batch))[task.group.rank]
+    given = task.prepare(state.weights, batch) if task.prepare is not None else batch
 
     def loss_of(arrays: Mapping[str, mx.array]) -> mx.array:
-        return task.loss(state.weights.holding(arrays), batch, own, key)
+        return task.loss(state.weights.holding(arrays), given, own, key)
 
     if own:
         loss, gradients = mx.value_and_grad(loss_of)(arrays)

@@ -19,9 +19,9 @@ MODULES = {
 LAYERS = (
     "errors", "files", "bundle", "config", "data", "algo", "runtime", "compute", "tokenizers", "rewards", "models",
     "runs", "stages", "memory", "importing", "exporting", "bench", "parallel", "writing", "reporting", "evaluate",
-    "supervised", "supervised_models", "sft", "dpo", "reward_feedback", "reward_batches", "reward_training",
-    "comparison", "best_of", "forgetting", "harness", "prompting", "frontier", "train", "following", "follow_worker",
-    "api", "studio", "cli",
+    "supervised", "supervised_models", "answer_logprobs", "sft", "kto", "dpo", "reward_feedback", "reward_batches",
+    "reward_training", "comparison", "best_of", "forgetting", "harness", "prompting", "frontier", "train",
+    "following", "follow_worker", "api", "studio", "cli",
 )  # fmt: skip
 # Beside the standard library, and with the longest match: what else.
 OUTSIDE = {
@@ -54,6 +54,8 @@ OUTSIDE = {
     "frontier": {"mlx", "numpy"},
     "supervised": {"mlx", "numpy"},
     "sft": {"mlx", "numpy"},
+    "answer_logprobs": {"mlx", "numpy"},
+    "kto": {"mlx", "numpy"},
     "dpo": {"mlx", "numpy"},
     "reward_feedback": {"numpy"},
     "reward_batches": {"mlx", "numpy"},

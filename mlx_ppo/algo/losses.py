@@ -234,6 +234,35 @@ def direct_preference_loss(
     return (1 - label_smoothing) * right + label_smoothing * wrong
 
 
+def kahneman_tversky_loss(
+    gained: mx.array, good: mx.array, moved: float, *, beta: float, bad_weight: float = 1.0
+) -> mx.array:
+    """Loss of a policy on responses that people judged one by one.
+
+        good: L = 1 - sigmoid(beta (gained - moved))
+        bad:  L = bad_weight (1 - sigmoid(beta (moved - gained)))
+
+    Args:
+        gained: [B], log pi - log pi_ref of each response, nats.
+        good: [B] bool.
+        moved: nats, an estimate of KL(pi, pi_ref) that is no part of the gradient, at least 0.
+        beta: > 0.
+        bad_weight: > 0, of a bad response beside a good one's 1.
+
+    Returns:
+        loss, [B] float32.
+
+    Raises:
+        ValueError: the shapes differ, or a number is out of range.
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7 and 8 (lambda_y - v, with lambda_D = 1).
+    """
+    require_same_shape(gained=gained, good=good)
+    if not beta > 0 or not bad_weight > 0 or not moved >= 0:
+        raise ValueError(f"beta {beta} and bad_weight {bad_weight} must be above 0, and moved {moved} at least 0")
+    lead = beta * (gained.astype(mx.float32) - moved)
+    return mx.where(good, mx.sigmoid(-lead), bad_weight * mx.sigmoid(lead))
+
+
 def _leads(scores: mx.array, goodness: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
     """Score of i less that of j, [B, K, K] (i, j), and whether j is the worse one; 0 and False where one is masked."""
     require_same_shape(scores=scores, goodness=goodness, mask=mask)

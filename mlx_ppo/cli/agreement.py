@@ -131,7 +131,7 @@ def _by_reward(data: Path, reward: str, options: dict[str, Any]) -> dict[str, An
         tokenizer = scorer.trunk.tokenizer
         texts: list[list[int]] = []
         for record in records:
-            texts += both_sides(record, tokenizer) if read == "pairs" else [rated_tokens(record, tokenizer)]
+            texts += both_sides(record, tokenizer) if read == "pairs" else [rated_tokens(record, tokenizer)[0]]
         for line in [said, *map(printable, scorer.trunk.within(max(map(len, texts))))]:
             click.echo(line, err=True)
         described, scores = f"the reward model {reward}", scorer.of_texts(texts).mean(axis=0).tolist()

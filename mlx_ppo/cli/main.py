@@ -155,7 +155,8 @@ def sft(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
 def dpo(config: Path, overrides: tuple[str, ...], **options: Any) -> None:
     """Direct preference optimization: learn from preferences without a reward model.
 
-    The reference is the model as it begins. docs/evaluation.md has a configuration.
+    With dpo.loss = "kto", from answers that people found good or bad one by one. The reference is the model as it
+    begins. docs/evaluation.md has a configuration.
 
     \b
     Example: mlx-ppo dpo my-dpo.toml

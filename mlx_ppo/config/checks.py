@@ -5,7 +5,14 @@ import re
 from mlx_ppo.config.addresses import parse_address
 from mlx_ppo.config.rewards import RewardSource
 from mlx_ppo.config.sections import Job, TrainConfig
-from mlx_ppo.config.supervised import WRITERS, DPOConfig, RewardConfig, RewardTrainingSection, TrainableModelSection
+from mlx_ppo.config.supervised import (
+    WRITERS,
+    DPOConfig,
+    DPOSection,
+    RewardConfig,
+    RewardTrainingSection,
+    TrainableModelSection,
+)
 
 # What each rule reads, beside `limit`.
 RULE_KEYS: dict[str, tuple[str, ...]] = {
@@ -34,9 +41,18 @@ def contradictions(config: Job) -> list[Problem]:
         return [*_train_problems(config), *_health_problems(config), *_comparing_problems(config), *by_source]
     if isinstance(config, RewardConfig):
         return [*_trainable_problems(config.model), *_feedback_problems(config.reward_training)]
-    if isinstance(config, DPOConfig) and config.dpo.loss == "ipo" and config.dpo.label_smoothing:
-        return [*_trainable_problems(config.model), ("dpo.label_smoothing", "is read only with dpo.loss = 'sigmoid'")]
+    if isinstance(config, DPOConfig):
+        return [*_trainable_problems(config.model), *_preference_problems(config.dpo)]
     return _trainable_problems(config.model) if isinstance(config, WRITERS) else []
+
+
+def _preference_problems(dpo: DPOSection) -> list[Problem]:
+    readers = {"label_smoothing": "sigmoid", "good_above": "kto", "bad_weight": "kto"}
+    return [
+        (f"dpo.{key}", f"is read only with dpo.loss = {loss!r}")
+        for key, loss in readers.items()
+        if dpo.loss != loss and getattr(dpo, key) != type(dpo).model_fields[key].default
+    ]
 
 
 def _train_problems(config: TrainConfig) -> list[Problem]:

@@ -146,11 +146,11 @@ class RewardConfig(Job):
 
 
 class PreferenceDataSection(Section):
-    """Preferences for `dpo`: JSONL with `prompt`, `chosen` and `rejected`, or rankings."""
+    """Preferences for `dpo`: JSONL with `prompt`, `chosen` and `rejected`, or rankings; for KTO, ratings as well."""
 
-    train: InputPath = Field(description="training pairs")
+    train: InputPath = Field(description="training pairs (kto: or ratings or labels)")
     validation: InputPath | None = Field(
-        None, description="held-out pairs; the weights with the lowest loss on them are kept"
+        None, description="held-out ones; the weights with the lowest loss on them are kept"
     )
     max_tokens: Length = Field(512, description="a prompt with its answer's bound")
     overlong: Literal["drop", "truncate", "error"] = Field(
@@ -160,18 +160,27 @@ class PreferenceDataSection(Section):
 
 
 class DPOSection(Section):
-    """Direct preference optimization."""
+    """Direct preference optimization, and what learns from judgements of single answers."""
 
     beta: Positive = Field(0.1, description="what a nat of KL to the start costs; larger stays nearer to it")
-    loss: Literal["sigmoid", "ipo"] = Field(
+    loss: Literal["sigmoid", "ipo", "kto"] = Field(
         "sigmoid",
-        description="DPO's; or IPO's squared one, by nats a token, for pairs that nobody would order otherwise",
+        description="DPO's; IPO's squared one, by nats a token, for pairs that nobody would order otherwise; or KTO's, "
+        "of answers that are good or bad by themselves",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         0.0, description="share of pairs that are taken to be the wrong way round (sigmoid)"
     )
-    epochs: Epochs = Field(1, description="passes over the pairs")
-    batch_size: Count = Field(16, description="pairs an optimizer step")
+    good_above: float | None = Field(
+        None,
+        description="ratings above it are good, those below it bad, others are left out; without: halfway between the "
+        "lowest and the highest rating of `data.train` (kto)",
+    )
+    bad_weight: NonNegative = Field(
+        0.0, description="weight of a bad answer, a good one's is 1; 0: both kinds weigh alike in sum (kto)"
+    )
+    epochs: Epochs = Field(1, description="passes over the pairs or answers")
+    batch_size: Count = Field(16, description="pairs (kto: answers) an optimizer step")
 
 
 class DPOConfig(Job):

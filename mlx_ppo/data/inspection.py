@@ -132,7 +132,7 @@ def _pair(record: Record, tokenizer: Tokenizer) -> Seen:
 
 def _rated(record: Record, tokenizer: Tokenizer) -> Seen:
     ratings = tuple(ratings_of(record))
-    return Seen(record, (tuple(rated_tokens(record, tokenizer)),), None, ratings)
+    return Seen(record, (tuple(rated_tokens(record, tokenizer)[0]),), None, ratings)
 
 
 def _ranking(record: Record, tokenizer: Tokenizer) -> Seen:

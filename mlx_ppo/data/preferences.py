@@ -57,6 +57,7 @@ class Rated:
     count: int  # how many there are
     where: str
     source: str = ""  # where the row is from, "" if the file doesn't say
+    start: int = 1  # of the completion, at least 1
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,14 @@ def load_rated(
     records, said = records_as(path, "rated", columns=columns)
     for record in records:
         ratings = ratings_of(record)
-        tokens = rated_tokens(record, tokenizer)
+        tokens, start = rated_tokens(record, tokenizer)
         if not limit.admits(len(tokens), record.where):
             continue
         mean = math.fsum(ratings) / len(ratings)
         spread = math.sqrt(math.fsum((rating - mean) ** 2 for rating in ratings) / len(ratings))
         kept = limit.keep_end(tokens)
-        rated.append(Rated(kept, mean, spread, len(ratings), record.where, source_of(record)))
+        start = max(1, start - len(tokens) + len(kept))
+        rated.append(Rated(kept, mean, spread, len(ratings), record.where, source_of(record), start))
     limit.require_some(rated, path)
     return RatedSet(tuple(rated), limit.dropped, limit.truncated, said)
 
@@ -286,15 +288,15 @@ def margin_of(record: Record) -> float:
     return margin
 
 
-def rated_tokens(record: Record, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of a row's rated text; DataError where it is wrong."""
+def rated_tokens(record: Record, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """Tokens of a row's rated text, and how many of them are before what was rated; DataError where it is wrong."""
     name = one_field(record, "text", "completion")
     if name == "text" or "prompt" not in record.fields:
-        return [*text_tokens(text_field(record, name), tokenizer, record.where), tokenizer.eos_id]
+        return [*text_tokens(text_field(record, name), tokenizer, record.where), tokenizer.eos_id], 1
     prompt = prompt_field(record, "prompt")
     answer = answer_field(record, name, prompt, allow_empty=True)
     prefix = prompt_tokens(prompt, tokenizer, record.where)
-    return answered_tokens(prompt, prefix, answer, tokenizer, record.where)[0]
+    return answered_tokens(prompt, prefix, answer, tokenizer, record.where)
 
 
 def ratings_of(record: Record) -> list[float]:

@@ -7,7 +7,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_ppo.algo.losses import all_pairs_loss, direct_preference_loss, pairwise_reward_loss, plackett_luce_loss
+from mlx_ppo.algo.losses import (
+    all_pairs_loss,
+    direct_preference_loss,
+    kahneman_tversky_loss,
+    pairwise_reward_loss,
+    plackett_luce_loss,
+)
 
 LOSSES = [plackett_luce_loss, all_pairs_loss]
 
@@ -144,3 +150,29 @@ def test_direct_preference_loss_refuses_what_is_out_of_range() -> None:
             direct_preference_loss(*pair, **given)
     with pytest.raises(ValueError):
         direct_preference_loss(mx.zeros((2,)), mx.zeros((3,)), beta=0.1)
+
+
+def test_kahneman_tversky_loss_by_its_formula_and_its_gradient() -> None:
+    gained, good = np.array([2.0, -1.0, 0.5, 1e4, -1e4, 1e4]), np.array([True, True, False, True, True, False])
+    beta, moved, weight = 0.3, 0.7, 1.5
+
+    def expected(values: np.ndarray) -> np.ndarray:
+        value = 1 / (1 + np.exp(np.clip(-beta * np.where(good, values - moved, moved - values), -700, 700)))
+        return np.where(good, 1.0, weight) * (1 - value)
+
+    def loss(values: mx.array) -> mx.array:
+        return kahneman_tversky_loss(values, mx.array(good), moved, beta=beta, bad_weight=weight)
+
+    given = mx.array(gained, mx.float32)
+    np.testing.assert_allclose(np.array(loss(given)), expected(gained), rtol=1e-4, atol=1e-6)
+    slope = (expected(gained + 1e-5) - expected(gained - 1e-5)) / 2e-5
+    np.testing.assert_allclose(np.array(mx.grad(lambda values: loss(values).sum())(given)), slope, rtol=1e-3, atol=1e-5)
+
+
+def test_kahneman_tversky_loss_refuses_what_is_out_of_range() -> None:
+    pair = mx.zeros((2,)), mx.array([True, False])
+    for moved, given in ((0.0, {"beta": 0.0}), (-0.1, {"beta": 0.1}), (0.0, {"beta": 0.1, "bad_weight": 0.0})):
+        with pytest.raises(ValueError):
+            kahneman_tversky_loss(*pair, moved, **given)
+    with pytest.raises(ValueError):
+        kahneman_tversky_loss(mx.zeros((3,)), pair[1], 0.0, beta=0.1)
