@@ -17,8 +17,9 @@ from mlx_ppo.algo.losses import direct_preference_loss
 from mlx_ppo.answer_logprobs import measured, summed_logprobs
 from mlx_ppo.config.supervised import DPOConfig
 from mlx_ppo.data.batches import length_batches
-from mlx_ppo.data.judgements import Answer
+from mlx_ppo.data.judgements import both_answers
 from mlx_ppo.data.preferences import Pair, PairSet, load_pairs
+from mlx_ppo.data.sequences import cut_said
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.roles import initial_weights
@@ -93,10 +94,8 @@ def load_data(config: DPOConfig, tokenizer: Tokenizer, reporter: StepReporter) -
         found = load_pairs(
             path, tokenizer, max_tokens=section.max_tokens, overlong=section.overlong, columns=section.columns
         )
-        if found.said:
-            reporter.message(found.said)
-        if found.dropped or found.truncated:
-            reporter.message(f"{path.name}: {found.dropped} overlong dropped, {found.truncated} truncated")
+        for line in filter(None, (found.said, cut_said(path, found.dropped, found.truncated))):
+            reporter.message(line)
         sets.append(found)
     return sets[0], sets[1] if len(sets) > 1 else None
 
@@ -157,7 +156,7 @@ class _Job:
 
     def _loss(self, weights: Weights, batch: Batch, own: Sequence[int], key: mx.array) -> mx.array:
         pairs = [batch.pairs[at] for at in own]
-        now = summed_logprobs(self.trunk, weights, answers_of(pairs), learning=True).reshape(len(pairs), 2)
+        now = summed_logprobs(self.trunk, weights, both_answers(pairs), learning=True).reshape(len(pairs), 2)
         losses = self._losses(*self._log_ratios(now, mx.array(batch.reference[list(own)]), pairs))
         return losses.sum() / len(batch.pairs)
 
@@ -183,7 +182,7 @@ class _Job:
         rows = [max(map(len, (pair.chosen, pair.rejected))) for pair in pairs]
         batches = length_batches(rows, max_rows=self.config.dpo.batch_size, max_tokens=None, seed_parts=None)
         both = [[2 * row + side for row in batch for side in (0, 1)] for batch in batches]
-        return measured(self.trunk, weights, answers_of(pairs), both, group).reshape(len(pairs), 2)
+        return measured(self.trunk, weights, both_answers(pairs), both, group).reshape(len(pairs), 2)
 
 
 def lengths(pairs: Sequence[Pair]) -> list[int]:
@@ -194,12 +193,3 @@ def lengths(pairs: Sequence[Pair]) -> list[int]:
 def answer_lengths(pair: Pair) -> list[int]:
     """Tokens of the two answers, EOS included."""
     return [len(pair.chosen) - pair.starts[0], len(pair.rejected) - pair.starts[1]]
-
-
-def answers_of(pairs: Sequence[Pair]) -> list[Answer]:
-    """Chosen and rejected answer of each pair, one after the other."""
-    return [
-        Answer(tokens, start)
-        for pair in pairs
-        for tokens, start in zip((pair.chosen, pair.rejected), pair.starts, strict=True)
-    ]

@@ -16,9 +16,12 @@ from mlx_ppo.answer_logprobs import measured, summed_logprobs
 from mlx_ppo.config.supervised import DPOConfig
 from mlx_ppo.data.batches import length_batches
 from mlx_ppo.data.judgements import Answer, Judged, balance, load_judged, mismatched
+from mlx_ppo.data.random import philox
 from mlx_ppo.data.tokenizer import Tokenizer
+from mlx_ppo.errors import ConfigError, RunError
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.roles import initial_weights
+from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.rewards.figures import Floats
 from mlx_ppo.runtime.group import Group
 from mlx_ppo.stages.optimizer import Optimizer
@@ -36,9 +39,10 @@ class Batch(NamedTuple):
 
 
 def load_data(config: DPOConfig, tokenizer: Tokenizer, reporter: StepReporter) -> tuple[Judged, Judged | None]:
-    """Training and validation answers, both parted at the threshold of the training data.
+    """Training and validation answers; ratings of both are parted at the training data's threshold, where it has one.
 
     Raises:
+        ConfigError: a threshold, and the data are pairs.
         DataError: a file can't be read, a row is wrong, or one kind of answers is missing.
     """
     section, above = config.data, config.dpo.good_above
@@ -48,21 +52,25 @@ def load_data(config: DPOConfig, tokenizer: Tokenizer, reporter: StepReporter) -
             path, tokenizer, max_tokens=section.max_tokens, overlong=section.overlong, columns=section.columns,
             above=above,
         )  # fmt: skip
+        if found.above is None and config.dpo.good_above is not None:
+            raise ConfigError(f"dpo.good_above: {path} has pairs, which say themselves what is good; remove the key")
         above = found.above if above is None else above
         sets.append(found)
         for line in found.said:
             reporter.message(line)
+    if not any(answer.prompt for answer in sets[0].answers):
+        reporter.message("no answer has a prompt: how far the policy has moved is told by other answers' own gains")
     return sets[0], sets[1] if len(sets) > 1 else None
 
 
 class _Answers:
     """Judged answers, those to other prompts beside them, and what the reference gives to both."""
 
-    def __init__(self, judged: Judged, max_tokens: int, batch_size: int) -> None:
+    def __init__(self, judged: Judged, config: DPOConfig) -> None:
         """Nothing is computed yet."""
         self.own, self.good = judged.answers, np.array(judged.good)
-        self.elsewhere = mismatched(self.own, max_tokens)
-        self.size = batch_size
+        self.elsewhere = mismatched(self.own, config.data.max_tokens, config.run.seed)
+        self.size = config.dpo.batch_size
         self.reference = self.reference_elsewhere = np.zeros(len(self.own), np.float32)
 
     @property
@@ -72,12 +80,30 @@ class _Answers:
 
     def longest(self) -> int:
         """Tokens of the longest text."""
-        return max(max(self.lengths), max(len(answer.tokens) for answer in self.elsewhere))
+        return max(len(answer.tokens) for answer in (*self.own, *self.elsewhere))
 
-    def batches(self, answers: Sequence[Answer]) -> list[list[int]]:
-        """For measuring."""
-        rows = [len(answer.tokens) for answer in answers]
-        return length_batches(rows, max_rows=self.size, max_tokens=None, seed_parts=None)
+    def some(self, most: int) -> list[int]:
+        """Rows of both kinds as they are in all of them, at most so many, evenly from the whole."""
+        by_kind = np.argsort(self.good, kind="stable")
+        places = np.linspace(0, len(by_kind) - 1, min(most, len(by_kind))).round().astype(int)
+        return sorted(by_kind[places].tolist())
+
+    def gains(self, trunk: Trunk, weights: Weights, rows: Sequence[int], group: Group) -> tuple[Floats, Floats]:
+        """What some rows have gained over the reference, and the answers to other prompts beside them, nats."""
+        own, elsewhere = (
+            self._measured(trunk, weights, [texts[row] for row in rows], group) for texts in (self.own, self.elsewhere)
+        )
+        return own - self.reference[list(rows)], elsewhere - self.reference_elsewhere[list(rows)]
+
+    def read_by_reference(self, trunk: Trunk, weights: Weights, group: Group) -> None:
+        """Keep what it gives to all of them."""
+        self.reference = self._measured(trunk, weights, self.own, group)
+        self.reference_elsewhere = self._measured(trunk, weights, self.elsewhere, group)
+
+    def _measured(self, trunk: Trunk, weights: Weights, texts: Sequence[Answer], group: Group) -> Floats:
+        rows = [len(answer.tokens) for answer in texts]
+        batches = length_batches(rows, max_rows=self.size, max_tokens=None, seed_parts=None)
+        return measured(trunk, weights, texts, batches, group)
 
 
 class Job:
@@ -92,9 +118,9 @@ class Job:
         if not section.bad_weight:
             reporter.message(f"a bad answer weighs {self.bad_weight:.3g}, a good one 1 (dpo.bad_weight)")
         size = section.batch_size
-        self.train = _Answers(train, config.data.max_tokens, size)
-        self.held_out = self.train if validation is None else _Answers(validation, config.data.max_tokens, size)
-        self.measured_rows = slice(_HELD_OUT if validation is None else None)
+        self.train = _Answers(train, config)
+        self.held_out = self.train if validation is None else _Answers(validation, config)
+        self.validated = self.held_out.some(_HELD_OUT if validation is None else len(validation.answers))
         kept = require_room(trunk, config.model, config.lora, self.train.lengths, size)
         weights = initial_weights(trunk, config.model, config.lora, key="policy", seed=config.run.seed)
         for remark in (*trunk.remarks, *trunk.within(max(self.train.longest(), self.held_out.longest()))):
@@ -112,17 +138,12 @@ class Job:
         count = 2 * sum(len(answers.own) for answers in sets)
         self.reporter.message(f"reading {count} answers by the reference, half of them after another prompt")
         for answers in sets:
-            answers.reference, answers.reference_elsewhere = (
-                measured(self.trunk, self.start, texts, answers.batches(texts), group)
-                for texts in (answers.own, answers.elsewhere)
-            )
+            answers.read_by_reference(self.trunk, self.start, group)
         size, seed, lengths = self.config.dpo.batch_size, self.config.run.seed, self.train.lengths
 
-        def batches(epoch: int) -> list[Batch]:
-            return [
-                Batch(rows)
-                for rows in length_batches(lengths, max_rows=size, max_tokens=None, seed_parts=(seed, epoch))
-            ]
+        def batches(epoch: int) -> list[Batch]:  # not by length, which often goes with what is good
+            rows = philox("kto", seed, epoch).permutation(len(lengths)).tolist()
+            return [Batch(rows[at : at + size]) for at in range(0, len(rows), size)]
 
         def prepare(weights: Weights, batch: Batch) -> Batch:
             texts = [self.train.elsewhere[row] for row in batch.rows]
@@ -149,21 +170,14 @@ class Job:
         return kahneman_tversky_loss(gained, good, moved, beta=self.config.dpo.beta, bad_weight=self.bad_weight)
 
     def _validate(self, weights: Weights, group: Group) -> dict[str, float]:
-        part, answers = self.measured_rows, self.held_out
-        good = answers.good[part]
-        gained, elsewhere = (
-            measured(self.trunk, weights, texts, answers.batches(texts), group) - reference[part]
-            for texts, reference in (
-                (answers.own[part], answers.reference),
-                (answers.elsewhere[part], answers.reference_elsewhere),
-            )
-        )
+        good = self.held_out.good[self.validated]
+        gained, elsewhere = self.held_out.gains(self.trunk, weights, self.validated, group)
         moved = _moved(elsewhere)
         return {
             "loss": float(np.array(self._losses(mx.array(gained), mx.array(good), moved)).mean()),
             "accuracy": float(((gained > moved) == good).mean()),
-            "margin": self.config.dpo.beta * (_mean(gained[good]) - _mean(gained[~good])),
-            "chosen": _mean(gained[good]),
+            "margin": self.config.dpo.beta * float(gained[good].mean() - gained[~good].mean()),
+            "chosen": float(gained[good].mean()),
         }
 
 
@@ -174,8 +188,7 @@ def _pieces(count: int, processes: int) -> list[list[int]]:
 
 def _moved(log_ratios: Floats) -> float:
     """The estimate of KL(pi, pi_ref) by answers to other prompts, which is 0 where they have become less probable."""
-    return max(0.0, float(log_ratios.mean(dtype=np.float64)))
-
-
-def _mean(values: Floats) -> float:
-    return float(values.mean()) if len(values) else 0.0
+    mean = float(log_ratios.mean(dtype=np.float64))
+    if not math.isfinite(mean):
+        raise RunError("a log-probability is not finite; the update was not applied, and the last checkpoint stands")
+    return max(0.0, mean)

@@ -14,6 +14,7 @@ from mlx_ppo.compute.sequences import make_sequences
 from mlx_ppo.config.supervised import SFTConfig
 from mlx_ppo.data.batches import length_batches
 from mlx_ppo.data.examples import Example, ExampleSet, load_examples
+from mlx_ppo.data.sequences import cut_said
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.models.adapters import Weights
 from mlx_ppo.models.roles import initial_weights, token_statistics
@@ -126,10 +127,8 @@ def load_data(config: SFTConfig, tokenizer: Tokenizer, reporter: StepReporter) -
             continue
         how = {"max_tokens": section.max_tokens, "overlong": section.overlong, "columns": section.columns}
         examples = load_examples(path, tokenizer, **how)  # type: ignore[arg-type]
-        if examples.said:
-            reporter.message(examples.said)
-        if examples.dropped or examples.truncated:
-            reporter.message(f"{path.name}: {examples.dropped} overlong dropped, {examples.truncated} truncated")
+        for line in filter(None, (examples.said, cut_said(path, examples.dropped, examples.truncated))):
+            reporter.message(line)
         sets.append(examples)
     assert sets[0] is not None
     return sets[0], sets[1]

@@ -254,7 +254,7 @@ def kahneman_tversky_loss(
 
     Raises:
         ValueError: the shapes differ, or a number is out of range.
-    Source: Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7 and 8 (lambda_y - v, with lambda_D = 1).
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1 (lambda_y - v, with lambda_D = 1).
     """
     require_same_shape(gained=gained, good=good)
     if not beta > 0 or not bad_weight > 0 or not moved >= 0:

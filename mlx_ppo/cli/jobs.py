@@ -184,9 +184,9 @@ def _dry_supervised(config: SFTConfig | RewardConfig | DPOConfig, display: "Disp
         examples = sft.load_data(config, trunk.tokenizer, display)
         lengths = [[len(one.tokens) for one in part.examples] if part else None for part in examples]
     elif isinstance(config, DPOConfig):
-        alone = config.dpo.loss == "kto"
-        what, rows = ("answers", 1) if alone else ("texts of pairs", 2)
-        rows *= config.dpo.batch_size
+        what, rows = "texts of pairs", 2 * config.dpo.batch_size
+        if config.dpo.loss == "kto":
+            what, rows = "answers", config.dpo.batch_size
         lengths = dpo.text_lengths(config, trunk.tokenizer, display)
     else:
         what, rows, members = "texts", config.reward_training.batch_size, config.reward_training.members

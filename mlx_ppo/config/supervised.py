@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from mlx_ppo.config.fields import Columns, Count, CountOrZero, InputPath, Length, NonNegative, Positive, Section
+from mlx_ppo.config.fields import Columns, Count, CountOrZero, InputPath, Length, NonNegative, Section
 from mlx_ppo.config.parallel import ParallelSection
 from mlx_ppo.config.sections import Job, LoraSection, ModelSection, OptimizerSection, RunSection, TrainConfig
 
@@ -162,7 +162,9 @@ class PreferenceDataSection(Section):
 class DPOSection(Section):
     """Direct preference optimization, and what learns from judgements of single answers."""
 
-    beta: Positive = Field(0.1, description="what a nat of KL to the start costs; larger stays nearer to it")
+    beta: Annotated[float, Field(gt=0, le=1e4)] = Field(
+        0.1, description="what a nat of KL to the start costs; larger stays nearer to it"
+    )
     loss: Literal["sigmoid", "ipo", "kto"] = Field(
         "sigmoid",
         description="DPO's; IPO's squared one, by nats a token, for pairs that nobody would order otherwise; or KTO's, "
@@ -176,7 +178,7 @@ class DPOSection(Section):
         description="ratings above it are good, those below it bad, others are left out; without: halfway between the "
         "lowest and the highest rating of `data.train` (kto)",
     )
-    bad_weight: NonNegative = Field(
+    bad_weight: Annotated[float, Field(ge=0, le=1e4)] = Field(
         0.0, description="weight of a bad answer, a good one's is 1; 0: both kinds weigh alike in sum (kto)"
     )
     epochs: Epochs = Field(1, description="passes over the pairs or answers")

@@ -156,7 +156,7 @@ def _csv(text: str, separator: str, path: Path, bad: list[DataError]) -> Iterato
                 if not names:
                     names = [name.strip() for name in cells]
                 elif len(cells) == len(names):
-                    fields = {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}
+                    fields = {name: cell_value(name, cell) for name, cell in zip(names, cells, strict=True)}
                     yield Record(path, line, fields)
                 else:
                     count = f"{len(cells)} cells under {len(names)} names"
@@ -170,7 +170,7 @@ def _csv(text: str, separator: str, path: Path, bad: list[DataError]) -> Iterato
         csv.field_size_limit(before)
 
 
-def _cell(name: str, cell: str) -> Any:
+def cell_value(name: str, cell: str) -> Any:
     """A cell as JSON would have it: numbers under names that mean one, lists and objects; anything else is a text."""
     if name in _NUMBERS or name.startswith("rating_"):
         try:

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_ppo.config.supervised import FeedbackDataSection
 from mlx_ppo.data.layouts import PLAIN, find
 from mlx_ppo.data.preferences import Pair, Ranking, Rated, load_pairs, load_rankings, load_rated
+from mlx_ppo.data.sequences import cut_said
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import ConfigError
 
@@ -72,8 +73,7 @@ def load_feedback(
 
 
 def _said(path: Path, read: str | None, dropped: int, truncated: int, what: str = "overlong") -> list[str]:
-    cut = f"{path.name}: {dropped} {what} dropped, {truncated} truncated" if dropped or truncated else None
-    return [line for line in (read, cut) if line is not None]
+    return [line for line in (read, cut_said(path, dropped, truncated, what)) if line is not None]
 
 
 def _sizes(path: Path, rankings: Sequence[Ranking]) -> str:

@@ -1,16 +1,21 @@
 """Answers of which people said that they are good or bad, each by itself: from labels, ratings or pairs."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from mlx_ppo.data.layouts import find
-from mlx_ppo.data.preferences import load_pairs, load_rated
-from mlx_ppo.data.sequences import Overlong
+import numpy as np
+
+from mlx_ppo.data.layouts import PLAIN, find
+from mlx_ppo.data.preferences import Pair, load_pairs, load_rated
+from mlx_ppo.data.random import philox
+from mlx_ppo.data.sequences import Overlong, cut_said
 from mlx_ppo.data.tokenizer import Tokenizer
 from mlx_ppo.errors import DataError
+
+_SAME = 1e-9  # ratings nearer to the threshold are at it: means are rounded
 
 
 class Answer(NamedTuple):
@@ -18,6 +23,7 @@ class Answer(NamedTuple):
 
     tokens: tuple[int, ...]
     start: int  # of the answer, at least 1
+    prompt: str = ""  # the same for answers to the same prompt, however much of it was cut
 
 
 class Judged(NamedTuple):
@@ -27,6 +33,15 @@ class Judged(NamedTuple):
     good: tuple[bool, ...]
     above: float | None  # ratings above it are good, those below bad; None where the data were pairs
     said: tuple[str, ...]  # how the file was read
+
+
+def both_answers(pairs: Sequence[Pair]) -> list[Answer]:
+    """Chosen and rejected answer of each pair, one after the other."""
+    return [
+        Answer(tokens, start, pair.prompt)
+        for pair in pairs
+        for tokens, start in zip((pair.chosen, pair.rejected), pair.starts, strict=True)
+    ]
 
 
 def load_judged(
@@ -41,66 +56,73 @@ def load_judged(
     """Ratings above a threshold are good, those below it bad; of a pair the chosen answer is good, the other one bad.
 
     Args:
-        path: any layout with ratings, with labels (1 and 0 as ratings), or with pairs.
+        path: any layout with ratings, with labels (1 and 0 as ratings), or with nothing but pairs.
         tokenizer: the model's.
         max_tokens: bound of prompt and answer; truncation keeps the first token and the last ones.
         overlong: what happens to longer ones.
         columns: names of columns, see `layouts.find`.
-        above: the threshold; None: halfway between the lowest and the highest rating of the file.
+        above: the threshold, which pairs don't need; None: halfway between the file's lowest and highest rating.
 
     Raises:
         DataError: the file can't be read, a row is wrong, or no answer is good or none bad.
     """
-    if find(path, "pairs", "rated", columns=columns).kind == "pairs":
+    if not _has_ratings(path, columns):
         pairs = load_pairs(path, tokenizer, max_tokens=max_tokens, overlong=overlong, columns=columns)
-        answers = [
-            Answer(tokens, start)
-            for pair in pairs.pairs
-            for tokens, start in zip((pair.chosen, pair.rejected), pair.starts, strict=True)
-        ]
-        said = _said(path, pairs.said, pairs.dropped, pairs.truncated)
-        return Judged(tuple(answers), (True, False) * len(pairs.pairs), None, said)
+        said = (pairs.said, cut_said(path, pairs.dropped, pairs.truncated), f"{path.name}: chosen answers are good")
+        good = (True, False) * len(pairs.pairs)
+        return Judged(tuple(both_answers(pairs.pairs)), good, None, tuple(filter(None, said)))
     rated = load_rated(path, tokenizer, max_tokens=max_tokens, overlong=overlong, columns=columns)
-    ratings = [one.rating for one in rated.rated]
+    lowest, highest = min(one.bounds[0] for one in rated.rated), max(one.bounds[1] for one in rated.rated)
     if above is None:
-        above = min(ratings) / 2 + max(ratings) / 2
-    kept = [one for one in rated.rated if one.rating != above]
+        above = lowest / 2 + highest / 2
+    kept = [one for one in rated.rated if not math.isclose(one.rating, above, rel_tol=_SAME, abs_tol=_SAME)]
     good = tuple(one.rating > above for one in kept)
-    if not (any(good) and not all(good)):
+    if not any(good) or all(good):
         raise DataError(
-            f"{path}: ratings are from {min(ratings):g} to {max(ratings):g}, so that with dpo.good_above at {above:g} "
-            f"no answer is {'bad' if any(good) else 'good'}; both kinds are needed"
+            f"{path}: ratings are from {lowest:g} to {highest:g}, so that with dpo.good_above at {above:g} no answer "
+            f"is {'bad' if any(good) else 'good'}; both kinds are needed"
         )
-    left = f", at it {len(ratings) - len(kept)}, which are left out" if len(kept) < len(ratings) else ""
+    left = f", at it {len(rated.rated) - len(kept)}, which are left out" if len(kept) < len(rated.rated) else ""
     parted = f"{path.name}: ratings above {above:g} are good: {sum(good)}, below bad: {len(good) - sum(good)}{left}"
-    said = (*_said(path, rated.said, rated.dropped, rated.truncated), parted)
-    return Judged(tuple(Answer(one.tokens, one.start) for one in kept), good, above, said)
+    said = (rated.said, cut_said(path, rated.dropped, rated.truncated), parted)
+    answers = tuple(Answer(one.tokens, one.start, one.prompt) for one in kept)
+    return Judged(answers, good, above, tuple(filter(None, said)))
 
 
-def mismatched(answers: Sequence[Answer], max_tokens: int) -> list[Answer]:
-    """To each answer's prompt the nearest earlier row's answer to another prompt; the first ones take the last rows'.
+def _has_ratings(path: Path, columns: Sequence[str]) -> bool:
+    """Whether a file's rows are read as ratings, which layouts with both are: pairs would count answers repeatedly."""
+    try:
+        found = find(path, "rated", columns=columns)
+    except DataError:
+        return False
+    fields = found.records[0].fields if found.records else {}
+    return bool(found.records) and (found.layout != PLAIN or "chosen" not in fields)
 
-    Where all prompts are the same, the row before. Such answers tell how far a policy has moved in general
-    (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1).
+
+def mismatched(answers: Sequence[Answer], max_tokens: int, seed: int) -> list[Answer]:
+    """To each answer's prompt an answer to another prompt, drawn evenly from all of them.
+
+    Such answers tell how far a policy has moved in general (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1).
+    Where all prompts are the same, any other row's answer.
     """
-    prompts = [answer.tokens[: answer.start] for answer in answers]
-    other: list[int] = [at - 1 for at in range(len(answers))]
-    for at in chain(range(len(answers)), range(len(answers))):  # twice: the first rows look at the last ones
-        if prompts[at] == prompts[at - 1]:
-            other[at] = other[at - 1] if prompts[other[at - 1]] != prompts[at] else at - 1
+    kinds = sorted(Counter(answer.prompt for answer in answers).items())
+    first = dict(zip((prompt for prompt, _ in kinds), np.cumsum([0, *(count for _, count in kinds)]), strict=False))
+    counts = dict(kinds)
+    order = sorted(range(len(answers)), key=lambda at: answers[at].prompt)  # a prompt's answers side by side
+    places = {at: place for place, at in enumerate(order)}
+    generator = philox("mismatched", seed)
     found = []
-    for prompt, at in zip(prompts, other, strict=True):
-        tokens = prompt + answers[at].tokens[answers[at].start :]
+    for at, answer in enumerate(answers):
+        begin, count = (first[answer.prompt], counts[answer.prompt]) if len(kinds) > 1 else (places[at], 1)
+        others = len(answers) - count
+        drawn = int(generator.integers(others)) if others else places[at]
+        other = answers[order[drawn + count if others and drawn >= begin else drawn]]
+        tokens = answer.tokens[: answer.start] + other.tokens[other.start :]
         cut = max(0, len(tokens) - max_tokens)
-        found.append(Answer((tokens[0], *tokens[1 + cut :]), max(1, len(prompt) - cut)))
+        found.append(Answer((tokens[0], *tokens[1 + cut :]), max(1, answer.start - cut), answer.prompt))
     return found
 
 
 def balance(good: Sequence[bool]) -> float:
     """The weight of a bad answer with which all bad ones weigh as much as all good ones."""
-    return math.fsum(good) / max(1, len(good) - sum(good))
-
-
-def _said(path: Path, read: str | None, dropped: int, truncated: int) -> tuple[str, ...]:
-    cut = f"{path.name}: {dropped} overlong dropped, {truncated} truncated" if dropped or truncated else None
-    return tuple(line for line in (read, cut) if line is not None)
+    return sum(good) / max(1, len(good) - sum(good))

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_ppo.data.containers import Rows, read_rows
+from mlx_ppo.data.containers import Rows, cell_value, read_rows
 from mlx_ppo.data.dialogues import Row, UnusableError, without_answer
 from mlx_ppo.data.jsonl import Record
 from mlx_ppo.data.known_layouts import LAYOUTS, NATIVE, Kind, Layout
@@ -154,7 +154,10 @@ def _renamed(read: Rows, columns: Sequence[str]) -> Rows:
         try:
             for mapping in columns:
                 name, _, column = mapping.partition("=")
-                fields[name] = _inside(record.fields, column)
+                value = _inside(record.fields, column)
+                fields[name] = (
+                    cell_value(name, value) if isinstance(value, str) and read.form.startswith("CSV") else value
+                )
                 if column in fields and column != name:
                     del fields[column]
             records.append(Record(record.path, record.line, fields))

@@ -35,6 +35,7 @@ class Pair:
     where: str
     source: str = ""  # where the row is from, "" if the file doesn't say
     starts: tuple[int, int] = (1, 1)  # of the answer in each, at least 1
+    prompt: str = ""  # the same for answers to the same prompt, however much of it was cut
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Rated:
     where: str
     source: str = ""  # where the row is from, "" if the file doesn't say
     start: int = 1  # of the completion, at least 1
+    prompt: str = ""  # the same for answers to the same prompt, however much of it was cut
+    bounds: tuple[float, float] = (0.0, 0.0)  # the lowest and the highest of the ratings
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ def load_pairs(
         starts = tuple(max(1, start - len(tokens) + len(limit.keep_end(tokens))) for tokens, start in sides)
         longest = max(len(tokens) for tokens, _ in sides)
         if limit.admits(longest, record.where, useless_when_cut=chosen == rejected):
-            pairs.append(Pair(chosen, rejected, margin, record.where, source_of(record), (starts[0], starts[1])))
+            places = starts[0], starts[1]
+            pairs.append(Pair(chosen, rejected, margin, record.where, source_of(record), places, _prompt_of(record)))
     limit.require_some(pairs, path)
     return PairSet(tuple(pairs), limit.dropped, limit.truncated, said)
 
@@ -143,7 +147,8 @@ def load_rated(
         spread = math.sqrt(math.fsum((rating - mean) ** 2 for rating in ratings) / len(ratings))
         kept = limit.keep_end(tokens)
         start = max(1, start - len(tokens) + len(kept))
-        rated.append(Rated(kept, mean, spread, len(ratings), record.where, source_of(record), start))
+        source, asked, bounds = source_of(record), _prompt_of(record), (min(ratings), max(ratings))
+        rated.append(Rated(kept, mean, spread, len(ratings), record.where, source, start, asked, bounds))
     limit.require_some(rated, path)
     return RatedSet(tuple(rated), limit.dropped, limit.truncated, said)
 
@@ -210,6 +215,10 @@ def source_of(record: Record) -> str:
     if isinstance(value, list):
         return ", ".join(str(item) for item in value if item is not None)
     return "" if value is None or isinstance(value, dict) else str(value)
+
+
+def _prompt_of(record: Record) -> str:
+    return repr(record.fields["prompt"]) if "prompt" in record.fields else ""
 
 
 def derive_pairs(ratings: Sequence[float], *, min_difference: float, per_item: int, seed: int) -> npt.NDArray[np.int64]:

@@ -63,6 +63,11 @@ class LengthLimit:
             )
 
 
+def cut_said(path: Path, dropped: int, truncated: int, what: str = "overlong") -> str | None:
+    """A line about texts that were too long, None where none was."""
+    return f"{path.name}: {dropped} {what} dropped, {truncated} truncated" if dropped or truncated else None
+
+
 def text_tokens(text: str, tokenizer: Tokenizer, where: str) -> list[int]:
     """BOS and the tokens of a plain text."""
     tokens = tokenizer.encode(text, bos=True)

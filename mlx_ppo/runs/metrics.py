@@ -89,13 +89,17 @@ NORMAL = {
     "seconds": "steady",
 }
 
-# What `sft` and `reward` log, an epoch a row.
+# What `sft`, `reward` and `dpo` log, an epoch a row.
 SUPERVISED = (
     Metric("loss", "training loss", ".4f", "mean loss over the epoch's batches, as the weights were at each"),
     Metric("validation_loss", "validation loss", ".4f", "loss on held-out data after the epoch; the lowest is kept"),
     Metric("validation_perplexity", "perplexity", ".2f", "exp of the validation loss: tokens that seem equally likely"),
     Metric(
-        "validation_accuracy", "accuracy", ".1%", "share of clear held-out pairs that the model orders as people do"
+        "validation_accuracy",
+        "accuracy",
+        ".1%",
+        "share of clear held-out pairs that the model orders as people do; with KTO, of good answers that have gained "
+        "more, and bad ones that have gained less, than the policy has moved",
     ),
     Metric("validation_accuracy_all", "accuracy, all pairs", ".1%", "the same over all pairs of different rating"),
     Metric("validation_correlation", "correlation", "+.3f", "Pearson's, of the model's outputs with the ratings"),
@@ -103,21 +107,28 @@ SUPERVISED = (
         "validation_slope", "slope", ".3f", "of the rating regressed on the output; 1 where a regression is calibrated"
     ),
     Metric("validation_best", "best answer", ".1%", "how often the highest score is that of a ranking's best answer"),
-    Metric("validation_margin", "margin", "+.3f", "`dpo`: mean lead of chosen over rejected answers, beta times nats"),
-    Metric("validation_chosen", "chosen answers", "+.2f", "`dpo`: what chosen answers have gained, nats an answer"),
+    Metric(
+        "validation_margin",
+        "margin",
+        "+.3f",
+        "`dpo`: mean lead of chosen (good) over rejected (bad) answers, beta times nats",
+    ),
+    Metric(
+        "validation_chosen", "chosen answers", "+.2f", "`dpo`: what chosen or good answers have gained, nats an answer"
+    ),
     Metric("validation_calibration_error", "calibration error", ".3f", "mean |confidence - accuracy| over pairs"),
 )
 NORMAL_SUPERVISED = {
     "loss": "falls; far below the validation loss it learns by heart",
     "validation_loss": "falls, then rises again where training is too long",
     "validation_perplexity": "falls with the loss",
-    "validation_accuracy": "clearly above 50 %, which is chance",
+    "validation_accuracy": "clearly above 50 %, which is chance; with KTO above the share of the commoner kind",
     "validation_accuracy_all": "above 50 %, below that of the clear pairs",
     "validation_correlation": "rises from 0 towards 1",
     "validation_slope": "near 1 with the regression objective",
     "validation_best": "clearly above one in as many as there are answers, which is chance",
     "validation_margin": "rises from 0",
-    "validation_chosen": "falls less than that of the rejected answers; far below 0, answers become others altogether",
+    "validation_chosen": "falls less than that of the others; far below 0, answers become others altogether",
     "validation_calibration_error": "below 0.1",
 }
 

@@ -153,6 +153,14 @@ def test_a_column_in_an_object_can_be_mapped():
     assert records[0].fields == {"prompt": "Name a fruit.", "completion": "Pear.", "ratings": [4, 5]}
 
 
+def test_a_cell_under_another_name_is_read_as_the_name_that_it_is_given(tmp_path, tokenizer):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,stars,liked\nq,a,4,True\nq,b,1.5,false\n", "utf-8")
+    how = {"max_tokens": 99, "overlong": "error"}
+    assert [one.rating for one in load_rated(path, tokenizer, columns=("rating=stars",), **how).rated] == [4, 1.5]
+    assert [one.rating for one in load_rated(path, tokenizer, columns=("label=liked",), **how).rated] == [1, 0]
+
+
 def test_lines_are_those_on_which_rows_begin(tmp_path):
     rows = find(LAYOUTS / "alpaca.json", "examples").records
     assert [record.line for record in rows] == [2, 7]

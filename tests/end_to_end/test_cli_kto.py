@@ -9,6 +9,7 @@ import pytest
 from mlx_lm.utils import load as load_by_mlx_lm
 from test_cli_parallel import finished
 
+from mlx_ppo.data.judgements import Answer, mismatched
 from mlx_ppo.runs import checkpoint
 
 ROWS = [
@@ -21,7 +22,6 @@ ROWS = [
 ]
 JUDGED = [row for row in ROWS if row.get("rating") != 3]
 GOOD = np.array([True, False, True, False, True])
-OTHER = [4, 4, 1, 2, 3]  # whose answer follows each one's prompt: the nearest earlier one of another prompt
 PART = {"dpo": {"loss": "kto", "beta": 0.5, "epochs": 4, "batch_size": 2}, "data": {"train": "judged.jsonl"}}
 
 
@@ -33,18 +33,21 @@ def judged(project):
 def by_hand(folder, adapters):
     """Log-probabilities [n, 2] in nats of each answer after its own and of the other answer after that prompt."""
     model, tokenizer = load_by_mlx_lm(str(folder), adapter_path=str(adapters) if adapters is not None else None)
-    found = []
-    for row, other in zip(JUDGED, OTHER, strict=True):
-        prompt, values = tokenizer.encode(row["prompt"]), []
-        for one in (row, JUDGED[other]):
-            start = len(tokenizer.encode(one["prompt"]))
-            answer = tokenizer.encode(one["prompt"] + one["completion"])[start:]
-            tokens = [*prompt, *answer, tokenizer.eos_token_id]
-            logits = model(mx.array([tokens[:-1]]))[0].astype(mx.float32)
-            logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-            values.append(sum(logprobs[at - 1, tokens[at]] for at in range(len(prompt), len(tokens))))
-        found.append(values)
-    return np.array(found)
+    own = [
+        Answer(
+            (*tokenizer.encode(row["prompt"] + row["completion"]), tokenizer.eos_token_id),
+            len(tokenizer.encode(row["prompt"])),
+            row["prompt"],
+        )
+        for row in JUDGED
+    ]
+
+    def logprob(answer):
+        logits = model(mx.array([answer.tokens[:-1]]))[0].astype(mx.float32)
+        logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        return sum(logprobs[at - 1, answer.tokens[at]] for at in range(answer.start, len(answer.tokens)))
+
+    return np.array([[logprob(one) for one in pair] for pair in zip(own, mismatched(own, 99, 0), strict=True)])
 
 
 def test_the_figures_are_those_of_the_formula(project):
@@ -100,7 +103,7 @@ def test_labels_pairs_and_a_threshold_of_ones_own(project):
     assert "above 0.5 are good: 3, below bad: 3" in shown and "a bad answer weighs 1, " in shown
     project.jsonl("pairs.jsonl", [{"prompt": "it is", "chosen": " good", "rejected": " bad"}] * 2)
     shown = project.done("dpo", project.config("dpo", **PART), "--set", "data.train=pairs.jsonl", "--dry-run")
-    assert "training answers: 4" in shown
+    assert "training answers: 4" in shown and "pairs.jsonl: chosen answers are good" in shown
     held_out = project.config("dpo", **PART, run={"name": "v"}, model={"train": "full"})
     shown = project.done("dpo", held_out, "--set", "dpo.good_above=4.5", "--set", "data.validation=judged.jsonl")
     assert shown.count("above 4.5 are good: 1, below bad: 5") == 2 and "finished: runs/v/model" in shown
@@ -114,6 +117,23 @@ def test_what_is_wrong_is_said_in_a_line(project):
         ("prompts.jsonl", (), "rating"),
     ):
         project.refused(3, words, "dpo", project.config("dpo", **PART), "--set", f"data.train={file}", *threshold)
+    project.jsonl("pairs.jsonl", [{"prompt": "it is", "chosen": " good", "rejected": " bad"}])
+    pairs = ("--set", "data.train=pairs.jsonl", "--set", "dpo.good_above=0.5")
+    project.refused(2, "dpo.good_above", "dpo", project.config("dpo", **PART), *pairs)
+    project.refused(2, "dpo.bad_weight", "dpo", project.config("dpo", **PART), "--set", "dpo.bad_weight=1e39")
     for key, loss in (("good_above=1.0", "sigmoid"), ("bad_weight=2.0", "ipo"), ("label_smoothing=0.1", "kto")):
         config = project.config("dpo", dpo={"loss": loss})
         project.refused(2, f"dpo.{key.split('=')[0]}", "dpo", config, "--set", f"dpo.{key}")
+
+
+def test_figures_without_validation_are_of_both_kinds(project, monkeypatch):
+    rows = [
+        {"prompt": "it is", "completion": f" {'good' if good else 'bad'} story", "label": good}
+        for good in (True,) * 520 + (False,) * 8
+    ]
+    project.jsonl("labels.jsonl", rows)
+    project.done(
+        "dpo", project.config("dpo", **PART | {"dpo": {"loss": "kto", "epochs": 1}}), "--set", "data.train=labels.jsonl"
+    )
+    row = project.metrics()[-1]
+    assert row["validation_margin"] != pytest.approx(0.1 * row["validation_chosen"], abs=1e-6)
