@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import transformers as T
 
+torch.set_num_threads(1)  # the workers of the tests share the processors
+
 out = Path(sys.argv[1])
 torch.manual_seed(0)
 base = dict(

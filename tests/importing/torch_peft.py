@@ -15,6 +15,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+torch.set_num_threads(1)  # the workers of the tests share the processors
+
 TOKENS = [1, 5, 77, 1234, 9, 4021, 300, 7, 11, 4567, 12, 13]
 FORMS = {
     "plain": {"r": 4, "lora_alpha": 8},

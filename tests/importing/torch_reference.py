@@ -16,6 +16,8 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+torch.set_num_threads(1)  # the workers of the tests share the processors
+
 folder, gguf, texts, out = sys.argv[1:5]
 lines = json.loads(Path(texts).read_text("utf-8"))
 place = {"pretrained_model_name_or_path": folder}
