@@ -52,12 +52,14 @@ def load_data(config: DPOConfig, tokenizer: Tokenizer, reporter: StepReporter) -
             path, tokenizer, max_tokens=section.max_tokens, overlong=section.overlong, columns=section.columns,
             above=above,
         )  # fmt: skip
-        if found.above is None and config.dpo.good_above is not None:
-            raise ConfigError(f"dpo.good_above: {path} has pairs, which say themselves what is good; remove the key")
         above = found.above if above is None else above
         sets.append(found)
         for line in found.said:
             reporter.message(line)
+    if config.dpo.good_above is not None and all(found.above is None for found in sets):
+        raise ConfigError(
+            f"dpo.good_above: {section.train} has pairs, which say themselves what is good; remove the key"
+        )
     if not any(answer.prompt for answer in sets[0].answers):
         reporter.message("no answer has a prompt: how far the policy has moved is told by other answers' own gains")
     return sets[0], sets[1] if len(sets) > 1 else None
@@ -93,7 +95,10 @@ class _Answers:
         own, elsewhere = (
             self._measured(trunk, weights, [texts[row] for row in rows], group) for texts in (self.own, self.elsewhere)
         )
-        return own - self.reference[list(rows)], elsewhere - self.reference_elsewhere[list(rows)]
+        found = own - self.reference[list(rows)], elsewhere - self.reference_elsewhere[list(rows)]
+        if not (np.isfinite(found[0]).all() and np.isfinite(found[1]).all()):
+            raise RunError("a log-probability of held-out answers is not finite; the last checkpoint stands")
+        return found
 
     def read_by_reference(self, trunk: Trunk, weights: Weights, group: Group) -> None:
         """Keep what it gives to all of them."""

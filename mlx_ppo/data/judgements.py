@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlx_ppo.data.layouts import PLAIN, find
+from mlx_ppo.data.known_layouts import ULTRAFEEDBACK
+from mlx_ppo.data.layouts import find
 from mlx_ppo.data.preferences import Pair, load_pairs, load_rated
 from mlx_ppo.data.random import philox
 from mlx_ppo.data.sequences import Overlong, cut_said
@@ -53,10 +54,10 @@ def load_judged(
     columns: Sequence[str] = (),
     above: float | None = None,
 ) -> Judged:
-    """Ratings above a threshold are good, those below it bad; of a pair the chosen answer is good, the other one bad.
+    """Ratings above a threshold are good, those below it bad; of pairs, answers that are preferred more often than not.
 
     Args:
-        path: any layout with ratings, with labels (1 and 0 as ratings), or with nothing but pairs.
+        path: any layout with ratings, with labels (1 and 0 as ratings), or with pairs or rankings.
         tokenizer: the model's.
         max_tokens: bound of prompt and answer; truncation keeps the first token and the last ones.
         overlong: what happens to longer ones.
@@ -68,9 +69,14 @@ def load_judged(
     """
     if not _has_ratings(path, columns):
         pairs = load_pairs(path, tokenizer, max_tokens=max_tokens, overlong=overlong, columns=columns)
-        said = (pairs.said, cut_said(path, pairs.dropped, pairs.truncated), f"{path.name}: chosen answers are good")
-        good = (True, False) * len(pairs.pairs)
-        return Judged(tuple(both_answers(pairs.pairs)), good, None, tuple(filter(None, said)))
+        judged, undecided = _of_pairs(pairs.pairs)
+        good = tuple(side > 0 for side in judged.values())
+        if not good:
+            raise DataError(f"{path}: every answer is preferred as often as not, so that none is good or bad")
+        left = f", as often as not: {undecided}, which are left out" if undecided else ""
+        parted = f"{path.name}: preferred answers are good: {sum(good)}, others bad: {len(good) - sum(good)}{left}"
+        said = (pairs.said, cut_said(path, pairs.dropped, pairs.truncated), parted)
+        return Judged(tuple(judged), good, None, tuple(filter(None, said)))
     rated = load_rated(path, tokenizer, max_tokens=max_tokens, overlong=overlong, columns=columns)
     lowest, highest = min(one.bounds[0] for one in rated.rated), max(one.bounds[1] for one in rated.rated)
     if above is None:
@@ -90,13 +96,20 @@ def load_judged(
 
 
 def _has_ratings(path: Path, columns: Sequence[str]) -> bool:
-    """Whether a file's rows are read as ratings, which layouts with both are: pairs would count answers repeatedly."""
-    try:
-        found = find(path, "rated", columns=columns)
-    except DataError:
-        return False
-    fields = found.records[0].fields if found.records else {}
-    return bool(found.records) and (found.layout != PLAIN or "chosen" not in fields)
+    """Whether a file's rows are read as ratings: where they are, or may be taken, as numbers on one scale."""
+    found = find(path, "pairs", "rated", columns=columns)
+    return found.kind == "rated" or found.layout.startswith(ULTRAFEEDBACK)
+
+
+def _of_pairs(pairs: Sequence[Pair]) -> tuple[dict[Answer, int], int]:
+    """Answers that were preferred more often than not (1) or less often (-1), and how many were as often as not."""
+    balance: Counter[Answer] = Counter()
+    for pair in pairs:
+        chosen, rejected = both_answers([pair])
+        balance[chosen] += 1
+        balance[rejected] -= 1
+    judged = {answer: 1 if sum_ > 0 else -1 for answer, sum_ in balance.items() if sum_}
+    return judged, len(balance) - len(judged)
 
 
 def mismatched(answers: Sequence[Answer], max_tokens: int, seed: int) -> list[Answer]:

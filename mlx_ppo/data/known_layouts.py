@@ -20,6 +20,7 @@ from mlx_ppo.data.dialogues import (
     turns,
 )
 
+ULTRAFEEDBACK = "ultrafeedback by "  # a score
 Kind = Literal["pairs", "rated", "rankings", "examples", "prompts"]
 NATIVE = ("prompt", "text", "messages", "completion", "chosen", "rating", "ratings")  # names that the readers take
 
@@ -189,7 +190,7 @@ LAYOUTS: tuple[Layout, ...] = (  # the first that fits
     ),
     *(
         Layout(
-            f"ultrafeedback by {score}",
+            f"{ULTRAFEEDBACK}{score}",
             partial(rankings.is_ultrafeedback, score=score),
             _ranked(rankings.ultrafeedback(score)),
             note="every two answers whose scores differ",

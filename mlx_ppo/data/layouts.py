@@ -136,7 +136,8 @@ def _converted(read: Rows, layout: Layout, kind: Kind) -> Found:
     bad.sort(key=line_of)
     if layout.merge and kind == "rated":
         records = _merged(records)
-    note = "" if kind == "rankings" else layout.note
+    of_pairs = next(iter(layout.rows)) == "pairs"
+    note = "" if kind == "rankings" or (kind == "rated" and of_pairs) else layout.note
     return Found(records, kind, layout.name, read.form, bad, len(read.records) + len(read.bad), without, note)
 
 

@@ -218,7 +218,7 @@ def source_of(record: Record) -> str:
 
 
 def _prompt_of(record: Record) -> str:
-    return repr(record.fields["prompt"]) if "prompt" in record.fields else ""
+    return repr(record.fields["prompt"]) if "prompt" in record.fields and "text" not in record.fields else ""
 
 
 def derive_pairs(ratings: Sequence[float], *, min_difference: float, per_item: int, seed: int) -> npt.NDArray[np.int64]:

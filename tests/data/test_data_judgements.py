@@ -99,6 +99,37 @@ def test_layouts_with_ratings_and_pairs_are_read_as_ratings(tokenizer):
     path = LAYOUTS / "ultrafeedback.jsonl"
     found, rated = judged_of(path, tokenizer), load_rated(path, tokenizer, max_tokens=64, overlong="truncate")
     assert 2 <= len(found.answers) <= len(rated.rated) and found.above is not None
+    assert "every two answers" not in found.said[0]
+
+
+def test_of_rankings_answers_are_good_that_are_preferred_more_often_than_not(write, tokenizer):
+    rows = [{"prompt": "a", "completions": ["b", "c", "d"], "ranks": [1, 2, 3]}]
+    rows += [{"prompt": prompt, "completions": ["b", "c"], "ranks": [1, 2]} for prompt in "xyz"]
+    found = judged_of(write(*rows), tokenizer)
+    assert told(found, tokenizer) == [
+        ("a", "b", True), ("a", "d", False), *((p, c, c == "b") for p in "xyz" for c in "bc"),
+    ]  # fmt: skip
+    assert "good: 4, others bad: 4, as often as not: 1, which are left out" in found.said[-1]
+    circle = write({"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "c", "rejected": "b"})
+    with pytest.raises(DataError, match="as often as not, so that none is good or bad"):
+        judged_of(circle, tokenizer)
+
+
+def test_errors_are_those_of_ratings_where_the_layout_is_of_ratings(tokenizer):
+    with pytest.raises(DataError, match="are ratings; leave only one of them in the export"):
+        judged_of(LAYOUTS / "argilla-two-ratings.json", tokenizer)
+
+
+def test_a_prompt_is_the_same_however_much_of_it_was_cut(write, tokenizer):
+    ask = "q" * 50
+    ratings = write(*({"prompt": ask, "completion": "c" * n, "rating": n} for n in (3, 9)))
+    pairs = write({"prompt": ask, "chosen": "c" * 3, "rejected": "d" * 9})
+    for path in (ratings, pairs):
+        first, second = judged_of(path, tokenizer, max_tokens=20).answers
+        assert first.prompt == second.prompt != "" and first.tokens[:3] == second.tokens[:3]
+        assert first.start != second.start
+    texts = write({"prompt": "a", "text": "b", "rating": 1}, {"prompt": "c", "text": "d", "rating": 2})
+    assert {answer.prompt for answer in judged_of(texts, tokenizer).answers} == {""}
 
 
 def test_halfway_is_between_single_ratings_and_rounding_makes_no_difference(write, tokenizer):
@@ -108,7 +139,7 @@ def test_halfway_is_between_single_ratings_and_rounding_makes_no_difference(writ
     )  # fmt: skip
     found = judged_of(path, tokenizer)
     assert found.above == 0.5 and found.good == (True, False)
-    tenths = write(*({"text": text, "ratings": [1.1] * count} for text, count in (("a", 1), ("b", 3), ("c", 7))))
+    tenths = write(*({"text": text, "ratings": [0.1] * count} for text, count in (("a", 1), ("b", 3), ("c", 6))))
     with pytest.raises(DataError, match="no answer is good"):
         judged_of(tenths, tokenizer)
 

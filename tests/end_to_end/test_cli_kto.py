@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -9,8 +10,14 @@ import pytest
 from mlx_lm.utils import load as load_by_mlx_lm
 from test_cli_parallel import finished
 
+from mlx_ppo import kto
+from mlx_ppo.config.file import read_config
+from mlx_ppo.config.supervised import DPOConfig
 from mlx_ppo.data.judgements import Answer, mismatched
+from mlx_ppo.errors import RunError
+from mlx_ppo.reporting import Silent
 from mlx_ppo.runs import checkpoint
+from mlx_ppo.runtime.group import ALONE
 
 ROWS = [
     {"prompt": "the film", "completion": " was very good", "rating": 5},
@@ -101,9 +108,11 @@ def test_labels_pairs_and_a_threshold_of_ones_own(project):
     project.jsonl("labels.jsonl", labels)
     shown = project.done("dpo", project.config("dpo", **PART, run={"name": "l"}), "--set", "data.train=labels.jsonl")
     assert "above 0.5 are good: 3, below bad: 3" in shown and "a bad answer weighs 1, " in shown
-    project.jsonl("pairs.jsonl", [{"prompt": "it is", "chosen": " good", "rejected": " bad"}] * 2)
+    project.jsonl("pairs.jsonl", [{"prompt": p, "chosen": " good", "rejected": " bad"} for p in ("it is", "a")])
     shown = project.done("dpo", project.config("dpo", **PART), "--set", "data.train=pairs.jsonl", "--dry-run")
-    assert "training answers: 4" in shown and "pairs.jsonl: chosen answers are good" in shown
+    assert "training answers: 4" in shown and "pairs.jsonl: preferred answers are good: 2, others bad: 2" in shown
+    mixed = ("--set", "data.validation=pairs.jsonl", "--set", "dpo.good_above=3.5", "--dry-run")
+    assert "validation answers: 4" in project.done("dpo", project.config("dpo", **PART), *mixed)
     held_out = project.config("dpo", **PART, run={"name": "v"}, model={"train": "full"})
     shown = project.done("dpo", held_out, "--set", "dpo.good_above=4.5", "--set", "data.validation=judged.jsonl")
     assert shown.count("above 4.5 are good: 1, below bad: 5") == 2 and "finished: runs/v/model" in shown
@@ -120,6 +129,7 @@ def test_what_is_wrong_is_said_in_a_line(project):
     project.jsonl("pairs.jsonl", [{"prompt": "it is", "chosen": " good", "rejected": " bad"}])
     pairs = ("--set", "data.train=pairs.jsonl", "--set", "dpo.good_above=0.5")
     project.refused(2, "dpo.good_above", "dpo", project.config("dpo", **PART), *pairs)
+    project.refused(2, "dpo.beta", "dpo", project.config("dpo", **PART), "--set", "dpo.beta=1e300")
     project.refused(2, "dpo.bad_weight", "dpo", project.config("dpo", **PART), "--set", "dpo.bad_weight=1e39")
     for key, loss in (("good_above=1.0", "sigmoid"), ("bad_weight=2.0", "ipo"), ("label_smoothing=0.1", "kto")):
         config = project.config("dpo", dpo={"loss": loss})
@@ -137,3 +147,18 @@ def test_figures_without_validation_are_of_both_kinds(project, monkeypatch):
     )
     row = project.metrics()[-1]
     assert row["validation_margin"] != pytest.approx(0.1 * row["validation_chosen"], abs=1e-6)
+
+
+def test_a_step_has_both_kinds_where_length_goes_with_what_is_good(project):
+    rows = [{"prompt": "it", "completion": " good" * (8 if good else 2), "label": good} for good in (True, False) * 16]
+    project.jsonl("labels.jsonl", rows)
+    part = PART | {"dpo": {"loss": "kto", "batch_size": 16}, "data": {"train": "labels.jsonl"}}
+    job = kto.Job(read_config(DPOConfig, Path(project.config("dpo", **part))), Silent())
+    for batch in job.task(ALONE).batches(0):
+        assert 0 < job.train.good[list(batch.rows)].sum() < len(batch.rows)
+
+
+def test_what_is_not_finite_is_no_movement_of_nothing():
+    with pytest.raises(RunError, match="not finite"):
+        kto._moved(np.array([np.nan, 1.0], np.float32))
+    assert kto._moved(np.array([-3.0, 1.0], np.float32)) == 0.0
