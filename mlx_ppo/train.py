@@ -160,6 +160,7 @@ class _Training:
         """A stage of an iteration begins; the last safe place to stop before it."""
         self.interrupts.check()
         self.learning = name == "update"
+        self.keeper.stage(name)
         self.reporter.phase(name, self.state.iteration + 1, self.config.run.iterations)
 
     def tokens(self, count: int) -> None:

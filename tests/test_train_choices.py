@@ -13,7 +13,7 @@ from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.starting import plan_run, smaller
 from mlx_ppo.models.trunk import Trunk
 from mlx_ppo.runs.folder import Run, create_run
-from mlx_ppo.runs.plan_file import Choices, PlanChange, read_plan, write_plan
+from mlx_ppo.runs.plan_file import BEGIN, Choices, PlanChange, read_plan, write_plan
 from mlx_ppo.runtime.signals import Interrupts
 from mlx_ppo.stages import rollout
 from mlx_ppo.stages.optimizer import Optimizer
@@ -123,7 +123,7 @@ def test_every_choice_takes_effect_where_it_changes(config: TrainConfig, tmp_pat
     assert different | FIXED == {field.name for field in fields(Choices)}, "a new choice: look at it here, too"
     folder = create_run(config, tmp_path / "runs", "a")
     record = replace(plan_run(config, [8], folder).record, choices=FIRST, factors={"rollout": 1.0})
-    changes = PlanChange(2, 0, SECOND, "between iterations"), PlanChange(2, 1, THIRD, "between optimizer steps")
+    changes = PlanChange(2, BEGIN, SECOND, "between iterations"), PlanChange(2, 1, THIRD, "between optimizer steps")
     write_plan(replace(record, changes=changes), folder)
     before = threads.current()
     with Run(folder) as run:

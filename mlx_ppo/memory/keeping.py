@@ -14,7 +14,7 @@ from mlx_ppo.memory.phases import Phase
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, plan_of
 from mlx_ppo.memory.processes import LONG, Load, parameters_of
 from mlx_ppo.memory.starting import Planned
-from mlx_ppo.runs.plan_file import Choices, PlanChange, write_plan
+from mlx_ppo.runs.plan_file import BEGIN, PLACES, Choices, PlanChange, write_plan
 from mlx_ppo.runtime.phases import Limit, Meter
 from mlx_ppo.runtime.system import cores
 
@@ -35,30 +35,42 @@ class Keeper:
         self.config, self.folder, self.meter = config, folder, meter
         self.plan, self.accountant, self.record = planned
         self.accountant.possible = Possible(evict=False, compact=False)  # the models are loaded
-        self.iteration = self.step = 0
+        self.iteration, self.step = 0, BEGIN
         self.said: list[str] = []
         self._states_before = 0
         self._load = Load()
 
     def begin(self, iteration: int, states: int) -> None:
         """An iteration begins, with so many bytes of optimizer states; on as many threads as other programs leave."""
-        self.iteration, self.step, self._states_before = iteration, 0, states
-        if self._load.seconds > LONG:
+        self.iteration, self.step, self._states_before = iteration, BEGIN, states
+        self._change_threads()
+
+    def stage(self, name: str) -> None:
+        """A stage of the iteration begins, see `_threads_of_place`."""
+        self.step = PLACES[name]
+        self._threads_of_place()
+
+    def _threads_of_place(self) -> None:
+        """Within an iteration, a run of one process changes its threads; several have theirs for a whole iteration."""
+        if self.record.processes == 1:
             self._change_threads()
-            self._load = Load()
+            threads.use(self.now().threads)
 
     def _change_threads(self) -> None:
         """Where large products compete with another program, each thread waits for the slowest at every one of them."""
+        if self._load.seconds <= LONG:
+            return
+        load, self._load = self._load, Load()
         choices, processes = self.now(), self.record.processes
         most = threads.gaining(parameters_of(self.accountant), processes)
         if self.config.parallel.hosts is not None:  # the others' processors aren't known here
             return
         if most == 1 or threads.given() is not None or choices != self.record.latest or not choices.threads:
             return
-        count = min(most, self._load.left_for(processes))
+        count = min(most, load.left_for(processes))
         if count != choices.threads:
-            why = f"other programs keep {self._load.others:.1f} of {cores()} processors busy"
-            self._change(PlanChange(self.iteration, 0, replace(choices, threads=count), why))
+            why = f"other programs keep {load.others:.1f} of {cores()} processors busy"
+            self._change(PlanChange(self.iteration, self.step, replace(choices, threads=count), why))
 
     def now(self) -> Choices:
         """The choices in effect; before this process's first iteration the latest, as a run that was killed needs."""
@@ -66,6 +78,7 @@ class Keeper:
 
     def next_step(self) -> Choices:
         """Those of the next optimizer step; smaller passes from here on where the last came near the budget."""
+        self._threads_of_place()
         choices = self.now()
         needs, budget = self._needs(), self.plan.budget
         may = not self.config.ppo.micro_batch and choices.micro_batch > 1 and choices == self.record.latest
@@ -99,7 +112,7 @@ class Keeper:
         )
         if self.plan.choices != self.record.latest:
             why = "measured more than was expected"
-            self._change(PlanChange(self.iteration + 1, 0, self.plan.choices, why))
+            self._change(PlanChange(self.iteration + 1, BEGIN, self.plan.choices, why))
         else:
             write_plan(self.record, self.folder)
 
@@ -128,7 +141,7 @@ class Keeper:
         accountant = self.accountant
         rows = math.ceil(len(lengths) / self.record.processes)
         actual = accountant.with_shapes(shapes_of_rows(accountant.shapes, lengths)._replace(responses=rows))
-        choices = self.record.at(self.iteration)
+        choices = self.record.at(self.iteration, BEGIN)
         planned = {phase.name: phase for phase in plan_of(accountant, choices, None).phases}
         expected = {phase.name: phase for phase in plan_of(actual, choices, None).phases} | {
             "rollout": planned["rollout"]  # its cache has room for responses of full length

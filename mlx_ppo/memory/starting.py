@@ -15,7 +15,7 @@ from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, needed, plan_of, 
 from mlx_ppo.memory.processes import first_threads, most_processes, parameters_of
 from mlx_ppo.models.load import is_quantised
 from mlx_ppo.runs.folder import open_config
-from mlx_ppo.runs.plan_file import PlanChange, PlanRecord, read_plan, write_plan
+from mlx_ppo.runs.plan_file import BEGIN, PlanChange, PlanRecord, read_plan, write_plan
 from mlx_ppo.runtime.hosts import Place, placed
 
 _MIB = 1 << 20
@@ -192,6 +192,6 @@ def smaller(folder: Path) -> str | None:
         return None
     choices, said = found
     saved = max((int(item.name) for item in (folder / "checkpoints").glob("[0-9]*")), default=0)
-    change = PlanChange(saved + 1, 0, choices, "the run was killed")
+    change = PlanChange(saved + 1, BEGIN, choices, "the run was killed")
     write_plan(replace(record, changes=(*record.changes, change)), folder)
     return f"a smaller plan: {said}"

@@ -43,8 +43,12 @@ class Choices:
         )
 
 
+PLACES = {"rollout": -2, "score": -1, "update": 0}  # where stages begin, as optimizer steps of the iteration
+BEGIN = min(PLACES.values())
+
+
 class PlanChange(NamedTuple):
-    """Choices that hold from an optimizer step on (0: from the beginning of the iteration)."""
+    """Choices that hold from an optimizer step of an iteration on, or from one of `PLACES`."""
 
     iteration: int
     step: int
@@ -80,7 +84,7 @@ class PlanRecord:
                     )
 
     def at(self, iteration: int, step: int = 0) -> Choices:
-        """The choices in effect at an optimizer step of an iteration."""
+        """The choices in effect at an optimizer step of an iteration, or at one of `PLACES`."""
         held = [change.choices for change in self.changes if (change.iteration, change.step) <= (iteration, step)]
         return held[-1] if held else self.choices
 

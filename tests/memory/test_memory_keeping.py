@@ -150,6 +150,7 @@ def test_the_first_iteration_corrects_the_plan(config: TrainConfig, tmp_path: Pa
     """With a single step, no pass has found the optimizers' states in memory."""
     own = keeper(config, tmp_path, 300 << 20)
     own.begin(1, 0)
+    own.stage("update")
     for _ in range(steps):
         own.next_step()
     planned = {part.name: part.peak for part in own.plan.phases}

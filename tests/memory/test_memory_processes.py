@@ -104,6 +104,34 @@ def test_a_run_gives_way_to_another_program_and_its_plan_says_where(
     assert record is not None and [record.at(number).threads for number in range(1, 6)] == [4, 2, 2, 4, 4]
 
 
+def test_within_an_iteration_a_single_process_gives_way_and_a_resumed_run_does_at_the_same_place(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, used = 0.0, list[int]()
+    monkeypatch.setattr(processes.Load, "others", property(lambda _: busy))
+    monkeypatch.setattr(processes.Load, "seconds", 60.0)
+    monkeypatch.setattr(keeping.threads, "use", used.append)
+    for module in (processes, keeping, starting):
+        monkeypatch.setattr(module, "parameters_of", lambda _: 100_000_000)
+    given = config(run={"iterations": 5}, parallel={"processes": 1})
+
+    def iterate(others: tuple[float, ...]) -> list[int]:
+        nonlocal busy
+        busy = others[0]
+        keeper = Keeper(given, starting.plan_run(given, [4], tmp_path), tmp_path, Meter({}, clearing=False))
+        keeper.begin(1, 0)
+        used.clear()
+        for place, busy in zip(("rollout", "score", "update"), others, strict=True):  # noqa: B007
+            keeper.stage(place)
+        busy = 0.0
+        return [*tuple(used), keeper.next_step().threads, keeper.next_step().threads]
+
+    assert iterate((0.0, 2.1, 2.1)) == [4, 2, 2, 4, 4]
+    record = read_plan(tmp_path)
+    assert record is not None and [record.at(1, step).threads for step in (-2, -1, 0, 1)] == [4, 2, 4, 4]
+    assert iterate((0.0, 0.0, 0.0)) == [4, 2, 4, 4, 4]  # the change at the first optimizer step came after its stage
+
+
 def test_what_others_take_is_seen_and_what_this_process_takes_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def others(work: Callable[[], object]) -> float:
         load = processes.Load()
