@@ -152,7 +152,8 @@ class Job:
 
         def prepare(weights: Weights, batch: Batch) -> Batch:
             texts = [self.train.elsewhere[row] for row in batch.rows]
-            now = measured(self.trunk, weights, texts, _pieces(len(texts), group.size), group)
+            parts = [part for part in group.deal([len(text.tokens) for text in texts]) if part]
+            now = measured(self.trunk, weights, texts, parts, group)
             return batch._replace(moved=_moved(now - self.train.reference_elsewhere[list(batch.rows)]))
 
         return Task(
@@ -184,11 +185,6 @@ class Job:
             "margin": self.config.dpo.beta * float(gained[good].mean() - gained[~good].mean()),
             "chosen": float(gained[good].mean()),
         }
-
-
-def _pieces(count: int, processes: int) -> list[list[int]]:
-    """Rows of a batch for each process."""
-    return [rows for at in range(processes) if (rows := list(range(at, count, processes)))]
 
 
 def _moved(log_ratios: Floats) -> float:

@@ -70,7 +70,7 @@ def load_judged(
     if not _has_ratings(path, columns):
         pairs = load_pairs(path, tokenizer, max_tokens=max_tokens, overlong=overlong, columns=columns)
         judged, undecided = _of_pairs(pairs.pairs)
-        good = tuple(side > 0 for side in judged.values())
+        good = tuple(judged.values())
         if not good:
             raise DataError(f"{path}: every answer is preferred as often as not, so that none is good or bad")
         left = f", as often as not: {undecided}, which are left out" if undecided else ""
@@ -101,15 +101,15 @@ def _has_ratings(path: Path, columns: Sequence[str]) -> bool:
     return found.kind == "rated" or found.layout.startswith(ULTRAFEEDBACK)
 
 
-def _of_pairs(pairs: Sequence[Pair]) -> tuple[dict[Answer, int], int]:
-    """Answers that were preferred more often than not (1) or less often (-1), and how many were as often as not."""
-    balance: Counter[Answer] = Counter()
+def _of_pairs(pairs: Sequence[Pair]) -> tuple[dict[Answer, bool], int]:
+    """Whether answers were preferred more often than not, and how many others were as often as not."""
+    wins: Counter[Answer] = Counter()
     for pair in pairs:
         chosen, rejected = both_answers([pair])
-        balance[chosen] += 1
-        balance[rejected] -= 1
-    judged = {answer: 1 if sum_ > 0 else -1 for answer, sum_ in balance.items() if sum_}
-    return judged, len(balance) - len(judged)
+        wins[chosen] += 1
+        wins[rejected] -= 1
+    judged = {answer: count > 0 for answer, count in wins.items() if count}
+    return judged, len(wins) - len(judged)
 
 
 def mismatched(answers: Sequence[Answer], max_tokens: int, seed: int) -> list[Answer]:
