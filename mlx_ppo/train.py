@@ -165,6 +165,7 @@ class _Training:
 
     def tokens(self, count: int) -> None:
         """Tokens have been sampled."""
+        self.keeper.tokens(count)
         self.reporter.tokens(count)
 
     def _start(self) -> Evaluation:

@@ -27,11 +27,11 @@ from mlx_ppo.cli.doctor import prove_offline
 from mlx_ppo.cli.trials import IN_TERMINAL, Place, last_line
 from mlx_ppo.compute import device
 from mlx_ppo.errors import RunError
-from mlx_ppo.memory.processes import BUSY, Load
 from mlx_ppo.runs.folder import MEMORY
 from mlx_ppo.runs.plan_file import PLAN
 from mlx_ppo.runs.provenance import engine
 from mlx_ppo.runtime import system
+from mlx_ppo.runtime.load import BUSY, Load
 
 FILE = "mlx-ppo-acceptance.json"
 _ITERATIONS = 4

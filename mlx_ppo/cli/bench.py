@@ -39,13 +39,13 @@ from mlx_ppo.errors import ConfigError, printable
 from mlx_ppo.memory.model import config_of, weightless_trunk
 from mlx_ppo.memory.phases import Accountant
 from mlx_ppo.memory.plan import Plan, make_plan, require_fit
-from mlx_ppo.memory.processes import BUSY, Load
 from mlx_ppo.memory.starting import accountant_of, budget_of
 from mlx_ppo.models.adapters import new_adapters
 from mlx_ppo.models.heads import HEAD_FILE, RewardFacts, new_head
 from mlx_ppo.models.write import write_adapters
 from mlx_ppo.runs.folder import replace_file
 from mlx_ppo.runs.provenance import device, engine, software
+from mlx_ppo.runtime.load import BUSY, Load
 from mlx_ppo.runtime.system import cores
 
 _SIDE = 2048  # of the matrices whose product is the peak

@@ -25,10 +25,10 @@ from mlx_ppo.compute.cpu import threads
 from mlx_ppo.compute.machine import SIDE, gigaflops
 from mlx_ppo.errors import RunError
 from mlx_ppo.memory.budget import cgroup_room, default_budget
-from mlx_ppo.memory.processes import BUSY, looked
 from mlx_ppo.runs.folder import METRICS
 from mlx_ppo.runs.provenance import engine
 from mlx_ppo.runtime import offline
+from mlx_ppo.runtime.load import BUSY, looked
 from mlx_ppo.runtime.surroundings import NOWHERE, Surroundings
 from mlx_ppo.runtime.system import cores
 

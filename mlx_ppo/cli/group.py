@@ -43,11 +43,19 @@ class Commands(click.Group):
         with _printable_usage():
             return super().make_context(*args, **kwargs)
 
+    def _done(self, ctx: click.Context) -> Any:
+        """Say at the end what other programs have changed, where anything was computed in this process."""
+        found = super().invoke(ctx)
+        threads = sys.modules.get("mlx_ppo.compute.cpu.threads")
+        for line in threads.news() if threads is not None else ():
+            click.echo(line, err=True)
+        return found
+
     def invoke(self, ctx: click.Context) -> Any:
         """Do what a command line asks for; what goes wrong ends in a line and an exit code."""
         try:
             with _printable_usage():
-                return super().invoke(ctx)
+                return self._done(ctx)
         except UserError as error:
             # as many problems as lines; elsewhere one, and what belongs to it
             each = isinstance(error, ConfigError | DamageError)

@@ -12,9 +12,10 @@ from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.choices import Possible, Shapes
 from mlx_ppo.memory.phases import Phase
 from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, plan_of
-from mlx_ppo.memory.processes import LONG, Load, parameters_of
+from mlx_ppo.memory.processes import LONG, parameters_of
 from mlx_ppo.memory.starting import Planned
 from mlx_ppo.runs.plan_file import BEGIN, PLACES, Choices, PlanChange, write_plan
+from mlx_ppo.runtime.load import Load
 from mlx_ppo.runtime.phases import Limit, Meter
 from mlx_ppo.runtime.system import cores
 
@@ -35,20 +36,29 @@ class Keeper:
         self.config, self.folder, self.meter = config, folder, meter
         self.plan, self.accountant, self.record = planned
         self.accountant.possible = Possible(evict=False, compact=False)  # the models are loaded
-        self.iteration, self.step = 0, BEGIN
+        self.iteration, self.step, self._tokens = 0, BEGIN, 0
         self.said: list[str] = []
         self._states_before = 0
         self._load = Load()
 
     def begin(self, iteration: int, states: int) -> None:
         """An iteration begins, with so many bytes of optimizer states; on as many threads as other programs leave."""
-        self.iteration, self.step, self._states_before = iteration, BEGIN, states
+        self.iteration, self.step, self._tokens, self._states_before = iteration, BEGIN, 0, states
         self._change_threads()
 
     def stage(self, name: str) -> None:
         """A stage of the iteration begins, see `_threads_of_place`."""
-        self.step = PLACES[name]
+        self.step, self._tokens = PLACES[name], 0
         self._threads_of_place()
+
+    def tokens(self, count: int) -> None:
+        """So many more have been sampled in this stage, by this process."""
+        before = self.now().threads
+        self._tokens += count
+        if self.record.processes == 1:
+            self._change_threads()
+            if (now := self.now().threads) != before:
+                threads.use(now)
 
     def _threads_of_place(self) -> None:
         """Within an iteration, a run of one process changes its threads; several have theirs for a whole iteration."""
@@ -70,11 +80,11 @@ class Keeper:
         count = min(most, load.left_for(processes))
         if count != choices.threads:
             why = f"other programs keep {load.others:.1f} of {cores()} processors busy"
-            self._change(PlanChange(self.iteration, self.step, replace(choices, threads=count), why))
+            self._change(PlanChange(self.iteration, self.step, replace(choices, threads=count), why, self._tokens))
 
     def now(self) -> Choices:
         """The choices in effect; before this process's first iteration the latest, as a run that was killed needs."""
-        return self.record.at(self.iteration, self.step) if self.iteration else self.record.latest
+        return self.record.at(self.iteration, self.step, self._tokens) if self.iteration else self.record.latest
 
     def next_step(self) -> Choices:
         """Those of the next optimizer step; smaller passes from here on where the last came near the budget."""

@@ -54,6 +54,7 @@ class PlanChange(NamedTuple):
     step: int
     choices: Choices
     why: str
+    tokens: int = 0  # sampled since the stage began
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,10 @@ class PlanRecord:
                         "loaded with; remove the file to have another plan made"
                     )
 
-    def at(self, iteration: int, step: int = 0) -> Choices:
-        """The choices in effect at an optimizer step of an iteration, or at one of `PLACES`."""
-        held = [change.choices for change in self.changes if (change.iteration, change.step) <= (iteration, step)]
+    def at(self, iteration: int, step: int = 0, tokens: int = 0) -> Choices:
+        """The choices in effect at an optimizer step of an iteration, or at one of `PLACES` after so many tokens."""
+        place = iteration, step, tokens
+        held = [change.choices for change in self.changes if (change.iteration, change.step, change.tokens) <= place]
         return held[-1] if held else self.choices
 
     @property
@@ -113,8 +115,7 @@ def read_plan(folder: Path) -> PlanRecord | None:
             factors=document["factors"],
             overhead=document["overhead_bytes"],
             changes=tuple(
-                PlanChange(change["iteration"], change["step"], Choices(**change["choices"]), change["why"])
-                for change in document["changes"]
+                PlanChange(**{**change, "choices": Choices(**change["choices"])}) for change in document["changes"]
             ),
             processes=document.get("processes", 1),
         )

@@ -12,8 +12,8 @@ from mlx_ppo.compute.cpu import threads
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory import keeping, processes, starting
 from mlx_ppo.memory.keeping import Keeper
-from mlx_ppo.runs.plan_file import read_plan
-from mlx_ppo.runtime import local_group
+from mlx_ppo.runs.plan_file import BEGIN, read_plan
+from mlx_ppo.runtime import load, local_group
 from mlx_ppo.runtime.phases import Meter
 
 GIB = 1 << 30
@@ -40,7 +40,7 @@ def config(make_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Tra
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four cores, of which a process may use all, and no number of threads in the environment."""
-    for module in (processes, threads, keeping):
+    for module in (processes, threads, keeping, load):
         monkeypatch.setattr(module, "cores", lambda: 4)
     monkeypatch.setattr(processes.psutil, "cpu_count", lambda logical=True: 4)
     monkeypatch.setattr(local_group, "_joined", False)
@@ -74,7 +74,7 @@ def test_a_process_that_has_shared_a_run_shares_no_other(
 def test_threads_are_for_large_models_and_for_what_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     assert threads.gaining(1_000_000) == 1 and threads.gaining(100_000_000) == 4
     assert threads.gaining(100_000_000, 2) == 2 and threads.gaining(100_000_000, 8) == 1
-    monkeypatch.setattr(processes.Load, "others", property(lambda _: 1.2))
+    monkeypatch.setattr(load.Load, "others", property(lambda _: 1.2))
     assert processes.first_threads(100_000_000, 1) == 3 and processes.first_threads(100_000_000, 2) == 1
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
     monkeypatch.delenv(threads.CHOSEN)
@@ -85,8 +85,8 @@ def test_a_run_gives_way_to_another_program_and_its_plan_says_where(
     config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy = 0.0
-    monkeypatch.setattr(processes.Load, "others", property(lambda _: busy))
-    monkeypatch.setattr(processes.Load, "seconds", 60.0)
+    monkeypatch.setattr(load.Load, "others", property(lambda _: busy))
+    monkeypatch.setattr(load.Load, "seconds", 60.0)
     for module in (processes, keeping, starting):
         monkeypatch.setattr(module, "parameters_of", lambda _: 100_000_000)
     given = config(run={"iterations": 5}, parallel={"processes": 1})
@@ -108,8 +108,8 @@ def test_within_an_iteration_a_single_process_gives_way_and_a_resumed_run_does_a
     config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy, used = 0.0, list[int]()
-    monkeypatch.setattr(processes.Load, "others", property(lambda _: busy))
-    monkeypatch.setattr(processes.Load, "seconds", 60.0)
+    monkeypatch.setattr(load.Load, "others", property(lambda _: busy))
+    monkeypatch.setattr(load.Load, "seconds", 60.0)
     monkeypatch.setattr(keeping.threads, "use", used.append)
     for module in (processes, keeping, starting):
         monkeypatch.setattr(module, "parameters_of", lambda _: 100_000_000)
@@ -132,18 +132,91 @@ def test_within_an_iteration_a_single_process_gives_way_and_a_resumed_run_does_a
     assert iterate((0.0, 0.0, 0.0)) == [4, 2, 4, 4, 4]  # the change at the first optimizer step came after its stage
 
 
+def test_a_single_process_gives_way_in_mid_rollout_and_a_resumed_run_does_after_as_many_tokens(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, used = 0.0, list[int]()
+    monkeypatch.setattr(load.Load, "others", property(lambda _: busy))
+    monkeypatch.setattr(load.Load, "seconds", 60.0)
+    monkeypatch.setattr(keeping.threads, "use", used.append)
+    for module in (processes, keeping, starting):
+        monkeypatch.setattr(module, "parameters_of", lambda _: 100_000_000)
+    given = config(run={"iterations": 5}, parallel={"processes": 1})
+
+    def sample(others: tuple[float, ...]) -> list[tuple[int, int]]:
+        """After how many tokens the threads changed, and to what."""
+        nonlocal busy
+        keeper = Keeper(given, starting.plan_run(given, [4], tmp_path), tmp_path, Meter({}, clearing=False))
+        busy = others[0]
+        keeper.begin(1, 0)
+        keeper.stage("rollout")
+        changes = []
+        for step, busy in enumerate(others, start=1):  # noqa: B007
+            used.clear()
+            keeper.tokens(10)
+            changes += [(10 * step, count) for count in used]
+        keeper.stage("score")
+        return [*changes, (0, used[-1])]
+
+    first = sample((0.0, 0.0, 2.1, 2.1, 0.0, 0.0))
+    assert first == [(30, 2), (50, 4), (0, 4)]
+    assert sample((0.0,) * 6) == first
+    record = read_plan(tmp_path)
+    assert record is not None and [record.at(1, BEGIN, tokens).threads for tokens in (29, 30, 49, 50)] == [4, 2, 2, 4]
+
+
+def test_outside_runs_the_threads_follow_what_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, there = 0.0, [1]
+    monkeypatch.setattr(load.Load, "others", property(lambda _: busy))
+    monkeypatch.setattr(threads, "_EVERY", 0.01)
+    monkeypatch.setattr(threads, "use", lambda count: there.append(count) if count else None)
+    monkeypatch.setattr(threads, "current", lambda: there[-1])
+    monkeypatch.setattr(threads, "loaded_blas", object)
+
+    def settles_at(count: int) -> bool:
+        until = time.monotonic() + 10
+        while there[-1] != count and time.monotonic() < until:
+            time.sleep(0.01)
+        return there[-1] == count
+
+    threads.serve(1_000_000)
+    assert set(there) == {1}
+    try:
+        threads.serve(100_000_000)
+        assert settles_at(4) and threads.news() == []
+        busy = 2.9
+        assert settles_at(1)
+        busy = 0.0
+        assert settles_at(4)
+        (line,) = threads.news()
+        assert "up to 2.9 of 4 processors" in line and threads.news() == []
+        with threads.choosing(2):  # a run's own number stands
+            busy = 2.9
+            time.sleep(0.1)
+            assert there[-1] == 2
+        assert settles_at(1)
+        busy = 0.0
+        assert settles_at(4)
+    finally:
+        threads._yielding.end()
+    time.sleep(0.1)
+    before, busy = len(there), 2.9
+    time.sleep(0.1)
+    assert len(there) == before
+
+
 def test_what_others_take_is_seen_and_what_this_process_takes_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def others(work: Callable[[], object]) -> float:
-        load = processes.Load()
+        seen = load.Load()
         until = time.monotonic() + 1.0
         while time.monotonic() < until:
             work()
-        return load.others
+        return seen.others
 
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         try:
             own = others(lambda: sum(range(10_000)))  # with a child that works
-            monkeypatch.setattr(processes, "_family", lambda _: [])  # as if it were somebody else's
+            monkeypatch.setattr(load, "_family", lambda _: [])  # as if it were somebody else's
             busy = others(lambda: time.sleep(0.05))
         finally:
             other.kill()

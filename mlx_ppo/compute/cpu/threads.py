@@ -2,20 +2,24 @@
 
 Its threads wait for each other at every product. In small products a second one gains nothing, and where another
 program needs a core all of them wait for the one that shares it: a rollout of the bundled example has then taken
-minutes. So there is one thread, unless a model is large; and a run changes their number as processors become free or
-busy, with a note, because sums come out in another order (see `memory.keeping`).
+minutes. So there is one thread, unless a model is large; then there are as many as other programs leave.
+
+Sums come out in another order by another number of threads. So a run changes it between its stages, and its plan says
+where (see `memory.keeping`); where nothing has to give the same bits a second time, it follows the load, with a note.
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from mlx_ppo.compute.cpu.blas import CHOSEN, PREFIX, VARIABLE, loaded_blas
+from mlx_ppo.runtime.load import Load
 from mlx_ppo.runtime.system import cores
 
-_chosen: ContextVar[bool] = ContextVar("chosen", default=False)
 _GAINING = 20_000_000  # parameters; measured: none at 1.7 million, a factor of 1.6 by the second thread at 135 million
+_EVERY = 1.0  # seconds between two looks at the load
 
 
 def given() -> int | None:
@@ -44,9 +48,17 @@ def use(count: int) -> None:
 
 
 def serve(parameters: int) -> None:
-    """A model of this size has been loaded: no fewer than it gains from, unless somebody else chooses."""
-    if not _chosen.get():
-        use(max(current(), gaining(parameters)))
+    """A model of this size has been loaded: as many as it gains from; where nobody chooses, as others leave."""
+    most = gaining(parameters) if loaded_blas() is not None else 0
+    if _chosen.get() is None and most > 1 and given() is None:
+        _yielding.begin(max(current(), most))
+    elif not _chosen.get():
+        use(max(current(), most))
+
+
+def news() -> list[str]:
+    """In a line, what other programs have taken since this was asked last."""
+    return _yielding.news()
 
 
 @contextmanager
@@ -54,11 +66,60 @@ def choosing(count: int) -> Iterator[None]:
     """So many for the length of a `with` block, or what `use` says in it, whatever is loaded; then as before.
 
     Processes that share the processors would otherwise each load their models with threads for all of them.
+
+    Args:
+        count: threads; 0: as many as the models that are loaded gain from.
     """
-    before, outer = current(), _chosen.set(count > 0)
+    most, before, outer = _yielding.end(), current(), _chosen.set(count > 0)
     use(count)
     try:
         yield
     finally:
         _chosen.reset(outer)
         use(before)
+        if most:
+            _yielding.begin(most)
+
+
+class _Yielding:
+    """Threads that follow what other programs leave, from second to second, by a thread that looks."""
+
+    def __init__(self) -> None:
+        """Nobody looks yet."""
+        self._most, self._taken = 0, 0.0  # processors that others took when there were too few
+        self._ending = threading.Event()
+
+    def begin(self, most: int) -> None:
+        """So many threads at most, from now on."""
+        there, self._most = self._most, max(most, self._most)
+        if not there:
+            use(self._most)
+            self._ending = threading.Event()
+            threading.Thread(target=self._look, args=(self._ending,), name="load", daemon=True).start()
+
+    def end(self) -> int:
+        """The number stays as it is; how many there were at most, 0 if nobody looked."""
+        self._ending.set()
+        most, self._most = self._most, 0
+        return most
+
+    def news(self) -> list[str]:
+        """Whether there were ever fewer."""
+        taken, self._taken = self._taken, 0.0
+        said = f"other programs kept up to {taken:.1f} of {cores()} processors busy: fewer threads computed meanwhile, "
+        return [said + "which changes the last digits of numbers"] if taken else []
+
+    def _look(self, ending: threading.Event) -> None:
+        load = Load()
+        while not ending.wait(_EVERY):
+            others, count = load.others, min(self._most, load.left_for(1))
+            load = Load()
+            if ending.is_set():
+                return
+            if count < self._most:
+                self._taken = max(others, self._taken)
+            use(count)
+
+
+_chosen: ContextVar[bool | None] = ContextVar("chosen", default=None)  # whether a run says how many
+_yielding = _Yielding()
