@@ -28,6 +28,7 @@ CLIPPED, OLD, EFFECTIVE = 0.4, 0.2, 0.5  # clipped tokens, nats a token from the
 NORMS = 10.0  # times optimizer.gradient_clip
 SIGNAL = 0.1
 OFF_TARGET = 1.5  # times kl.target
+RISING = 0.5  # standard errors: a run that still rises by one in as many iterations isn't called flat by chance
 ENDING = 2 / 3  # of the learning rate of the FLAT iterations before: the schedule ends, and with it what a run gains
 
 
@@ -258,7 +259,7 @@ def _plateau(view: View) -> Reading:
     (now, spread), (was, before) = ((math.fsum(part) / FLAT, variance(part)) for part in both)
     error = math.sqrt((spread + before) / FLAT) + 1e-9
     return Reading(
-        max(1.0, (was - now) / error / 2) if now - was < error else 0.0,
+        max(1.0, (was - now) / error / 2) if now - was < RISING * error else 0.0,
         "run.iterations",
         f"score less KL penalty, the run's aim, doesn't rise any more: {now:.3f} in the last {FLAT} iterations, "
         f"{was:.3f} in the {FLAT} before, where chance is {error:.3f}; lower run.iterations, or change "
