@@ -293,6 +293,7 @@ class _Training:
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         self.state.restore(saved)
+        self.keeper.done = self.state.iteration
         self._order("restore")
         orders.shared(self.roles.group, saved)
 

@@ -78,8 +78,8 @@ class Writers:
             return ALONE
         share = {"threads": first_threads(parameters, count)}
         patience = ParallelSection().patience
-        group = self._open.enter_context(local_group(WORKER, {}, processes=count, patience=patience))
         self._open.enter_context(threads.choosing(share["threads"]))
+        group = self._open.enter_context(local_group(WORKER, {}, processes=count, patience=patience))
         group.told(share)
         return group
 

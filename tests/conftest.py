@@ -97,6 +97,8 @@ def _threads_as_before() -> Iterator[None]:
     """
     before = threads.current()
     yield
+    threads._yielding.end()
+    threads.news()
     if threads.current() != before:
         threads.use(before)
 

@@ -1,10 +1,10 @@
 """The objective that PPO maximises, score less penalty, by iterations and by seconds, beside TRL 1.12's PPO.
 
-    python benchmarks/peers/objective_against_trl.py --folder /somewhere [--seeds 5]
+    python benchmarks/peers/objective_against_trl.py --folder /somewhere [--seeds 0 1 2]
 
 TRL's classic task: continue an opening of a few tokens in a few more, with a positive sentiment. Both learn from the
-same openings, with the same reward, penalty and temperature; each has the settings that suit it: ours are those that
-docs/frontier.md found on the bundled example, TRL's are its defaults, and its rate is the best of those tried.
+same openings, with the same reward, penalty and temperature; each has the settings that suit it: ours has shorter
+horizons of the advantages, as docs/frontier.md advises, TRL its defaults, and its rate is the better one of two.
 """
 
 import argparse

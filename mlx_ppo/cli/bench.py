@@ -32,6 +32,7 @@ from mlx_ppo.bench.throughput import (
 )
 from mlx_ppo.bundle import example_config
 from mlx_ppo.cli.plan import longest_prompt
+from mlx_ppo.compute.cpu import threads
 from mlx_ppo.compute.machine import gigabytes, gigaflops
 from mlx_ppo.config.file import read_config
 from mlx_ppo.config.sections import TrainConfig
@@ -138,6 +139,7 @@ def config_of_folder(model: Path, overrides: Sequence[str], folder: Path) -> Tra
     return config
 
 
+@threads.choosing(0)  # one number for all that is measured
 def measure(config: TrainConfig, prompt: int, iterations: int) -> Document:
     """Iterations of a configuration, with prompts of chance and full responses; all that `--output` keeps."""
     accountant = accountant_of(config, None, prompt)

@@ -24,6 +24,11 @@ def _printable_usage() -> Iterator[None]:
         raise click.UsageError(printable(error.format_message()), ctx=error.ctx) from None
 
 
+def _news() -> list[str]:
+    threads = sys.modules.get("mlx_ppo.compute.cpu.threads")
+    return list(threads.news()) if threads is not None else []
+
+
 class Commands(click.Group):
     """Turns the errors that a user can cause into lines and exit codes."""
 
@@ -43,11 +48,11 @@ class Commands(click.Group):
         with _printable_usage():
             return super().make_context(*args, **kwargs)
 
-    def _done(self, ctx: click.Context) -> Any:
-        """Say at the end what other programs have changed, where anything was computed in this process."""
+    def _invoke_and_tell(self, ctx: click.Context) -> Any:
+        """Do it, and say at the end what other programs have changed, where anything was computed in this process."""
+        _news()  # of an earlier command in this process
         found = super().invoke(ctx)
-        threads = sys.modules.get("mlx_ppo.compute.cpu.threads")
-        for line in threads.news() if threads is not None else ():
+        for line in _news():
             click.echo(line, err=True)
         return found
 
@@ -55,7 +60,7 @@ class Commands(click.Group):
         """Do what a command line asks for; what goes wrong ends in a line and an exit code."""
         try:
             with _printable_usage():
-                return self._done(ctx)
+                return self._invoke_and_tell(ctx)
         except UserError as error:
             # as many problems as lines; elsewhere one, and what belongs to it
             each = isinstance(error, ConfigError | DamageError)

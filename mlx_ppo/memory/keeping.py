@@ -1,6 +1,7 @@
 """A run held to its plan: phases measured, predictions corrected, passes made smaller where memory gets short."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ class Keeper:
         self.plan, self.accountant, self.record = planned
         self.accountant.possible = Possible(evict=False, compact=False)  # the models are loaded
         self.iteration, self.step, self._tokens = 0, BEGIN, 0
+        self.done = 0  # iterations, before this process's first
         self.said: list[str] = []
         self._states_before = 0
         self._load = Load()
@@ -75,23 +77,28 @@ class Keeper:
         most = threads.gaining(parameters_of(self.accountant), processes)
         if self.config.parallel.hosts is not None:  # the others' processors aren't known here
             return
-        if most == 1 or threads.given() is not None or choices != self.record.latest or not choices.threads:
+        if most == 1 or threads.given() is not None or choices is not self.record.latest or not choices.threads:
             return
-        count = min(most, load.left_for(processes))
+        count = min(most, load.left_for(processes, now=choices.threads))
         if count != choices.threads:
             why = f"other programs keep {load.others:.1f} of {cores()} processors busy"
             self._change(PlanChange(self.iteration, self.step, replace(choices, threads=count), why, self._tokens))
 
     def now(self) -> Choices:
-        """The choices in effect; before this process's first iteration the latest, as a run that was killed needs."""
-        return self.record.at(self.iteration, self.step, self._tokens) if self.iteration else self.record.latest
+        """The choices in effect; before this process's first iteration the latest, as a run that was killed needs.
+
+        Except for the threads: those of the iteration that is done, so that an evaluation is repeated exactly.
+        """
+        if self.iteration:
+            return self.record.at(self.iteration, self.step, self._tokens)
+        return replace(self.record.latest, threads=self.record.at(self.done, sys.maxsize).threads)
 
     def next_step(self) -> Choices:
         """Those of the next optimizer step; smaller passes from here on where the last came near the budget."""
         self._threads_of_place()
         choices = self.now()
         needs, budget = self._needs(), self.plan.budget
-        may = not self.config.ppo.micro_batch and choices.micro_batch > 1 and choices == self.record.latest
+        may = not self.config.ppo.micro_batch and choices.micro_batch > 1 and choices is self.record.latest
         if may and budget is not None and needs > NEAR * budget:
             choices = replace(choices, micro_batch=(choices.micro_batch + 1) // 2)
             why = f"{needs / GIB:.2f} GiB needed of {budget / GIB:.2f}"
@@ -139,7 +146,8 @@ class Keeper:
 
     def _change(self, change: PlanChange) -> None:
         before, choices = self.record.latest, change.choices
-        self.meter.limits = limits_of(plan_of(self.accountant, choices, None).phases)
+        if replace(choices, threads=before.threads) != before:
+            self.meter.limits = limits_of(plan_of(self.accountant, choices, None).phases)
         self.record = replace(self.record, changes=(*self.record.changes, change))
         write_plan(self.record, self.folder)
         fields = vars(choices)

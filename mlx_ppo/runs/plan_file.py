@@ -48,7 +48,7 @@ BEGIN = min(PLACES.values())
 
 
 class PlanChange(NamedTuple):
-    """Choices that hold from an optimizer step of an iteration on, or from one of `PLACES`."""
+    """Choices that hold from an optimizer step of an iteration on, or from one of `PLACES` after so many tokens."""
 
     iteration: int
     step: int

@@ -9,6 +9,7 @@ import psutil
 from mlx_ppo.runtime.system import cores
 
 _LOOK = 0.3  # seconds
+_CLEARLY = 0.25  # of a processor, taken by others, still leaves it free
 BUSY = 0.25  # of the processors, kept so by others, slow what is measured
 
 
@@ -28,21 +29,24 @@ class Load:
     @property
     def others(self) -> float:
         """Processors that they kept busy, on average."""
-        now = self._now()
-        spent = now.at - self._before.at
-        busy = now.all - self._before.all - (now.own - self._before.own)
+        now, before = self._now(), self._before
+        spent = now.at - before.at
+        own = sum(max(0.0, seconds - before.own.get(process, 0.0)) for process, seconds in now.own.items())
+        busy = now.all - before.all - own
         return min(float(cores()), max(0.0, busy / spent)) if spent else 0.0
 
-    def left_for(self, processes: int) -> int:
-        """Threads for each of so many processes, at least 1."""
-        return max(1, round(cores() - self.others) // processes)
+    def left_for(self, processes: int, *, now: int = 0) -> int:
+        """Threads for each of so many processes, at least 1; more than now only where they are clearly free."""
+        free = cores() - self.others
+        count = max(1, round(free) // processes)
+        return max(now, int(free + _CLEARLY) // processes) if 0 < now < count else count
 
     def _now(self) -> "_Seconds":
         usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
         each = psutil.cpu_times(percpu=True)
         chosen = [times for number, times in enumerate(each) if usable is None or number in usable]
         busy = sum(sum(times) - times.idle - getattr(times, "iowait", 0.0) - _counted_twice(times) for times in chosen)
-        return _Seconds(time.monotonic(), busy, sum(map(_seconds, [self._own, *_family(self._own)])))
+        return _Seconds(time.monotonic(), busy, {each: _seconds(each) for each in (self._own, *_family(self._own))})
 
 
 def looked() -> Load:
@@ -57,7 +61,7 @@ class _Seconds(NamedTuple):
 
     at: float
     all: float
-    own: float
+    own: dict[psutil.Process, float]  # of this process and of those that it has started
 
 
 def _counted_twice(times: "psutil._ntuples.scputimes") -> float:
@@ -66,7 +70,7 @@ def _counted_twice(times: "psutil._ntuples.scputimes") -> float:
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:
-    """What this process and the one that supervises it have started."""
+    """What a process and those that it has started have started."""
     try:
         return list(process.children(recursive=True))
     except psutil.Error:

@@ -159,8 +159,8 @@ def test_a_single_process_gives_way_in_mid_rollout_and_a_resumed_run_does_after_
         return [*changes, (0, used[-1])]
 
     first = sample((0.0, 0.0, 2.1, 2.1, 0.0, 0.0))
-    assert first == [(30, 2), (50, 4), (0, 4)]
-    assert sample((0.0,) * 6) == first
+    assert first == [(30, 2), (50, 4), (0, 4)]  # and then what recorded changes say, whatever else is busy now
+    assert sample((0.0,) * 6) == first == sample((2.1,) * 4 + (0.0,) * 2)
     record = read_plan(tmp_path)
     assert record is not None and [record.at(1, BEGIN, tokens).threads for tokens in (29, 30, 49, 50)] == [4, 2, 2, 4]
 
@@ -190,11 +190,15 @@ def test_outside_runs_the_threads_follow_what_others_leave(monkeypatch: pytest.M
         assert settles_at(4)
         (line,) = threads.news()
         assert "up to 2.9 of 4 processors" in line and threads.news() == []
-        with threads.choosing(2):  # a run's own number stands
-            busy = 2.9
-            time.sleep(0.1)
-            assert there[-1] == 2
+        busy = 2.9
         assert settles_at(1)
+        for given, number in ((2, 2), (0, 4)):  # in a run a number stands, whatever others take then or took before
+            with threads.choosing(given):
+                time.sleep(0.1)
+                assert there[-1] == number
+        assert settles_at(1)
+        busy = 1.5  # 2.5 are free: two, but not three
+        assert settles_at(2)
         busy = 0.0
         assert settles_at(4)
     finally:

@@ -4,8 +4,8 @@ Its threads wait for each other at every product. In small products a second one
 program needs a core all of them wait for the one that shares it: a rollout of the bundled example has then taken
 minutes. So there is one thread, unless a model is large; then there are as many as other programs leave.
 
-Sums come out in another order by another number of threads. So a run changes it between its stages, and its plan says
-where (see `memory.keeping`); where nothing has to give the same bits a second time, it follows the load, with a note.
+Sums come out in another order by another number of threads. So a run changes it at places that its plan keeps (see
+`memory.keeping`); where nothing has to give the same bits a second time, it follows the load (see `news`).
 """
 
 import os
@@ -68,10 +68,11 @@ def choosing(count: int) -> Iterator[None]:
     Processes that share the processors would otherwise each load their models with threads for all of them.
 
     Args:
-        count: threads; 0: as many as the models that are loaded gain from.
+        count: threads; 0: as many as the models gain from that are or will be loaded, whatever others take.
     """
-    most, before, outer = _yielding.end(), current(), _chosen.set(count > 0)
-    use(count)
+    most = _yielding.end()
+    before, outer = current(), _chosen.set(count > 0)
+    use(count or most)
     try:
         yield
     finally:
@@ -87,7 +88,7 @@ class _Yielding:
     def __init__(self) -> None:
         """Nobody looks yet."""
         self._most, self._taken = 0, 0.0  # processors that others took when there were too few
-        self._ending = threading.Event()
+        self._ending, self._lock = threading.Event(), threading.Lock()
 
     def begin(self, most: int) -> None:
         """So many threads at most, from now on."""
@@ -99,8 +100,9 @@ class _Yielding:
 
     def end(self) -> int:
         """The number stays as it is; how many there were at most, 0 if nobody looked."""
-        self._ending.set()
-        most, self._most = self._most, 0
+        with self._lock:
+            self._ending.set()
+            most, self._most = self._most, 0
         return most
 
     def news(self) -> list[str]:
@@ -110,15 +112,17 @@ class _Yielding:
         return [said + "which changes the last digits of numbers"] if taken else []
 
     def _look(self, ending: threading.Event) -> None:
-        load = Load()
+        load, count = Load(), self._most
         while not ending.wait(_EVERY):
-            others, count = load.others, min(self._most, load.left_for(1))
+            left, others = load.left_for(1, now=count), load.others
             load = Load()
-            if ending.is_set():
-                return
-            if count < self._most:
-                self._taken = max(others, self._taken)
-            use(count)
+            with self._lock:
+                if ending.is_set():
+                    return
+                count = min(self._most, left)
+                if count < self._most:
+                    self._taken = max(others, self._taken)
+                use(count)
 
 
 _chosen: ContextVar[bool | None] = ContextVar("chosen", default=None)  # whether a run says how many
