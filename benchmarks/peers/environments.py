@@ -1,5 +1,6 @@
 """Fresh virtual environments for the project and its peers, and the model that all of them read."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -83,6 +84,17 @@ def prepare(folder: Path, model: Path, kind: str, **order: Any) -> Path:
         script = Path(__file__).with_name("prepare.py")
         subprocess.run([python_of(folder, "mlx-ppo"), script, arguments], check=True, stdout=sys.stderr)
     return target
+
+
+def order_of(model: Path, prepared: Path, chosen: argparse.Namespace) -> dict[str, Any]:
+    """What every side of a comparison of PPO is asked for alike."""
+    return {
+        "model": str(model),
+        "prompts": str(prepared / "prompts.json"),
+        "batch": chosen.batch,
+        "tokens": chosen.tokens,
+        "kl_coef": chosen.kl_coef,
+    }
 
 
 def machine() -> dict[str, Any]:

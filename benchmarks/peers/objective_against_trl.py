@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alternate import Side, alternate, parser, report, working_folder
-from environments import model_of, prepare, python_of
+from environments import model_of, order_of, prepare, python_of
 
 REWARD = f"{Path(__file__).with_name('rule.py')}:sentiment"
 OPENINGS = 512
@@ -45,15 +45,7 @@ def the_sides(chosen: argparse.Namespace, folder: Path, seed: int) -> list[Side]
     """Ours and TRL's, for a seed."""
     model = (chosen.model or model_of(folder)).resolve()
     prepared = prepare(folder, model, f"openings-{chosen.opening}", lengths=[chosen.opening] * OPENINGS)
-    order: dict[str, Any] = {
-        "model": str(model),
-        "prompts": str(prepared / "prompts.json"),
-        "batch": chosen.batch,
-        "tokens": chosen.tokens,
-        "kl_coef": chosen.kl_coef,
-        "seed": seed,
-        "rule": REWARD,
-    }
+    order = order_of(model, prepared, chosen) | {"seed": seed, "rule": REWARD}
     theirs = order | {"epochs": 4, "lora": LORA, "checkpointing": False, "learning_rate": chosen.their_rate}
     return [
         Side("mlx-ppo", python_of(folder, "mlx-ppo"), "worker_ppo.py", order | {"config": our_config(chosen)}),

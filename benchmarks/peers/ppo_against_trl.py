@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from alternate import Side, alternate, parser, phases, report, said, working_folder
-from environments import model_of, prepare, python_of
+from environments import model_of, order_of, prepare, python_of
 
 RULE = Path(__file__).with_name("rule.py")
 GIB = 2**30
@@ -40,6 +40,7 @@ def our_config(order: dict[str, Any], *, full: bool, reward: dict[str, Any]) -> 
         "ppo": {"epochs": order["epochs"], "minibatches": 1, "clip_high": 0.2, "dual_clip": 0.0, "lambda_critic": 0.95},
         "kl": {"coef": order["kl_coef"]},
         "optimizer": {"learning_rate": order["learning_rate"], "eps": 1e-8},
+        "parallel": {"processes": 1},  # only this one's tokenizer never ends a response
     }
 
 
@@ -49,17 +50,9 @@ def the_order(chosen: argparse.Namespace, folder: Path) -> tuple[dict[str, Any],
     lengths = [chosen.prompt_tokens] * (64 if chosen.reward else chosen.batch)
     kind = f"ppo-{chosen.prompt_tokens}x{len(lengths)}"
     prepared = prepare(folder, model, kind, lengths=lengths, rewards=True)
-    order: dict[str, Any] = {
-        "model": str(model),
-        "prompts": str(prepared / "prompts.json"),
-        "batch": chosen.batch,
-        "tokens": chosen.tokens,
-        "epochs": chosen.epochs,
-        "kl_coef": chosen.kl_coef,
-        "seed": chosen.seed,
-        "rule": f"{RULE}:score" if chosen.reward else "",
-    }
-    return order, prepared
+    order = order_of(model, prepared, chosen)
+    rule = f"{RULE}:score" if chosen.reward else ""
+    return order | {"epochs": chosen.epochs, "seed": chosen.seed, "rule": rule}, prepared
 
 
 def our_sides(chosen: argparse.Namespace, order: dict[str, Any], prepared: Path, python: Path) -> list[Side]:

@@ -16,7 +16,7 @@ from mlx_ppo.memory.plan import GIB, RUNTIME, Plan, make_plan, plan_of
 from mlx_ppo.memory.processes import LONG, parameters_of
 from mlx_ppo.memory.starting import Planned
 from mlx_ppo.runs.plan_file import BEGIN, PLACES, Choices, PlanChange, write_plan
-from mlx_ppo.runtime.load import Load
+from mlx_ppo.runtime.load import Load, left_by
 from mlx_ppo.runtime.phases import Limit, Meter
 from mlx_ppo.runtime.system import cores
 
@@ -79,9 +79,10 @@ class Keeper:
             return
         if most == 1 or threads.given() is not None or choices is not self.record.latest or not choices.threads:
             return
-        count = min(most, load.left_for(processes, now=choices.threads))
+        others = load.others
+        count = min(most, left_by(others, processes, now=choices.threads))
         if count != choices.threads:
-            why = f"other programs keep {load.others:.1f} of {cores()} processors busy"
+            why = f"other programs keep {others:.1f} of {cores()} processors busy"
             self._change(PlanChange(self.iteration, self.step, replace(choices, threads=count), why, self._tokens))
 
     def now(self) -> Choices:

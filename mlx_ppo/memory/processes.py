@@ -7,7 +7,7 @@ from mlx_ppo.compute.cpu import threads
 from mlx_ppo.compute.device import kind
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.phases import Accountant
-from mlx_ppo.runtime.load import looked
+from mlx_ppo.runtime.load import left_by, looked
 from mlx_ppo.runtime.local_group import may_join, reaches_itself
 from mlx_ppo.runtime.system import cores
 
@@ -45,4 +45,4 @@ def first_threads(parameters: int, processes: int) -> int:
     most = threads.gaining(parameters, processes)
     if most == 1 or threads.given() is not None:
         return most
-    return min(most, looked().left_for(processes))
+    return min(most, left_by(looked().others, processes))

@@ -35,18 +35,19 @@ class Load:
         busy = now.all - before.all - own
         return min(float(cores()), max(0.0, busy / spent)) if spent else 0.0
 
-    def left_for(self, processes: int, *, now: int = 0) -> int:
-        """Threads for each of so many processes, at least 1; more than now only where they are clearly free."""
-        free = cores() - self.others
-        count = max(1, round(free) // processes)
-        return max(now, int(free + _CLEARLY) // processes) if 0 < now < count else count
-
     def _now(self) -> "_Seconds":
         usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
         each = psutil.cpu_times(percpu=True)
         chosen = [times for number, times in enumerate(each) if usable is None or number in usable]
         busy = sum(sum(times) - times.idle - getattr(times, "iowait", 0.0) - _counted_twice(times) for times in chosen)
         return _Seconds(time.monotonic(), busy, {each: _seconds(each) for each in (self._own, *_family(self._own))})
+
+
+def left_by(others: float, processes: int, *, now: int = 0) -> int:
+    """Threads for each of so many processes, at least 1; more than now only where they are clearly free."""
+    free = cores() - others
+    count = max(1, round(free) // processes)
+    return max(now, int(free + _CLEARLY) // processes) if 0 < now < count else count
 
 
 def looked() -> Load:

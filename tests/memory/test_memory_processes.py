@@ -81,15 +81,22 @@ def test_threads_are_for_large_models_and_for_what_others_leave(monkeypatch: pyt
     assert processes.first_threads(1_000_000, 1) == 7  # the user's word counts
 
 
+def long_under_load(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, others: Callable[[], float]
+) -> TrainConfig:
+    """A run of one process and a large model, which looks at what others take wherever it may."""
+    monkeypatch.setattr(load.Load, "others", property(lambda _: others()))
+    monkeypatch.setattr(load.Load, "seconds", 60.0)
+    for module in (processes, keeping, starting):
+        monkeypatch.setattr(module, "parameters_of", lambda _: 100_000_000)
+    return config(run={"iterations": 5}, parallel={"processes": 1})
+
+
 def test_a_run_gives_way_to_another_program_and_its_plan_says_where(
     config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy = 0.0
-    monkeypatch.setattr(load.Load, "others", property(lambda _: busy))
-    monkeypatch.setattr(load.Load, "seconds", 60.0)
-    for module in (processes, keeping, starting):
-        monkeypatch.setattr(module, "parameters_of", lambda _: 100_000_000)
-    given = config(run={"iterations": 5}, parallel={"processes": 1})
+    given = long_under_load(config, monkeypatch, lambda: busy)
     keeper = Keeper(given, starting.plan_run(given, [4], tmp_path), tmp_path, Meter({}, clearing=False))
     found = []
     for iteration, busy in enumerate((0.0, 2.1, 2.0, 0.2), start=1):  # noqa: B007  the property reads it
@@ -108,12 +115,8 @@ def test_within_an_iteration_a_single_process_gives_way_and_a_resumed_run_does_a
     config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy, used = 0.0, list[int]()
-    monkeypatch.setattr(load.Load, "others", property(lambda _: busy))
-    monkeypatch.setattr(load.Load, "seconds", 60.0)
     monkeypatch.setattr(keeping.threads, "use", used.append)
-    for module in (processes, keeping, starting):
-        monkeypatch.setattr(module, "parameters_of", lambda _: 100_000_000)
-    given = config(run={"iterations": 5}, parallel={"processes": 1})
+    given = long_under_load(config, monkeypatch, lambda: busy)
 
     def iterate(others: tuple[float, ...]) -> list[int]:
         nonlocal busy
@@ -136,12 +139,8 @@ def test_a_single_process_gives_way_in_mid_rollout_and_a_resumed_run_does_after_
     config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy, used = 0.0, list[int]()
-    monkeypatch.setattr(load.Load, "others", property(lambda _: busy))
-    monkeypatch.setattr(load.Load, "seconds", 60.0)
     monkeypatch.setattr(keeping.threads, "use", used.append)
-    for module in (processes, keeping, starting):
-        monkeypatch.setattr(module, "parameters_of", lambda _: 100_000_000)
-    given = config(run={"iterations": 5}, parallel={"processes": 1})
+    given = long_under_load(config, monkeypatch, lambda: busy)
 
     def sample(others: tuple[float, ...]) -> list[tuple[int, int]]:
         """After how many tokens the threads changed, and to what."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from mlx_ppo.compute.cpu.blas import CHOSEN, PREFIX, VARIABLE, loaded_blas
-from mlx_ppo.runtime.load import Load
+from mlx_ppo.runtime.load import Load, left_by
 from mlx_ppo.runtime.system import cores
 
 _GAINING = 20_000_000  # parameters; measured: none at 1.7 million, a factor of 1.6 by the second thread at 135 million
@@ -114,12 +114,11 @@ class _Yielding:
     def _look(self, ending: threading.Event) -> None:
         load, count = Load(), self._most
         while not ending.wait(_EVERY):
-            left, others = load.left_for(1, now=count), load.others
-            load = Load()
+            others, load = load.others, Load()
             with self._lock:
                 if ending.is_set():
                     return
-                count = min(self._most, left)
+                count = min(self._most, left_by(others, 1, now=count))
                 if count < self._most:
                     self._taken = max(others, self._taken)
                 use(count)
