@@ -27,7 +27,7 @@ def serve(requests: int, answers: int, arguments: list[str]) -> None:
         said = str(error) if _is_told(error) else f"{type(error).__name__}: {error}"
         with suppress(OSError):
             os.write(answers, json.dumps({"failed": said[:10_000]}).encode() + b"\n")
-    os._exit(0)  # a thread may wait in a collective for ever
+    os._exit(0)  # whatever threads still do
 
 
 def _work(order: dict[str, Any], meet: Any) -> None:
@@ -38,19 +38,17 @@ def _work(order: dict[str, Any], meet: Any) -> None:
     from mlx_ppo.following import follow
     from mlx_ppo.runs.folder import open_config
     from mlx_ppo.runtime.allocator import keeping_buffers
-    from mlx_ppo.runtime.group import Ring
-    from mlx_ppo.runtime.local_group import joined
+    from mlx_ppo.runtime.local_group import followed
 
-    meet()
-    ring = Ring(joined(order["rank"], order["hosts"], order["patience"]), order["patience"], meet)
+    group = followed(order, meet)
     with keeping_buffers():
         if "trial" in order:
-            sharing.answer(ring)
+            sharing.answer(group)
             meet()  # until the leader ends
         elif "folder" in order:
-            follow(open_config(Path(order["folder"])), ring)
+            follow(open_config(Path(order["folder"])), group)
         else:
-            writing.follow(ring)
+            writing.follow(group)
 
 
 def _is_told(error: BaseException) -> bool:

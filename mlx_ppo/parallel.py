@@ -15,9 +15,10 @@ from mlx_ppo.memory.processes import first_threads, worthwhile
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.folder import Run, read_record
 from mlx_ppo.runs.provenance import identity
-from mlx_ppo.runtime.group import ALONE, Group, Ring
+from mlx_ppo.runtime.group import ALONE, Group
 from mlx_ppo.runtime.hosts import Place, placed
-from mlx_ppo.runtime.local_group import joined, local_group
+from mlx_ppo.runtime.local_group import local_group
+from mlx_ppo.runtime.ring import Ring, joined
 
 WORKER = Path(__file__).with_name("follow_worker.py")
 

@@ -25,7 +25,6 @@ from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.callbacks import Callback, TensorBoard, require_tensorboard
 from mlx_ppo.runs.folder import HEALTH, MEMORY, METRICS, RESPONSES, SAMPLES, Run
 from mlx_ppo.runs.health import Finding, Monitor, facts_of
-from mlx_ppo.runtime.local_group import reaches_itself
 from mlx_ppo.runtime.phases import metering, phase
 from mlx_ppo.runtime.signals import Interrupted, Interrupts
 from mlx_ppo.stages import orders
@@ -63,8 +62,6 @@ def train(
     planned = plan_run(config, [len(p.tokens) for p in (*data.prompts, *held_out)], run.folder)
     plan, choices = planned.plan, planned.record.choices
     reporter.message(said(plan, planned.record.processes))
-    if planned.record.processes == 1 and not config.parallel.processes and not reaches_itself():
-        reporter.message("one process, whatever the run's length: there is no loopback address here")
     measuring = metering(limits_of(plan.phases), clearing=is_tight(plan))
     together = sharing(config, planned.record.processes, run.folder)
     limited = threads.choosing(choices.threads)

@@ -31,6 +31,8 @@ OUTSIDE = {
     "algo": {"mlx"},
     "runtime": {"mlx", "psutil"},
     "runtime.group": {"mlx", "numpy"},
+    "runtime.ring": {"mlx", "numpy"},
+    "runtime.shared_memory": {"mlx", "numpy"},
     "runtime.child_start": set(),
     "runtime.sandbox": set(),
     "compute": {"mlx", "mlx_lm", "numpy"},

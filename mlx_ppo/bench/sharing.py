@@ -3,7 +3,8 @@
     seconds(n) = shared / gain(n) * largest part(n) * n + alone + sent(n) / bandwidth + hops(n) * latency
 
 A sum of S bytes round a ring of n is sent as 2 (n - 1) / n * S bytes by each, in 2 (n - 1) hops; a gathering of s
-bytes from each as (n - 1) s, in n - 1 hops.
+bytes from each as (n - 1) s, in n - 1 hops. In memory that processes share each reads the others' (n - 1) S or
+(n - 1) s bytes, and a meeting counts as two hops.
 
 Source: Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations", section 3.
 """
@@ -44,7 +45,9 @@ class Exchanged(NamedTuple):
     hops: int
 
 
-def exchanged(config: TrainConfig, accountant: Accountant, prompt: int, processes: int) -> Exchanged:
+def exchanged(
+    config: TrainConfig, accountant: Accountant, prompt: int, processes: int, *, memory: bool = False
+) -> Exchanged:
     """What each of so many processes sends in an iteration whose responses all have full length.
 
     Args:
@@ -52,6 +55,7 @@ def exchanged(config: TrainConfig, accountant: Accountant, prompt: int, processe
         accountant: knows the sizes of what is trained.
         prompt: tokens of each prompt.
         processes: how many.
+        memory: they share memory, and "send" what they read of each other.
     """
     section, others = config.rollout, processes - 1
     response, trunk = section.max_tokens, accountant.roles.trunk
@@ -67,7 +71,9 @@ def exchanged(config: TrainConfig, accountant: Accountant, prompt: int, processe
     rows = math.ceil(responses / config.ppo.minibatches)
     summed = sum(array.size for array in trained) * _NUMBER + 2 * rows * response * _NUMBER
     steps = config.ppo.epochs * config.ppo.minibatches
-    sent = others * gathered + steps * 2 * others / processes * summed
+    sent = others * (gathered + steps * summed * (1 if memory else 2 / processes))
+    if memory:
+        return Exchanged(sent, 2 * (steps + 3 + _SMALL) if others else 0)
     buckets = max(1, math.ceil(summed / _NUMBER / (1 << 21)))
     return Exchanged(sent, others * (2 * steps * buckets + 3 + _SMALL))
 
@@ -113,15 +119,14 @@ def _prompts(config: TrainConfig, processes: int) -> tuple[int, int]:
     return math.ceil(config.rollout.prompts / processes), config.rollout.prompts
 
 
-def loopback(worker: Path, patience: float) -> Line:
-    """The line between two processes of this machine, by a short trial; a process can do this once.
+def memory_line(worker: Path, patience: float) -> Line:
+    """The line between two processes of this machine, by a short trial.
 
     Args:
         worker: the file that the other one runs; it is told to do `answer`.
         patience: seconds that they wait for each other.
     Raises:
         ProcessLost: the other one doesn't come.
-        RunError: this process has shared work before, or there is no loopback address.
     """
     with local_group(worker, {"trial": True}, processes=2, patience=patience) as group:
         large, small = answer(group)
@@ -131,7 +136,7 @@ def loopback(worker: Path, patience: float) -> Line:
 def answer(group: Group) -> tuple[float, float]:
     """Seconds of a sum of eight megabytes and of one of nothing, at their quickest; both processes do this.
 
-    In a ring of two each sends as many bytes as are summed, in two hops.
+    Of two each reads as many bytes of the other as are summed, after one meeting.
     """
     found = []
     for size in (_TRIAL // 4, 1):

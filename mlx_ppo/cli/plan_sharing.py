@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_ppo.bench.dry_run import dry_run
-from mlx_ppo.bench.sharing import Line, exchanged, expected, loopback
+from mlx_ppo.bench.sharing import Line, exchanged, expected, memory_line
 from mlx_ppo.bench.throughput import seconds_of
 from mlx_ppo.cli import plan as one_process
 from mlx_ppo.cli.plan import longest_prompt
@@ -58,7 +58,7 @@ def show(path: Path, overrides: tuple[str, ...], asked: Sharing, *, as_json: boo
 
     Raises:
         ConfigError, ModelError: what is wrong with the files.
-        ProcessLost: the trial of the loopback ring failed.
+        ProcessLost: the trial with a second process failed.
     """
     config = read_config(TrainConfig, path, overrides)
     count = len(read_hosts(asked.hosts)) if asked.hosts is not None else asked.processes or 1
@@ -77,7 +77,7 @@ def show(path: Path, overrides: tuple[str, ...], asked: Sharing, *, as_json: boo
         gain = float(number)
         if asked.hosts is None:
             gain = min(number * threads.gaining(parameters, number), cores()) / threads.gaining(parameters)
-        own = exchanged(config, shared, prompt, number)
+        own = exchanged(config, shared, prompt, number, memory=asked.hosts is None)
         found = expected(config, seconds, own, line, number, gain)
         rows.append(
             {
@@ -109,7 +109,7 @@ def _is_tried(asked: Sharing) -> bool:
 def _line(asked: Sharing, patience: float) -> Line:
     """What is said of it; between processes of this machine it is tried where nothing is."""
     if _is_tried(asked):
-        return loopback(WORKER, patience)
+        return memory_line(WORKER, patience)
     gigabits = _GIGABIT if asked.bandwidth is None else asked.bandwidth
     return Line(gigabits * 1e9 / 8, (_SLOW if asked.latency is None else asked.latency) / 1e3)
 

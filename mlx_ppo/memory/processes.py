@@ -8,7 +8,6 @@ from mlx_ppo.compute.device import kind
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.phases import Accountant
 from mlx_ppo.runtime.load import left_by, looked
-from mlx_ppo.runtime.local_group import may_join, reaches_itself
 from mlx_ppo.runtime.system import cores
 
 _MOST = 8  # processes; more were never measured
@@ -29,11 +28,8 @@ def most_processes(config: TrainConfig, accountant: Accountant) -> int:
 
 
 def worthwhile(multiplications: float, pieces: int) -> int:
-    """Processes for a work of so many multiplications, which comes in so many pieces; 1 where a GPU computes.
-
-    Also in a process that has shared a work before, which it can do only once, and where there is no loopback address.
-    """
-    if multiplications < _WORTH or kind() != "CPU" or not may_join() or not reaches_itself():
+    """Processes for a work of so many multiplications, which comes in so many pieces; 1 where a GPU computes."""
+    if multiplications < _WORTH or kind() != "CPU":
         return 1
     return max(1, min(cores(), psutil.cpu_count(logical=False) or cores(), pieces, _MOST))
 

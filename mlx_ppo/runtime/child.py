@@ -49,8 +49,8 @@ class Child:
     dies in whatever way. One thread at a time.
     """
 
-    def __init__(self, worker: Path, arguments: Sequence[str]) -> None:
-        """Start it; what it prints goes to standard error."""
+    def __init__(self, worker: Path, arguments: Sequence[str], *, descriptors: Sequence[int] = ()) -> None:
+        """Start it; what it prints goes to standard error. It inherits the descriptors, under the same numbers."""
         self._answers, descriptor = os.pipe()
         # The death signal comes when the thread that started the child ends; only the main thread lasts long enough.
         parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
@@ -60,7 +60,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=2,
                 bufsize=0,
-                pass_fds=(descriptor,),
+                pass_fds=(descriptor, *descriptors),
                 start_new_session=True,
                 # the order of a set is the same in every process
                 env={**os.environ, "PYTHONHASHSEED": "0"},

@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+from free_ports import free_ports
 from test_cli_parallel import CLOSE, adapters, finished, trained
 
 from mlx_ppo.errors import ConfigError
-from mlx_ppo.runtime import local_group
 from mlx_ppo.runtime.hosts import placed, read_hosts
 
 WIRE = """
@@ -30,7 +30,7 @@ def hosts_file(project, hosts):
 
 @pytest.fixture
 def hosts(project):
-    ports = local_group._free_ports(2)
+    ports = free_ports(2)
     return hosts_file(project, [[f"127.0.0.1:{ports[0]}"], [f"127.0.0.2:{ports[1]}"]])
 
 

@@ -98,7 +98,7 @@ def test_a_process_that_is_lost_is_named_and_the_run_goes_on(project, job, numbe
         _, errors = command.communicate(timeout=60)
     finally:
         command.kill()
-    assert errors.startswith("error: ") and errors.count("\n") == 1, errors  # no word of the ring itself
+    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
     line = errors
     assert command.returncode == 4 and f"process 2 of 2 (pid {follower.pid})" in line and words in line
     assert "Go on with: mlx-ppo resume" in line and not follower.is_running()

@@ -8,7 +8,7 @@ from test_cli_parallel import finished
 SMALL = {"rollout": {"prompts": 4, "max_tokens": 4}}
 
 
-def test_processes_of_this_machine_and_a_ring_that_is_tried(project):
+def test_processes_of_this_machine_and_what_they_exchange_is_tried(project):
     found = json.loads(finished(project, "plan", project.config(**SMALL), "--processes", 3, "--json"))
     assert [row["processes"] for row in found["computed"]] == [1, 2, 3, 4, 8]
     line = found["line"]

@@ -13,7 +13,7 @@ from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory import keeping, processes, starting
 from mlx_ppo.memory.keeping import Keeper
 from mlx_ppo.runs.plan_file import BEGIN, read_plan
-from mlx_ppo.runtime import load, local_group
+from mlx_ppo.runtime import load
 from mlx_ppo.runtime.phases import Meter
 
 GIB = 1 << 30
@@ -43,7 +43,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (processes, threads, keeping, load):
         monkeypatch.setattr(module, "cores", lambda: 4)
     monkeypatch.setattr(processes.psutil, "cpu_count", lambda logical=True: 4)
-    monkeypatch.setattr(local_group, "_joined", False)
     monkeypatch.setenv(threads.CHOSEN, "1")
 
 
@@ -62,13 +61,6 @@ def test_no_more_than_the_budget_of_all_together_has_room_for(config: Callable[.
     each = starting.new_plan(config(parallel={"processes": 1}), [4], 16 * GIB)[0].process
     assert count(config(), int(2.5 * each)) == 2
     assert count(config(), int(1.2 * each)) == 1
-
-
-def test_a_process_that_has_shared_a_run_shares_no_other(
-    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(local_group, "_joined", True)
-    assert count(config()) == 1
 
 
 def test_threads_are_for_large_models_and_for_what_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,14 @@
-"""A process of a ring, started by `test_group.py`: it exchanges what the test says and prints what it has found."""
+"""A process of several, started by `test_group.py`: it exchanges what the test says and compares what all have found.
+
+exchanging.py RANK HOSTS TIMES      one of machines that meet over mlx's ring
+exchanging.py PROCESSES TIMES       leads others of this machine, which `serve`
+"""
 
 import json
+import os
 import sys
 import zlib
+from pathlib import Path
 
 import mlx_ppo  # noqa: F401  before mlx
 
@@ -10,8 +16,8 @@ import mlx_ppo  # noqa: F401  before mlx
 import mlx.core as mx
 import numpy as np
 
-from mlx_ppo.runtime.group import Ring
-from mlx_ppo.runtime.local_group import joined
+from mlx_ppo.runtime.local_group import followed, local_group
+from mlx_ppo.runtime.ring import Ring, joined
 
 
 def digest(arrays):
@@ -61,18 +67,50 @@ def exchanged(ring):
     assert [row for part in parts for row in part] == list(range(10)) and max(map(len, parts)) - min(
         map(len, parts)
     ) <= 1
-    return digest(total)
+    digests = ring.gather([np.array([digest(total)])])
+    assert len({int(part[0][0]) for part in digests}) == 1
 
 
-def main():
-    rank, hosts, times = int(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
-    ring = Ring(joined(rank, hosts, 60.0), 60.0)
-    found = exchanged(ring)
+def often(ring, times):
     values = mx.array(np.arange(1000, dtype=np.float32))
     for time in range(times):
         total = ring.total({"values": values + time})["values"]
-    assert not times or np.array_equal(np.array(total), ring.size * (np.arange(1000) + times - 1))
-    print(found)
+        assert np.array_equal(np.array(total), ring.size * np.arange(1000) + ring.size * time), time
 
 
-main()
+def serve(requests, answers, arguments):
+    order = json.loads(arguments[0])
+
+    def meet():
+        os.write(answers, b'{"arrived": true}\n')
+        if not os.read(requests, 64):
+            os._exit(1)
+
+    try:
+        group = followed(order, meet)
+        exchanged(group)
+        often(group, order["times"])
+        meet()
+    except Exception as error:
+        os.write(answers, json.dumps({"failed": repr(error)}).encode() + b"\n")
+    os._exit(0)
+
+
+def lead(processes, times):
+    with local_group(Path(__file__), {"times": times}, processes=processes, patience=60.0) as group:
+        exchanged(group)
+        often(group, times)
+        group._come()
+
+
+def join(rank, hosts, times):
+    ring = Ring(joined(rank, hosts, 60.0), 60.0)
+    exchanged(ring)
+    often(ring, times)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4:
+        join(int(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]))
+    else:
+        lead(int(sys.argv[1]), int(sys.argv[2]))
