@@ -112,7 +112,7 @@ def test_it_says_what_the_interface_of_mlx_lm_says(model_folder, monkeypatch):
     from mlx_lm.evaluate import MLXLM
 
     alone = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
-    monkeypatch.setattr(mx.distributed, "init", lambda *_, **__: alone)  # another test may have left a ring
+    monkeypatch.setattr(mx.distributed, "init", lambda *_, **__: alone)
     for name in ("all_max", "all_gather"):
         monkeypatch.setattr(mx.distributed, name, lambda given, **_: mx.array(given))
 

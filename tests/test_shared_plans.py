@@ -37,7 +37,7 @@ def test_what_is_sent_follows_from_the_shapes(config: TrainConfig) -> None:
     assert more.hops == 2 * (2 * 6 + 3 + 6)
     in_memory = exchanged(config, accountant, 5, 3, memory=True)  # each reads what the two others have
     assert in_memory.sent == pytest.approx(2 * (4 * 10 * 8 + 4 * 10 * 3 * 4) + 6 * 2 * summed)
-    assert in_memory.hops == 2 * (6 + 3 + 6) and exchanged(config, accountant, 5, 1, memory=True).hops == 0
+    assert in_memory.hops == 2 * 2 * (6 + 3 + 6) and exchanged(config, accountant, 5, 1, memory=True).hops == 0
 
 
 def test_an_iteration_is_what_is_divided_and_what_is_not_and_what_is_sent(config: TrainConfig) -> None:

@@ -4,7 +4,7 @@
 
 A sum of S bytes round a ring of n is sent as 2 (n - 1) / n * S bytes by each, in 2 (n - 1) hops; a gathering of s
 bytes from each as (n - 1) s, in n - 1 hops. In memory that processes share each reads the others' (n - 1) S or
-(n - 1) s bytes, and a meeting counts as two hops.
+(n - 1) s bytes, and the one that leads meets them in turn.
 
 Source: Patarasu and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations", section 3.
 """
@@ -73,7 +73,7 @@ def exchanged(
     steps = config.ppo.epochs * config.ppo.minibatches
     sent = others * (gathered + steps * summed * (1 if memory else 2 / processes))
     if memory:
-        return Exchanged(sent, 2 * (steps + 3 + _SMALL) if others else 0)
+        return Exchanged(sent, 2 * others * (steps + 3 + _SMALL))
     buckets = max(1, math.ceil(summed / _NUMBER / (1 << 21)))
     return Exchanged(sent, others * (2 * steps * buckets + 3 + _SMALL))
 

@@ -88,7 +88,7 @@ class Several(Group):
     """Processes that can bring their bytes to each other; how, a subclass says."""
 
     def gather(self, arrays: Arrays) -> list[list["np.ndarray[Any, Any]"]]:
-        """As bytes, of which those of the process that has most decide the length."""
+        """As bytes."""
         head = json.dumps([[array.dtype.str, array.shape] for array in arrays]).encode()
         body = b"".join([len(head).to_bytes(8, "little"), head, *(array.tobytes() for array in arrays)])
         return [_unpacked(part) for part in self._all_bytes(body)]
@@ -96,6 +96,18 @@ class Several(Group):
     def told(self, document: Any = None) -> Any:
         """By a gathering to which only the leader brings anything."""
         return json.loads(self._all_bytes(json.dumps(document).encode() if self.leads else b"")[0])
+
+    def total(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Nothing that would do for all."""
+        raise NotImplementedError
+
+    def rows(self, array: mx.array, counts: Sequence[int]) -> mx.array:
+        """Nothing that would do for all."""
+        raise NotImplementedError
+
+    def given(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Nothing that would do for all."""
+        raise NotImplementedError
 
     def _all_bytes(self, body: bytes) -> list[bytes]:
         """What each process has brought, by rank."""

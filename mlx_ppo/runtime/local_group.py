@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,21 @@ def local_group(worker: Path, order: dict[str, Any], *, processes: int, patience
     Raises:
         ProcessLost: one doesn't start.
     """
-    descriptor = new_memory(processes)
-    children: list[Child] = []
-    try:
-        for rank in range(1, processes):
-            given = json.dumps({**order, "rank": rank, "processes": processes, "memory": descriptor})
-            children.append(Child(worker, [given], descriptors=(descriptor,)))
-        names = ["this process", *_names(children)]
-        group = SharedMemory(descriptor, 0, names, lambda: _meet(children, patience))
-        _meet(children, _STARTING)
+    with ExitStack() as children_end:
+        descriptor = new_memory(processes)
+        children: list[Child] = []
+        try:
+            for rank in range(1, processes):
+                given = json.dumps({**order, "rank": rank, "processes": processes, "memory": descriptor})
+                children.append(Child(worker, [given], descriptors=(descriptor,)))
+                children_end.callback(children[-1].end)
+            names = ["this process", *_names(children)]
+            key = " (parallel.patience)" if "folder" in order else ""
+            group = SharedMemory(descriptor, 0, processes, lambda: _meet(children, patience, key), names)
+            _meet(children, _STARTING)
+        finally:
+            os.close(descriptor)
         yield group
-    finally:
-        os.close(descriptor)
-        for child in children:
-            child.end()
 
 
 def followed(order: dict[str, Any], meet: Callable[[], None]) -> SharedMemory:
@@ -56,21 +57,20 @@ def followed(order: dict[str, Any], meet: Callable[[], None]) -> SharedMemory:
         meet: returns when all have come.
     """
     descriptor: int = order["memory"]
-    names = [f"process {at} of {order['processes']}" for at in range(1, order["processes"] + 1)]
-    group = SharedMemory(descriptor, order["rank"], names, meet)
+    group = SharedMemory(descriptor, order["rank"], order["processes"], meet)
     os.close(descriptor)
     meet()
     return group
 
 
-def _meet(children: Sequence[Child], limit: float) -> None:
-    """Wait until all have arrived, and let them go on."""
+def _meet(children: Sequence[Child], limit: float, key: str = "") -> None:
+    """Wait until all have arrived, for so many seconds, which a key says, and let them go on."""
     deadline = time.monotonic() + limit
     for child, who in zip(children, _names(children), strict=True):
         try:
             answer = child.exchange(b"", max(0.0, deadline - time.monotonic()), largest=_LARGEST)
         except HungError:
-            raise ProcessLost(f"{who} did not come within {limit:g} seconds (parallel.patience): it hangs") from None
+            raise ProcessLost(f"{who} did not come within {limit:g} seconds{key}: it hangs") from None
         except DiedError as error:
             raise ProcessLost(f"{who} is lost: {error}") from None
         except GarbledError:

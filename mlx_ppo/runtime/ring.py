@@ -113,6 +113,7 @@ class Ring(Several):
         return self._within(lambda stream: mx.distributed.all_gather(array, group=self._group, stream=stream))
 
     def _all_bytes(self, body: bytes) -> list[bytes]:
+        """As many from each as the process with most has."""
         counts = np.array(self._all_gather(mx.array([len(body)]))).tolist()
         row = np.zeros((1, max(*counts, 1)), np.uint8)
         row[0, : len(body)] = np.frombuffer(body, np.uint8)

@@ -1,4 +1,4 @@
-"""What differs between operating systems; nothing else asks which one this is."""
+"""What differs between operating systems, for whoever has no file of its own for it."""
 
 import ctypes
 import os

@@ -1,6 +1,7 @@
 """What processes exchange is the same in all of them, and what it should be."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,10 +32,21 @@ def test_every_process_gets_the_same_and_the_right(size: int, exchange: Callable
     exchange(size)
 
 
+def test_no_system_call_of_linux_alone_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMFD", "no")
+    in_memory(2)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_closed_standard_streams_are_not_taken_for_the_memory(closed: str) -> None:
+    command = shlex.join([sys.executable, str(SCRIPT), "2", "0"])
+    subprocess.run(["sh", "-c", f"{command} {closed}"], check=True, timeout=120)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("exchange", [over_the_ring, in_memory])
 def test_many_reductions_on_four_processes_never_stall(exchange: Callable[[int, int], None]) -> None:
-    """Reported for mlx's ring with three and more (ml-explore/mlx#4475)."""
+    """Reported for mlx's ring, with three and more (ml-explore/mlx#4475)."""
     exchange(4, 2_000)
 
 
