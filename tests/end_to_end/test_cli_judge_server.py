@@ -33,7 +33,8 @@ def served(model: Path, port: int = 0) -> Iterator[tuple[str, "subprocess.Popen[
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
     where = ["--host", "127.0.0.1", "--port", str(port)]
-    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), *where]
+    serve = "import mlx_ppo; from mlx_lm.server import main; main()"  # with the quick BLAS
+    command = [sys.executable, "-c", serve, "--model", str(model), *where]
     surroundings = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=surroundings) as process:
         try:
@@ -84,18 +85,15 @@ def instructed(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compared(project: Any, address: str, **settings: Any) -> Path:
-    """A run whose judge compares the two samples of each of two prompts, in both orders."""
+    """A run whose judge compares the two samples of a prompt, in both orders."""
     source = {"kind": "judge", "mode": "pairwise", "address": address, "model": "default_model", "timeout": 100.0}
     source |= {"rubric": "Say which of the sentences from a film review praises the film more.", "retries": 0}
     source |= {"answer_tokens": 12, "unusable": 0.99, "parallel": 1, **settings}
-    rollout = {"prompts": 2, "samples_per_prompt": 2, "max_tokens": 24}
-    run = {"iterations": 3, "evaluate_every": 0, "save_every": 1}
+    rollout = {"prompts": 1, "samples_per_prompt": 2, "max_tokens": 24}
+    run = {"iterations": 2, "evaluate_every": 0, "save_every": 1}
     data = {"eval_count": 1, "prompts": str(REVIEWS / "data" / "prompts-train.jsonl")}
     ppo, model = {"advantage": "grpo", "minibatches": 1}, {"path": str(REVIEWS)}
-    alone = {"processes": 1}  # several would meet at other ports of the loopback address
-    config: Path = project.config(
-        reward=[source], rollout=rollout, run=run, data=data, ppo=ppo, model=model, parallel=alone
-    )
+    config: Path = project.config(reward=[source], rollout=rollout, run=run, data=data, ppo=ppo, model=model)
     return config
 
 
@@ -117,11 +115,11 @@ def test_a_small_judge_that_is_killed_and_comes_back(project: Any, instructed: P
     )
     assert "Traceback" not in errors
     kept = (project.run() / ANSWERS).read_text()
-    assert 1 <= len(project.metrics()) < 3
+    assert len(project.metrics()) == 1
     with served(instructed, port=parse_address(address).port) as (again, _):
         assert again == address
         project.done("resume", "runs/a")
-    assert len(project.metrics()) == 3 and (project.run() / ANSWERS).read_text().startswith(kept)
+    assert len(project.metrics()) == 2 and (project.run() / ANSWERS).read_text().startswith(kept)
     said = [json.loads(line) for line in (project.run() / ANSWERS).read_text().splitlines()]
     assert said and {row["value"] for row in said} <= {0.0, 0.5, 1.0, None}  # None: without a usable answer
     project.done("verify", "runs/a")

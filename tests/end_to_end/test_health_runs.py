@@ -1,6 +1,10 @@
-"""The bundled example trained for real: sick runs are recognised, healthy ones left alone."""
+"""The bundled example trained for real: sick runs are recognised, healthy ones left alone.
+
+MLX_PPO_SEEDS=10 tries as many healthy ones.
+"""
 
 import json
+import os
 
 import pytest
 from click.testing import CliRunner
@@ -77,7 +81,7 @@ def test_a_collapsed_policy_ends_with_that_word_and_no_proud_table(tmp_path):
     assert closing.index("THE POLICY COLLAPSED") < closing.index("held-out prompts"), shown
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("MLX_PPO_SEEDS", "3"))))
 def test_healthy_runs_are_left_alone(tmp_path, seed):
     shown, found = train(tmp_path, f"run.seed={seed}")
     assert found == set() and "health." not in shown
