@@ -71,7 +71,9 @@ class Writers:
     def _started(self, target: Target, asked: Asked, how: Sampling) -> Group:
         parameters = count_of(target.trunk.base.values())
         tokens = sum(map(len, asked.prompts)) + len(asked.prompts) * how.samples_per_prompt * how.max_tokens
-        count = self._asked or worthwhile(_PASS * parameters * tokens, len(asked.prompts))
+        count = self._asked or 1
+        if not self._asked and threads.gaining(parameters) == 1:  # of a large model each would read the weights anew
+            count = worthwhile(_PASS * parameters * tokens, len(asked.prompts))
         each = RUNTIME + sum(array.nbytes for array in (*target.trunk.base.values(), *target.weights.arrays.values()))
         count = fitting(count, lambda _: each, asked="--processes" if self._asked else None)
         if count == 1:

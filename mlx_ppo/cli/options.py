@@ -154,7 +154,8 @@ PROCESSES = click.option(
     "--processes",
     type=click.IntRange(0),
     default=0,
-    help="Processes that write, each with a copy of the model; 0, the default: as many as are worthwhile.",
+    help="Processes that write, each with a copy of the model; 0, the default: as many as are worthwhile, "
+    "1 for a model of more than 20 million parameters.",
 )
 PORT = click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port of the page; default: any free one.")
 NO_BROWSER = click.option("--no-browser", is_flag=True, help="Only print the page's address.")

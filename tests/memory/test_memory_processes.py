@@ -57,6 +57,24 @@ def test_a_long_run_gets_a_process_for_each_core_and_a_short_one_one(config: Cal
     assert count(config(run={"iterations": 3}, parallel={"processes": 2})) == 2
 
 
+def test_a_large_models_processes_decode_enough_together(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading its weights takes the time of a token, and each process reads them for itself."""
+
+    def asked(**rollout: int) -> int:
+        return count(config(rollout={"prompts": 16, "max_tokens": 16, **rollout}, run={"iterations": 10_000_000}))
+
+    assert asked() == 4
+    monkeypatch.setattr(threads, "_GAINING", 1)
+    assert asked() == 1
+    assert asked(samples_per_prompt=2) == 2 and asked(samples_per_prompt=2, batch_size=20) == 1
+    assert asked(samples_per_prompt=8) == 4
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")  # the user's word: then they have a core each
+    monkeypatch.delenv(threads.CHOSEN)
+    assert asked() == 4
+
+
 def test_no_more_than_the_budget_of_all_together_has_room_for(config: Callable[..., TrainConfig]) -> None:
     each = starting.new_plan(config(parallel={"processes": 1}), [4], 16 * GIB)[0].process
     assert count(config(), int(2.5 * each)) == 2
