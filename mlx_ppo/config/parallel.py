@@ -10,9 +10,10 @@ class ParallelSection(Section):
 
     processes: CountOrZero = Field(
         0,
-        description="how many; each has a copy of the models. 0: on a CPU as many as there are cores, where the run is "
-        "long enough and memory (with `train` that of `memory.budget_gb`, for all together) has room, and in `train`, of "
-        "a model with more than 20 million parameters, only as many as decode 16 responses together each; otherwise 1",
+        description="how many; each has a copy of the models. 0: on a CPU as many as there are cores, where the run "
+        "is long enough and memory (with `train` that of `memory.budget_gb`, for all together) has room, and in "
+        "`train`, of a model with more than 20 million parameters, only as many as decode 16 responses together each; "
+        "otherwise 1",
     )
     hosts: InputPath | None = Field(
         None,
