@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_ppo.bench.sharing import Exchanged, Line, exchanged, expected
+from mlx_ppo.bench.sharing import Exchanged, Line, Parts, exchanged, expected
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.starting import accountant_of
 
@@ -42,12 +42,15 @@ def test_what_is_sent_follows_from_the_shapes(config: TrainConfig) -> None:
 
 def test_an_iteration_is_what_is_divided_and_what_is_not_and_what_is_sent(config: TrainConfig) -> None:
     seconds = {"rollout prefill": 1.0, "rollout decode": 5.0, "update policy": 12.0, "update step": 2.0, "between": 1.0}
+    measured = Parts(seconds, 5.0 / 6)  # decoding takes as long as it has prompts, of which there are 6
     line = Line(bandwidth=1e6, latency=0.01)
-    alone = expected(config, seconds, Exchanged(0.0, 0), line, 1, 1.0)
+    alone = expected(config, measured, Exchanged(0.0, 0), line, 1, 1.0)
     assert alone.computing == pytest.approx(21.0) and alone.exchanging == 0
-    two = expected(config, seconds, Exchanged(3e6, 50), line, 2, 2.0)
+    two = expected(config, measured, Exchanged(3e6, 50), line, 2, 2.0)
     assert two.computing == pytest.approx(3.0 + 3.0 + 6.0) and two.exchanging == pytest.approx(3.5)
-    four = expected(config, seconds, Exchanged(3e6, 50), line, 4, 4.0)  # 2 of 6 prompts, 2 of 6 rows of a step
+    four = expected(config, measured, Exchanged(3e6, 50), line, 4, 4.0)  # 2 of 6 prompts, 2 of 6 rows of a step
     assert four.computing == pytest.approx(3.0 + 2.0 + 4.0) and four.total == pytest.approx(9.0 + 3.5)
-    crowded = expected(config, seconds, Exchanged(0.0, 0), line, 4, 2.0)  # four processes on two cores
+    crowded = expected(config, measured, Exchanged(0.0, 0), line, 4, 2.0)  # four processes on two cores
     assert crowded.computing == pytest.approx(3.0 + 2 * 6.0)
+    bound = expected(config, measured._replace(one_prompt=4.0), Exchanged(0.0, 0), line, 4, 4.0)  # by reading weights
+    assert bound.computing == pytest.approx(four.computing - 5.0 / 3 + 4.0 + 1.0 / 5)

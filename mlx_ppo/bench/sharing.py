@@ -2,6 +2,8 @@
 
     seconds(n) = shared / gain(n) * largest part(n) * n + alone + sent(n) / bandwidth + hops(n) * latency
 
+Decoding isn't divided as the rest is: a token of one row takes nearly as long as one of several where reading the
+weights takes the time. It is measured twice, for all prompts and for one, and taken to be linear between.
 A sum of S bytes round a ring of n is sent as 2 (n - 1) / n * S bytes by each, in 2 (n - 1) hops; a gathering of s
 bytes from each as (n - 1) s, in n - 1 hops. In memory that processes share each reads the others' (n - 1) S or
 (n - 1) s bytes, and the one that leads meets them in turn.
@@ -17,6 +19,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_ppo.bench.operations import DECODE
 from mlx_ppo.config.sections import TrainConfig
 from mlx_ppo.memory.choices import shapes_of
 from mlx_ppo.memory.phases import Accountant
@@ -90,27 +93,35 @@ class Expected(NamedTuple):
         return self.computing + self.exchanging
 
 
-def expected(
-    config: TrainConfig, seconds: Mapping[str, float], own: Exchanged, line: Line, processes: int, gain: float
-) -> Expected:
+class Parts(NamedTuple):
+    """Of an iteration of one process, in seconds."""
+
+    seconds: Mapping[str, float]  # by phase
+    one_prompt: float  # what decoding takes where there is but one
+
+
+def expected(config: TrainConfig, measured: Parts, own: Exchanged, line: Line, processes: int, gain: float) -> Expected:
     """An iteration that so many processes share.
 
     Args:
         config: the run's.
-        seconds: of an iteration of one process, by phase.
+        measured: an iteration of one process.
         own: what each sends.
         line: between them.
         processes: how many.
         gain: how many times as much all of them compute in a second as the one that was measured.
     """
-    alone = sum(took for name, took in seconds.items() if name in _ALONE)
+    alone = sum(took for name, took in measured.seconds.items() if name in _ALONE)
     shapes = shapes_of(config, 1, processes)
     rows = math.ceil(config.rollout.prompts * config.rollout.samples_per_prompt / config.ppo.minibatches)
     computing = alone
-    for name, took in seconds.items():
+    for name, took in measured.seconds.items():
         if name not in _ALONE:
             part, whole = (shapes.minibatch, rows) if name.startswith("update") else _prompts(config, processes)
-            computing += took * part / whole * processes / gain
+            own_part = took * part / whole
+            if name == DECODE and whole > 1:
+                own_part = measured.one_prompt + (took - measured.one_prompt) * (part - 1) / (whole - 1)
+            computing += own_part * processes / gain
     return Expected(computing, own.sent / line.bandwidth + own.hops * line.latency if processes > 1 else 0.0)
 
 

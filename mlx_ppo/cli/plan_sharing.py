@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_ppo.bench.dry_run import dry_run
-from mlx_ppo.bench.sharing import Line, exchanged, expected, memory_line
+from mlx_ppo.bench.operations import DECODE
+from mlx_ppo.bench.sharing import Line, Parts, exchanged, expected, memory_line
 from mlx_ppo.bench.throughput import seconds_of
 from mlx_ppo.cli import plan as one_process
 from mlx_ppo.cli.plan import longest_prompt
@@ -70,6 +71,8 @@ def show(path: Path, overrides: tuple[str, ...], asked: Sharing, *, as_json: boo
     one = dry_run(config, plan, accountant.shapes, iterations=2)[-1]
     seconds = seconds_of(one.seconds, one.prefill, one.total)
     del seconds["iteration"]
+    alone = dry_run(_one_prompt(config), plan, accountant.shapes, iterations=1)[0]
+    measured = Parts(seconds, min(seconds[DECODE], alone.seconds["rollout"] - alone.prefill))
     parameters, rows = parameters_of(accountant), list[dict[str, Any]]()
     for number in sorted({*_NUMBERS, count}):
         shared = accountant.with_shapes(shapes_of(config, prompt, number))
@@ -78,7 +81,7 @@ def show(path: Path, overrides: tuple[str, ...], asked: Sharing, *, as_json: boo
         if asked.hosts is None:
             gain = min(number * threads.gaining(parameters, number), cores()) / threads.gaining(parameters)
         own = exchanged(config, shared, prompt, number, memory=asked.hosts is None)
-        found = expected(config, seconds, own, line, number, gain)
+        found = expected(config, measured, own, line, number, gain)
         rows.append(
             {
                 "processes": number,
@@ -93,6 +96,7 @@ def show(path: Path, overrides: tuple[str, ...], asked: Sharing, *, as_json: boo
         )
     facts = {
         "measured_seconds": {name: round(took, 4) for name, took in seconds.items()},
+        "decode_of_one_prompt": round(measured.one_prompt, 4),
         "line": {"gigabits": line.bandwidth * 8e-9, "milliseconds": line.latency * 1e3, "measured": _is_tried(asked)},
         "computed": rows,
     }
@@ -100,6 +104,14 @@ def show(path: Path, overrides: tuple[str, ...], asked: Sharing, *, as_json: boo
         click.echo(json.dumps(facts, indent=2))
     else:
         _print(asked, facts, one.total)
+
+
+def _one_prompt(config: TrainConfig) -> TrainConfig:
+    one = {
+        "rollout": config.rollout.model_copy(update={"prompts": 1}),
+        "ppo": config.ppo.model_copy(update={"minibatches": 1}),
+    }
+    return config.model_copy(update=one)
 
 
 def _is_tried(asked: Sharing) -> bool:
