@@ -15,14 +15,8 @@ def serve(requests: int, answers: int, arguments: list[str]) -> None:
         arguments: the order, see `runtime.local_group`.
     """
     order = json.loads(arguments[0])
-
-    def meet() -> None:
-        os.write(answers, b'{"arrived": true}\n')
-        if not os.read(requests, 64):
-            os._exit(1)
-
     try:
-        _work(order, meet)
+        _work(order, requests, answers)
     except BaseException as error:
         said = str(error) if _is_told(error) else f"{type(error).__name__}: {error}"
         with suppress(OSError):
@@ -30,7 +24,7 @@ def serve(requests: int, answers: int, arguments: list[str]) -> None:
     os._exit(0)  # whatever threads still do
 
 
-def _work(order: dict[str, Any], meet: Any) -> None:
+def _work(order: dict[str, Any], requests: int, answers: int) -> None:
     from pathlib import Path
 
     from mlx_ppo import writing
@@ -40,11 +34,10 @@ def _work(order: dict[str, Any], meet: Any) -> None:
     from mlx_ppo.runtime.allocator import keeping_buffers
     from mlx_ppo.runtime.local_group import followed
 
-    group = followed(order, meet)
+    group = followed(order, requests, answers)
     with keeping_buffers():
         if "trial" in order:
             sharing.answer(group)
-            meet()  # until the leader ends
         elif "folder" in order:
             follow(open_config(Path(order["folder"])), group)
         else:

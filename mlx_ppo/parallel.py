@@ -103,7 +103,8 @@ def sharing(config: AnyJob, processes: int, folder: Path) -> Iterator[Group]:
         yield ALONE
     else:
         order = {"folder": str(folder.resolve())}
-        with local_group(WORKER, order, processes=processes, patience=config.parallel.patience) as group:
+        patience = config.parallel.patience
+        with local_group(WORKER, order, processes=processes, patience=patience, key="parallel.patience") as group:
             yield group
 
 

@@ -7,6 +7,7 @@ JSON: nothing that is received is run.
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ class Group:
 ALONE = Group()
 
 
-class Several(Group):
+class Several(Group, ABC):
     """Processes that can bring their bytes to each other; how, a subclass says."""
 
     def gather(self, arrays: Arrays) -> list[list["np.ndarray[Any, Any]"]]:
@@ -97,21 +98,21 @@ class Several(Group):
         """By a gathering to which only the leader brings anything."""
         return json.loads(self._all_bytes(json.dumps(document).encode() if self.leads else b"")[0])
 
+    @abstractmethod
     def total(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Nothing that would do for all."""
-        raise NotImplementedError
+        """As a group says it; how depends on what lies between."""
 
+    @abstractmethod
     def rows(self, array: mx.array, counts: Sequence[int]) -> mx.array:
-        """Nothing that would do for all."""
-        raise NotImplementedError
+        """As a group says it; how depends on what lies between."""
 
+    @abstractmethod
     def given(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Nothing that would do for all."""
-        raise NotImplementedError
+        """As a group says it; how depends on what lies between."""
 
+    @abstractmethod
     def _all_bytes(self, body: bytes) -> list[bytes]:
         """What each process has brought, by rank."""
-        raise NotImplementedError
 
 
 def _unpacked(body: bytes) -> list["np.ndarray[Any, Any]"]:

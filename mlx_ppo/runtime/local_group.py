@@ -7,7 +7,7 @@ that one hangs.
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ _LARGEST = 1 << 16  # bytes of a failure's text
 
 
 @contextmanager
-def local_group(worker: Path, order: dict[str, Any], *, processes: int, patience: float) -> Iterator[SharedMemory]:
+def local_group(
+    worker: Path, order: dict[str, Any], *, processes: int, patience: float, key: str = ""
+) -> Iterator[SharedMemory]:
     """Start the others, and end them.
 
     Args:
@@ -29,6 +31,7 @@ def local_group(worker: Path, order: dict[str, Any], *, processes: int, patience
         order: what JSON has.
         processes: with this one.
         patience: seconds that one waits for another.
+        key: of a configuration, which says that.
     Raises:
         ProcessLost: one doesn't start.
     """
@@ -41,7 +44,6 @@ def local_group(worker: Path, order: dict[str, Any], *, processes: int, patience
                 children.append(Child(worker, [given], descriptors=(descriptor,)))
                 children_end.callback(children[-1].end)
             names = ["this process", *_names(children)]
-            key = " (parallel.patience)" if "folder" in order else ""
             group = SharedMemory(descriptor, 0, processes, lambda: _meet(children, patience, key), names)
             _meet(children, _STARTING)
         finally:
@@ -49,13 +51,20 @@ def local_group(worker: Path, order: dict[str, Any], *, processes: int, patience
         yield group
 
 
-def followed(order: dict[str, Any], meet: Callable[[], None]) -> SharedMemory:
+def followed(order: dict[str, Any], requests: int, answers: int) -> SharedMemory:
     """The group of a process that `local_group` has started, once all have come.
 
     Args:
         order: as it was given.
-        meet: returns when all have come.
+        requests: a line lets this process go on; it ends with the one that leads.
+        answers: a line says that it has arrived where all meet.
     """
+
+    def meet() -> None:
+        os.write(answers, b'{"arrived": true}\n')
+        if not os.read(requests, 64):
+            os._exit(1)
+
     descriptor: int = order["memory"]
     group = SharedMemory(descriptor, order["rank"], order["processes"], meet)
     os.close(descriptor)
@@ -70,7 +79,9 @@ def _meet(children: Sequence[Child], limit: float, key: str = "") -> None:
         try:
             answer = child.exchange(b"", max(0.0, deadline - time.monotonic()), largest=_LARGEST)
         except HungError:
-            raise ProcessLost(f"{who} did not come within {limit:g} seconds{key}: it hangs") from None
+            raise ProcessLost(
+                f"{who} did not come within {limit:g} seconds{f' ({key})' if key else ''}: it hangs"
+            ) from None
         except DiedError as error:
             raise ProcessLost(f"{who} is lost: {error}") from None
         except GarbledError:

@@ -45,8 +45,7 @@ class Ring(Several):
             suspect: names the process that probably is why an exchange failed.
             names: of the processes, by rank.
         """
-        self.names = names or [f"process {rank + 1}" for rank in range(group.size())]
-        self.rank, self.size = group.rank(), group.size()
+        self.rank, self.size, self.names = group.rank(), group.size(), names
         self._group, self._patience, self._suspect = group, patience, suspect
         self._asked: queue.SimpleQueue[Callable[[mx.Stream], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="collectives", daemon=True)

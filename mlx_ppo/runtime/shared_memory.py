@@ -61,10 +61,9 @@ class SharedMemory(Several):
             rank: of this process.
             size: how many there are.
             meet: returns when all have come.
-            names: of the processes, by rank.
+            names: of the processes, by rank, for the one that leads.
         """
-        self.rank, self.size, self._meet = rank, size, meet
-        self.names = names or [f"process {at + 1}" for at in range(size)]
+        self.rank, self.size, self.names, self._meet = rank, size, names, meet
         shape = (_TURNS, size, _LENGTH + _PLACE)
         self._places: Numbers = np.frombuffer(mmap.mmap(descriptor, _bytes(size)), np.uint8).reshape(shape)
         self._turn = 0
