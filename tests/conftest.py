@@ -47,6 +47,7 @@ ROUNDING = Path(__file__).parent / "portable" / "rounding"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="every form and size of tests that have many: hours")
     parser.addoption("--engine", choices=["cpu", "portable"], help="computes in the tests and in their subprocesses")
     parser.addoption("--rounding", choices=["metal"], help="imitate a GPU's rounding; with --engine portable")
     parser.addoption(
@@ -71,6 +72,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     With another engine, tests that compute with the CPU's all the same are left to the runs without `--engine`.
     """
+    if not config.getoption("--thorough"):
+        more = [item for item in items if item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=more)
     if config.getoption("--engine") == "portable":
         same = [item for item in items if "on_cpu_engine" in getattr(item, "fixturenames", ())]
         items[:] = [item for item in items if "on_cpu_engine" not in getattr(item, "fixturenames", ())]

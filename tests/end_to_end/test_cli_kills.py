@@ -20,7 +20,7 @@ from mlx_ppo.errors import RunError
 from mlx_ppo.runs import checkpoint
 from mlx_ppo.runs.verification import verify_run
 
-KILLS = int(os.environ.get("MLX_PPO_KILLS", "10"))
+KILLS = int(os.environ.get("MLX_PPO_KILLS", "5"))
 KILLS_EACH = 5  # of one run, before it may finish
 ITERATIONS = 5
 WAIT = 240  # seconds; a busy machine

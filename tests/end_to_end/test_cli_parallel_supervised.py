@@ -12,6 +12,7 @@ import pytest
 from mlx.core import load
 from test_cli_hosts import hosts  # noqa: F401  a fixture
 from test_cli_parallel import CLOSE, finished, followers
+from thorough import mostly
 
 from mlx_ppo.runs import checkpoint
 
@@ -46,7 +47,7 @@ def arrays(folder: Path):
     return np.concatenate([np.array(array).ravel() for file in files for _, array in sorted(load(str(file)).items())])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly(KINDS, ("sft", "pairs of ratings", "pairs")))
 def test_several_processes_do_what_one_does(project, kind):
     job, changes, processes = KINDS[kind]
     done(project, "one", job, 1, **changes)
@@ -106,7 +107,7 @@ def test_a_process_that_is_lost_is_named_and_the_run_goes_on(project, job, numbe
     assert saved is not None and saved.step >= project.metrics()[-1]["step"]
 
 
-@pytest.mark.parametrize("job", ["sft", "reward"])
+@pytest.mark.parametrize("job", mostly(["sft", "reward"], ("reward",)))
 def test_a_lost_process_is_replaced_and_a_killed_run_goes_on(project, job):
     section = {"sft": "sft", "reward": "reward_training"}[job]
     shape = {"run": {"save_every": 5}, section: {"epochs": 500}, "memory": {"retries": 2}}

@@ -197,12 +197,14 @@ def test_what_surrounds_a_run_is_recorded_and_another_is_told_at_resume(project,
 
 
 VARIED = {
-    "hashes": {"PYTHONHASHSEED": "1"},
-    "locale": {"LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"},
-    "timezone": {"TZ": "Pacific/Kiritimati"},
-    "home": {"HOME": "/nonexistent", "XDG_CACHE_HOME": "/nonexistent"},
-    "mask": {"UMASK": "0"},
-    "encoding": {"PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"},
+    "people": {
+        "LC_ALL": "tr_TR.UTF-8",
+        "LANG": "tr_TR.UTF-8",
+        "TZ": "Pacific/Kiritimati",
+        "HOME": "/nonexistent",
+        "XDG_CACHE_HOME": "/nonexistent",
+    },
+    "programs": {"PYTHONHASHSEED": "1", "UMASK": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"},
 }
 
 

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Mapping
 
 import pytest
+from thorough import mostly
 
 from mlx_ppo import reward_training, sft, train
 from mlx_ppo.config.file import read_config
@@ -133,7 +134,7 @@ def resumed_everywhere(project):
         shutil.rmtree(copy)
 
 
-@pytest.mark.parametrize("case", EVERYWHERE)
+@pytest.mark.parametrize("case", mostly(EVERYWHERE, ("gae", "gae, full", "rloo")))
 def test_going_on_from_every_iteration(project, case):
     run = {"iterations": 6, "keep_last": 6, "evaluate_every": 4}
     project.done("train", project.config(run=run, memory=PINNED, **EVERYWHERE[case]))

@@ -1,13 +1,10 @@
-"""The bundled example trained for real: sick runs are recognised, healthy ones left alone.
-
-MLX_PPO_SEEDS=10 tries as many healthy ones.
-"""
+"""The bundled example trained for real: sick runs are recognised, healthy ones left alone."""
 
 import json
-import os
 
 import pytest
 from click.testing import CliRunner
+from thorough import mostly
 
 from mlx_ppo.bundle import bundle_root, lora_example
 from mlx_ppo.cli.main import main
@@ -47,6 +44,9 @@ SICK = {
 }
 
 
+OFTEN = ("constant reward", "reward for short texts", "a judge that disagrees", "a critic that doesn't learn")
+
+
 def train(folder, *overrides, rewards=()):
     """Train the example for 12 iterations of 32 responses; the output, and the rules that spoke."""
     (folder / "rewards.py").write_text(REWARDS)
@@ -67,7 +67,7 @@ def train(folder, *overrides, rewards=()):
     return result.stdout, {json.loads(line)["rule"] for line in log.read_text().splitlines()} if log.exists() else set()
 
 
-@pytest.mark.parametrize("case", SICK)
+@pytest.mark.parametrize("case", mostly(SICK, OFTEN))
 def test_sick_runs_are_recognised(tmp_path, case):
     rewards, overrides, wanted = SICK[case]
     shown, found = train(tmp_path, *overrides, rewards=rewards)
@@ -81,13 +81,13 @@ def test_a_collapsed_policy_ends_with_that_word_and_no_proud_table(tmp_path):
     assert closing.index("THE POLICY COLLAPSED") < closing.index("held-out prompts"), shown
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("MLX_PPO_SEEDS", "3"))))
+@pytest.mark.parametrize("seed", mostly(range(10), (0,)))
 def test_healthy_runs_are_left_alone(tmp_path, seed):
     shown, found = train(tmp_path, f"run.seed={seed}")
     assert found == set() and "health." not in shown
 
 
-@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("advantage", mostly(["grpo", "dr_grpo", "rloo"], ("rloo",)))
 def test_healthy_runs_without_a_critic_are_left_alone(tmp_path, advantage):
     keys = (f"ppo.advantage={advantage}", "rollout.prompts=8", "rollout.samples_per_prompt=4")
     assert train(tmp_path, *keys)[1] == set()

@@ -18,7 +18,7 @@ from printed_commands import ROOT, parsed, printed, split
 
 # What takes minutes or others' data, isn't about the example, or serves a page until Ctrl-C; each has its own tests.
 _ELSEWHERE = {"bench", "doctor", "evaluate", "label", "studio", "watch"}
-_HELD_OUT = 8
+_HELD_OUT = 2
 _JOBS = {"train", "sft", "reward", "dpo"}
 
 

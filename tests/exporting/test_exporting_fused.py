@@ -1,8 +1,6 @@
 """`export --format adapters` and `fused`: the run's policy, in stock programs."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
+from torch_python import by_torch, needs_torch
 
 from mlx_ppo.cli.main import main
 from mlx_ppo.errors import ConfigError, ModelError, RunError
@@ -20,7 +19,6 @@ from mlx_ppo.models.load import load_trunk
 from mlx_ppo.runs.targets import load_target
 
 PROMPT = "the film is"
-TORCH = Path(os.environ.get("MLX_PPO_TORCH_PYTHON", "/tmp/w/tv/bin/python"))
 
 
 def fused(run, target, **options):
@@ -214,21 +212,8 @@ def test_command(model_folder, make_run, tmp_path):
     assert again.exit_code == 2 and again.stderr == f"error: {tmp_path / 'out'}: already there; name a new folder\n"
 
 
-_PROGRAM = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, local_files_only=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], local_files_only=True)
-ids = tokenizer(sys.argv[2], return_tensors="pt")["input_ids"]
-found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-print(json.dumps(found[0, ids.shape[1]:].tolist()))
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not TORCH.exists(), reason="no Python with torch and transformers; name one in MLX_PPO_TORCH_PYTHON"
-)
+@needs_torch
 @pytest.mark.parametrize(("kind", "rope"), [("llama", 100.0), ("qwen2", None), ("qwen3", None)])
 def test_transformers_writes_the_same_text(kind, rope, make_model, with_tokenizer, make_run, tmp_path):
     source = make_model(kind)
@@ -237,7 +222,5 @@ def test_transformers_writes_the_same_text(kind, rope, make_model, with_tokenize
         source = with_tokenizer(source, "unigram", rope_parameters=parameters, rope_theta=None)
     run = make_run(source)
     fused(run, tmp_path / "out")
-    words = [str(TORCH), "-c", _PROGRAM, str(tmp_path / "out"), PROMPT]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == greedy(run)
+    shown = by_torch(Path(__file__).with_name("torch_greedy.py"), tmp_path / "out", PROMPT)
+    assert json.loads(shown) == greedy(run)

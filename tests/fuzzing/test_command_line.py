@@ -1,6 +1,6 @@
 """Every option and argument of every command with hostile values: an exit code from 0 to 4, a line, no hang.
 
-Each with half of the values; with MLX_PPO_FUZZ set, with all.
+Each with a third of the values; with `--thorough`, with all.
 """
 
 import os
@@ -109,11 +109,11 @@ PARAMETERS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "parameter"), PARAMETERS, ids=[f"{name} {p.name}" for name, p in PARAMETERS])
-def test_hostile_values(place: Path, command: str, parameter: click.Parameter) -> None:
+def test_hostile_values(place: Path, command: str, parameter: click.Parameter, pytestconfig: pytest.Config) -> None:
     values = [*VALUES, *(f"{key}={value}" for key in KEYS for value in VALUES[:: len(KEYS)])] if (
         parameter.name == "overrides"
     ) else VALUES  # fmt: skip
-    every = 1 if "MLX_PPO_FUZZ" in os.environ else 2  # of its neighbours each parameter gets the others
+    every = 1 if pytestconfig.getoption("--thorough") else 3  # of its neighbours each parameter gets the others
     for value in values[PARAMETERS.index((command, parameter)) % every :: every]:
         tried(lines(command, parameter, value))
 

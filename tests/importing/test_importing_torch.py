@@ -5,24 +5,19 @@ That Python needs torch, transformers, gguf and accelerate.
 """
 
 import json
-import os
 import random
-import subprocess
 from pathlib import Path
 
 import gguf_models as tiny
 import mlx.core as mx
 import numpy as np
 import pytest
+from torch_python import by_torch, needs_torch
 
 from mlx_ppo.importing.convert import import_model
 from mlx_ppo.models.load import load_trunk
 
-PYTHON = os.environ.get("MLX_PPO_TORCH_PYTHON")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON, reason="MLX_PPO_TORCH_PYTHON names no Python with torch and transformers"),
-]
+pytestmark = [pytest.mark.slow, needs_torch]
 BASE = [
     "The film is a quiet masterpiece, and I don't say that lightly.",
     'def f(x: int) -> str:\n    return f"{x:>08.3f}"  # ok\n\n\tfor i in range(10):\n\t\tpass',
@@ -71,9 +66,7 @@ def compared(folder, gguf, lines, place):
     """Largest difference of logits, and what else the reference says."""
     (place / "texts.json").write_text(json.dumps(lines))
     script = Path(__file__).with_name("torch_reference.py")
-    subprocess.run(
-        [PYTHON, script, folder, gguf or "-", place / "texts.json", place / "o.npz"], check=True, timeout=900
-    )
+    by_torch(script, folder, gguf or "-", place / "texts.json", place / "o.npz")
     found, trunk, worst = np.load(place / "o.npz"), load_trunk(folder), 0.0
     names = [name for name in found if name.startswith("ids")]
     assert names
@@ -101,9 +94,9 @@ def test_tiny_models(tmp_path, architecture, by_gguf):
     assert compared(tmp_path / "out", gguf, lines, tmp_path)[0] < 1e-4
 
 
-def test_smollm2(tmp_path, smollm2):
+def test_smollm2(tmp_path, smollm2, pytestconfig):
     import_model(smollm2, tmp_path / "out", dtype="float32")
-    lines = mixed_lines(1000)
+    lines = mixed_lines(1000 if pytestconfig.getoption("--thorough") else 300)
     worst, found = compared(tmp_path / "out", smollm2, lines, tmp_path)
     odd = [line for line, same in zip(lines, found["plain"], strict=True) if not same]
     assert worst < 1e-3 and found["digits"].sum() == len(lines) and found["template"]

@@ -1,24 +1,19 @@
 """Tiny models of transformers, in the layouts of its versions 4 and 5: the same logits here, or refused by name."""
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from torch_python import by_torch, needs_torch
 
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.load import load_trunk
 
-PYTHON = os.environ.get("MLX_PPO_TORCH_PYTHON")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON, reason="MLX_PPO_TORCH_PYTHON names no Python with torch and transformers"),
-]
+pytestmark = [pytest.mark.slow, needs_torch]
 TOKENS = mx.array([[1, 5, 77, 1234, 9, 4021, 300, 7, 11, 4567, 12, 13]])
 SAME = (
     "llama", "llama3", "yarn", "linear", "mistral", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3",
@@ -31,8 +26,7 @@ TOKENIZER = Path(__file__).parents[2] / "models" / "reviews"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("matrix")
-    script = Path(__file__).with_name("torch_models.py")
-    subprocess.run([str(PYTHON), str(script), str(out)], check=True, timeout=300, capture_output=True)
+    by_torch(Path(__file__).with_name("torch_models.py"), out)
     for folder in out.iterdir():
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(TOKENIZER / name, folder / name)

@@ -1,6 +1,5 @@
 """Adapters of PEFT, both ways, by the logits of transformers and peft themselves."""
 
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from torch_python import PYTHON, by_torch
 
 from mlx_ppo.errors import ModelError
 from mlx_ppo.models.adapters import Weights
@@ -17,7 +17,6 @@ from mlx_ppo.models.load import load_trunk
 from mlx_ppo.models.merging import merged_arrays
 from mlx_ppo.models.peft import fill_with_peft, given_adapters
 
-PYTHON = os.environ.get("MLX_PPO_TORCH_PYTHON")
 HERE = Path(__file__).parent
 # Found, not imported, which takes seconds: every process of the tests asks.
 HAS_PEFT = "import importlib.util, sys; sys.exit(importlib.util.find_spec('peft') is None)"
@@ -36,7 +35,7 @@ READ, MERGED = ("plain", "rslora", "patterns"), ("plain", "dora", "embedding")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models")
-    by_torch("torch_models.py", out)
+    by_torch(HERE / "torch_models.py", out)
     for folder in out.iterdir():
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(HERE.parents[1] / "models" / "reviews" / name, folder / name)
@@ -48,15 +47,8 @@ def made(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """PEFT's adapters of every form for every kind, in `kind/form`, with the logits."""
     out = tmp_path_factory.mktemp("adapters")
     forms = sorted({*READ, *MERGED})
-    by_torch("torch_peft.py", "make", folders, out, *(f"{kind}/{form}" for kind in KINDS for form in forms))
+    by_torch(HERE / "torch_peft.py", "make", folders, out, *(f"{kind}/{form}" for kind in KINDS for form in forms))
     return out
-
-
-def by_torch(script: str, *words: object) -> None:
-    done = subprocess.run(
-        [str(PYTHON), str(HERE / script), *map(str, words)], timeout=300, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def logits(model: Path, weights: Weights) -> np.ndarray:
@@ -85,7 +77,7 @@ def written(
         weights[kind] = make_adapters(load_trunk(folders / kind, dtype="float32"), scale=0.7)
         (out / kind).mkdir()
         fill_with_peft(out / kind, weights[kind], check_model_folder(folders / kind).tensors, base=kind)
-    by_torch("torch_peft.py", "read", folders, out, *KINDS)
+    by_torch(HERE / "torch_peft.py", "read", folders, out, *KINDS)
     return out, weights
 
 

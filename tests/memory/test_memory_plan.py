@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from thorough import mostly
 
 from mlx_ppo.algo.truncation import Distribution
 from mlx_ppo.bench.dry_run import Measured, dry_run
@@ -45,6 +46,7 @@ SIZES = {
 PROMPT, RESPONSE, ROWS = 24, 24, 16
 SHAPES = Shapes(prompt=PROMPT, response=RESPONSE, responses=ROWS, distinct=ROWS, minibatch=8)
 LONG = SHAPES._replace(response=160)
+REPLACED = (("full", (48, 64)), ("8-bit", (16, 128)))
 Make = Callable[..., TrainConfig]
 
 
@@ -159,17 +161,15 @@ def test_predicted_peaks_are_those_of_the_phases(make_config: Make, sections: di
     assert all(-0.22 < error < 0.12 for error in off.values()), off
 
 
-@pytest.mark.parametrize("form", ["full", "8-bit"])
-@pytest.mark.parametrize(("prompt", "response"), [(16, 128), (48, 64)])
+@pytest.mark.parametrize("case", mostly([*itertools.product(("full", "8-bit"), ((16, 128), (48, 64)))], REPLACED))
 def test_the_predicted_peak_of_a_rollout_whose_rows_are_replaced(
     make_config: Make,
     make_model: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
-    form: str,
-    prompt: int,
-    response: int,
+    case: tuple[str, tuple[int, int]],
 ) -> None:
     """Caches that are joined, and prompts that are read while others are decoded, take no more than was expected."""
+    form, (prompt, response) = case
     sizes = {"hidden_size": 256, "num_hidden_layers": 6, "num_key_value_heads": 4, "head_dim": 64}
     config = make_config(
         model={"path": make_model(deviation=0.02, eos_token_id=2047, **{**SIZES, **sizes})},
