@@ -144,7 +144,7 @@ def test_answers_of_no_use_are_said_and_logged(project):
 
 
 def test_a_signal_while_a_judge_thinks_saves_the_run(project):
-    with serving(failing_after(6, slowly(30.0))) as server:
+    with serving(failing_after(6, slowly(15.0))) as server:
         process = project.start("train", judged(project, server.address, timeout=60.0))
         while len(server.asked) < 8 and process.poll() is None:
             time.sleep(0.05)

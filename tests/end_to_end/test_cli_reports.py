@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from thorough import mostly
 
 from mlx_ppo.config.file import read_config
 from mlx_ppo.config.sections import TrainConfig
@@ -124,7 +125,7 @@ SURROUNDINGS = {
 }
 
 
-@pytest.mark.parametrize("case", SURROUNDINGS)
+@pytest.mark.parametrize("case", mostly(SURROUNDINGS, ("none", "forced", "ascii")))
 def test_a_pipe_gets_plain_lines_whatever_the_terminal(project, case):
     """Each iteration in a line that is whole, the table, and nothing that moves a cursor."""
     config = project.config(run={"iterations": 2})
