@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from thorough import mostly
 
 from mlx_ppo.bundle import copy_example
 from mlx_ppo.compute.choose import SWITCH
@@ -22,7 +23,7 @@ REMARK = "computed by the portable engine"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["reviews", "reviews-lora"])
+@pytest.mark.parametrize("config", mostly(["reviews", "reviews-lora"], ("reviews-lora",)))
 def test_the_engines_train_alike(project, monkeypatch, config):
     """The bundled example's first two iterations: figures that differ by rounding, and the same completions.
 

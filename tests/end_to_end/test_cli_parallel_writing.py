@@ -2,9 +2,10 @@
 
 import pytest
 from test_cli_parallel import finished
+from thorough import mostly
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", mostly([2, 3], (3,)))
 def test_several_processes_write_what_one_writes(project, processes):
     options = ("--prompts", "prompts.jsonl", "--count", 5, "--samples", 2, "--max-tokens", 9, "--seed", 3)
     written = [finished(project, "sample", "model", *options, "--processes", count) for count in (1, processes)]
