@@ -31,6 +31,7 @@ from mlx_ppo.stages.scoring import combined_scores, policy_logprobs, raw_scores
 Document = dict[str, Any]
 
 _ROWS = 256  # responses in memory together
+_LEAST, _MOST = 1e-6, 1e6  # of a penalty
 _RESAMPLED = 1000
 _FEW = 10.0  # effective samples a prompt below which an estimate is mostly a bound
 _PENALTIES = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)  # of the tilted curve, in units of the run's own
@@ -82,11 +83,7 @@ def measured(path: Path, asked: Question, told: Listener) -> Document:
     step = newest_step(run) if chosen is None else int(chosen.name) if chosen.name.isdecimal() else -1
     if step not in checkpoint.steps(run):
         raise ModelError(f"{path}: no such checkpoint")
-    coef = asked.coef if asked.coef is not None else checkpoint.read_state(run, step)["kl"]["coef"]
-    if not coef:
-        raise ConfigError(
-            f"{path}: trained without a penalty (kl.coef = 0), so there is no optimum; give one by --coef"
-        )
+    coef = _penalty(path, asked.coef if asked.coef is not None else checkpoint.read_state(run, step)["kl"]["coef"])
     _, held_out = load_data(config, tokenizer_of(config), told)
     prompts = held_out[: asked.prompts]
     roles, _, _ = load_roles(config, Loading(critic=False))
@@ -119,6 +116,20 @@ def measured(path: Path, asked: Question, told: Listener) -> Document:
     found = {"step": step, **measure, "evaluations": path_of(_rows(run / SAMPLES))}
     replace_file(run / FRONTIER, json.dumps(found, indent=2, allow_nan=False) + "\n")
     return found
+
+
+def _penalty(path: Path, coef: float) -> float:
+    """A penalty that there is an optimum for."""
+    if not coef:
+        raise ConfigError(
+            f"{path}: trained without a penalty (kl.coef = 0), so there is no optimum; give one by --coef"
+        )
+    if not _LEAST <= coef <= _MOST:
+        raise ConfigError(
+            f"{path}: a penalty of {coef:g} tilts nothing that can be sampled; "
+            f"give one by --coef, from {_LEAST:g} to {_MOST:g}"
+        )
+    return coef
 
 
 def draw(

@@ -220,6 +220,8 @@ class _Fitting(Generic[Batch]):
 
     def _start(self) -> None:
         """Resume from the last checkpoint if there is one."""
+        if not self.course.validated and not self.state.earlier.members:
+            self.reporter.message("without data.validation, what is called validation is measured on training data")
         saved = orders.shared(self.task.group, checkpoint.newest(self.run.folder) if self.run is not None else None)
         if saved is not None and saved.state.get("members", 0) == self.state.earlier.members:
             self.state.restore(saved)

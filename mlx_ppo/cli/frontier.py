@@ -36,6 +36,8 @@ def frontier(run: Path, picture: Path | None, as_json: bool, **given: Any) -> No
     """
     if picture is not None and (picture.exists() or picture.is_symlink()):
         raise ConfigError(f"{picture}: already there; name another file with --picture")
+    if picture is not None and not picture.parent.is_dir():
+        raise ConfigError(f"--picture: the folder {picture.parent} isn't there; make it, or name another file")
     from mlx_ppo.frontier import Question, measured
     from mlx_ppo.runs.folder import replace_file
     from mlx_ppo.studio.frontier import drawing, table

@@ -1,5 +1,6 @@
 """The group of commands: an error that a user can cause becomes a line and an exit code."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -45,8 +46,14 @@ class Commands(click.Group):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Click's own; what it says of a command line shows the characters that a terminal would act on."""
-        with _printable_usage():
-            return super().make_context(*args, **kwargs)
+        try:
+            with _printable_usage():
+                return super().make_context(*args, **kwargs)
+        except OSError as error:  # where --help is written
+            if error.errno == errno.EPIPE:
+                raise
+            click.echo(printable(f"error: {error.strerror or error}"), err=True)
+            raise click.exceptions.Exit(UserError.exit_code) from None
 
     def _invoke_and_tell(self, ctx: click.Context) -> Any:
         """Do it, and say at the end what other programs have changed, where anything was computed in this process."""

@@ -176,6 +176,8 @@ def prompts_for(target: Target, texts: Sequence[str], file: Path | None, count: 
     """
     tokenizer = target.trunk.tokenizer
     if texts:
+        if file is not None:
+            raise ConfigError("--prompt and --prompts exclude each other; put the texts into the file")
         empty = [text for text in texts if not text.strip()]
         if empty:
             raise ConfigError("--prompt: is empty; write some text")

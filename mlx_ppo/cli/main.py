@@ -89,7 +89,7 @@ def train(config: Path | None, overrides: tuple[str, ...], **options: Any) -> No
 @main.command()
 @click.argument("config", type=_FILE)
 @SET
-@click.option("--memory-gb", type=Number(0, min_open=True), help="Budget in GiB instead of the config's.")
+@click.option("--memory-gb", type=Number(0, 1e6, min_open=True), help="Budget in GiB instead of the config's.")
 @click.option("--model-config", type=_FILE, help="Plan for the model of this config.json, which needn't be here.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Plan for this kind of device; default: this one.")
 @click.option("--measure", is_flag=True, help="Load the models and time two iterations: real peaks, tokens a second.")

@@ -60,7 +60,7 @@ def show(
     with using(engine), needing_gradients():
         longest = config.data.max_prompt_tokens if given is not None else longest_prompt(config)
         require_countable(config, longest, budget)
-        accountant = accountant_of(config, given, longest)
+        accountant = _accountant(config, model_config, given, longest)
         plan = make_plan(accountant, config, budget)
         served, saved = accountant.shared()
         processes = config.parallel.processes or most_processes(config, accountant)
@@ -88,6 +88,15 @@ def show(
         click.echo(json.dumps({**facts, "choices": asdict(plan.choices), "phases": phases}, indent=2))
         return
     _print(plan, facts, measured)
+
+
+def _accountant(config: TrainConfig, file: Path | None, given: dict[str, Any] | None, longest: int) -> Accountant:
+    """For the model of the configuration, or of another config.json, whose errors name that file."""
+    try:
+        return accountant_of(config, given, longest)
+    except ModelError as error:
+        own = f"{config.model.path}: "
+        raise ModelError(str(error).replace(own, f"{file}: ", 1)) if file is not None else error from None
 
 
 def longest_prompt(config: TrainConfig) -> int:

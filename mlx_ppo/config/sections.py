@@ -214,7 +214,7 @@ class MemorySection(Section):
     """What the run may use."""
 
     budget_gb: NonNegative = Field(
-        0.0, description="bound on the process's memory in GiB; 0: three quarters of what is free at the start"
+        0.0, le=1e6, description="bound on the process's memory in GiB; 0: three quarters of what is free at the start"
     )
     retries: CountOrZero = Field(
         0,

@@ -233,7 +233,7 @@ LAYOUTS: tuple[Layout, ...] = (  # the first that fits
         "kto",
         _has_options,
         {"rated": partial(_kto, only_good=False), "examples": partial(_kto, only_good=True)},
-        note="label true is the rating 1, false 0; only the true ones are imitated",
+        note="label true is the rating 1, false 0; `sft` imitates only the true ones",
     ),
     Layout(
         "helpsteer by helpfulness",

@@ -45,7 +45,7 @@ def load_prompts(
     Raises:
         DataError: a line is wrong, or every prompt was dropped.
     """
-    limit = LengthLimit(max_tokens, overlong)
+    limit = LengthLimit(max_tokens, overlong, key="data.max_prompt_tokens")
     prompts = []
     records, said = records_as(path, "prompts", columns=columns)
     for record in records:

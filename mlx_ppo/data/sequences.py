@@ -23,6 +23,7 @@ class LengthLimit:
     overlong: Overlong
     dropped: int = 0
     truncated: int = 0
+    key: str = "data.max_tokens"  # of the configuration, for messages
 
     def __post_init__(self) -> None:
         """Refuse a limit under which nothing but BOS would be left."""
@@ -39,8 +40,8 @@ class LengthLimit:
             return True
         if self.overlong == "error":
             raise DataError(
-                f"{where}: {length} tokens, more than max_tokens = {self.max_tokens}; "
-                "shorten the text, raise max_tokens, or set overlong to 'drop' or 'truncate'"
+                f"{where}: {length} tokens, more than {self.key} = {self.max_tokens}; "
+                f"shorten the text, raise {self.key}, or set data.overlong to 'drop' or 'truncate'"
             )
         if self.overlong == "drop" or useless_when_cut:
             self.dropped += 1
@@ -58,8 +59,8 @@ class LengthLimit:
         """DataError when every record of the file was dropped."""
         if not kept:
             raise DataError(
-                f"{path}: every record ({self.dropped}) is longer than max_tokens = {self.max_tokens} and was dropped; "
-                "raise max_tokens, or set overlong to 'truncate'"
+                f"{path}: every record ({self.dropped}) is longer than {self.key} = {self.max_tokens} and was dropped; "
+                f"shorten them, raise {self.key} of the configuration, or set data.overlong to 'truncate'"
             )
 
 

@@ -16,8 +16,10 @@ from mlx_ppo.runs.folder import (
     CONFIG,
     HEALTH,
     LOGS,
+    MEMORY,
     METRICS,
     RECORD,
+    RESPONSES,
     RESULTS,
     SAMPLES,
     Run,
@@ -27,7 +29,7 @@ from mlx_ppo.runs.folder import (
     read_record,
     undisturbed,
 )
-from mlx_ppo.runs.plan_file import read_plan
+from mlx_ppo.runs.plan_file import PLAN, read_plan
 from mlx_ppo.runs.provenance import (
     Change,
     Moved,
@@ -97,6 +99,13 @@ def require_as_recorded(config: Job, run: Run, *, allow_config_change: bool) -> 
             changes=[*record.get("changes", []), *([event] if code or lines else [])],
         )
     said = [f"warning: {path} has changed since the run was started", *lines] if lines else []
+    for file in _gone(run.folder, config):
+        lost = (
+            "a new plan is made, and results may differ in the last digits"
+            if file.name == PLAN
+            else "its rows are lost"
+        )
+        said.append(f"warning: {file}: missing; {lost}")
     said += [f"warning: {line}" for line in code]
     return said + [f"warning: {line} since the run was started; results may differ" for line in differences(record)]
 
@@ -116,7 +125,13 @@ def verify_run(folder: Path) -> Findings:
         open_config(folder)  # says what is wrong
     with undisturbed(folder):
         inquiry = _Inquiry(folder, read_record(folder))
-        for line in (*inquiry.record_itself(), *inquiry.inputs(), *inquiry.checkpoints(), *inquiry.own_files()):
+        for line in (
+            *inquiry.record_itself(),
+            *inquiry.inputs(),
+            *inquiry.checkpoints(),
+            *inquiry.own_files(),
+            *inquiry.gone(),
+        ):
             inquiry.problems.append(line)
         for name in LOGS:
             inquiry.problems += inquiry.log(name)
@@ -208,11 +223,16 @@ class _Inquiry:
                 if str(file.relative_to(self.folder)) not in recorded and not file.name.startswith("."):
                     yield f"{file}: doesn't belong here"
 
+    def gone(self) -> Iterator[str]:
+        """Logs and plan that aren't there any more."""
+        if self.config is not None:
+            yield from (f"{file}: missing" for file in _gone(self.folder, self.config))
+
     def log(self, name: str) -> Iterator[str]:
         """One of the logs: complete rows in order, no row missing, none beyond what could be logged."""
         path = self.folder / name
         if not path.exists():
-            return
+            return  # see `gone`
         self.files += 1
         *lines, rest = path.read_bytes().split(b"\n")
         if rest:
@@ -231,6 +251,13 @@ class _Inquiry:
             before = row["step"] if row is not None else before
         if isinstance(self.config, TrainConfig) and name == METRICS and before < newest:
             yield f"{path}: ends at step {before:g}, but the last checkpoint is of step {newest}"
+
+
+def _gone(folder: Path, config: Job) -> list[Path]:
+    """Files that a run of `train` writes in its first iteration, and that aren't there after it."""
+    if not isinstance(config, TrainConfig) or not max(checkpoint.steps(folder), default=0):
+        return []
+    return [folder / name for name in (METRICS, SAMPLES, MEMORY, RESPONSES, PLAN) if not (folder / name).exists()]
 
 
 def _keys(record: Record, content: bytes) -> str:

@@ -124,14 +124,14 @@ def table(found: Mapping[str, Any]) -> list[str]:
         lines.append("share of the optimum: none, as no policy gains by leaving the reference")
     else:
         share, low, high = (100 * number for number in found["share"])
-        lines.append(f"share of the optimum: {share:.0f} % ({low:.0f} to {high:.0f} %)")
+        lines.append(f"share of the optimum: {share:z.0f} % ({low:z.0f} to {high:z.0f} %)")
     if found["equal_kl"] is not None:
         share, there = found["equal_kl"]["share"], found["equal_kl"]["best_of_gain"]
-        lines.append(f"at its KL, best-of-n gains {there:+.3f}: the policy has {share:.0%} of that")
+        lines.append(f"at its KL, best-of-n gains {there:+.3f}: the policy has {share * 100:z.0f} % of that")
     if optimum["few"]:
         lines.append(
             f"the optimum rests on {optimum['effective']:.1f} effective samples a prompt: the true one may lie well "
-            "above, and the share below; more --samples narrow that"
+            "above, and the true share below this one; more --samples narrow that"
         )
     return lines
 

@@ -133,7 +133,7 @@ def test_overlong_examples(write, tokenizer):
     assert [split(example, tokenizer) for example in cut.examples] == [("", "abcde", False), ("abc", "de", False)]
     assert (cut.dropped, cut.truncated) == (1, 2)
 
-    with pytest.raises(DataError, match=r"data\.jsonl:1: 10 tokens, more than max_tokens = 8"):
+    with pytest.raises(DataError, match=r"data\.jsonl:1: 10 tokens, more than data.max_tokens = 8"):
         load(path, tokenizer, max_tokens=8)
 
 

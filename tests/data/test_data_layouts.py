@@ -39,11 +39,11 @@ READ = {  # what the line says after the file's name, and the last row
         "ultrafeedback binarised: 1 pairs of chats, from a JSON list, 1 of 2 rows give none (ties are left out)",
         pair(user("Say hello in French."), "Bonjour.", "Hola.")),
     "kto.jsonl": (
-        "kto: 3 rated texts (label true is the rating 1, false 0; only the true ones are imitated)",
+        "kto: 3 rated texts (label true is the rating 1, false 0; `sft` imitates only the true ones)",
         {"prompt": "Where is the station?", "completion": " Behind the church.", "rating": 1}),
     "kto.csv": (
         "kto: 2 rated texts, from CSV separated by ',' "
-        "(label true is the rating 1, false 0; only the true ones are imitated)",
+        "(label true is the rating 1, false 0; `sft` imitates only the true ones)",
         {"prompt": SHOP, "completion": " Go and see.", "rating": 0}),
     "nectar.jsonl": ("nectar: 2 pairs of chats (every two answers whose ranks differ)",
         pair(user("Write a haiku."), "Old pond, frog, splash.", "No.")),

@@ -49,8 +49,8 @@ def test_pairs_in_each_format(write, tokenizer):
         (PAIR | {"margin": "1"}, "'margin' must be a number, not a string"),
         (PAIR | {"margin": None}, "'margin' must be a number, not null"),
         (PAIR | {"margin": -1}, "'margin' is -1, below 0; swap 'chosen' and 'rejected' instead"),
-        (PAIR | {"rejected": "c" * 70}, "73 tokens, more than max_tokens = 64"),
-        (PAIR | {"chosen": "b" * 70}, "73 tokens, more than max_tokens = 64"),
+        (PAIR | {"rejected": "c" * 70}, "73 tokens, more than data.max_tokens = 64"),
+        (PAIR | {"chosen": "b" * 70}, "73 tokens, more than data.max_tokens = 64"),
     ],
 )
 def test_a_bad_pair_is_refused_by_its_place(write, tokenizer, line, message):

@@ -54,7 +54,7 @@ def test_plain_and_chat_prompts(write, tokenizer):
         ({"messages": [USER | {"content": None}]}, "'messages' message 1 has null as its 'content'"),
         ({"messages": [USER | {"content": " "}]}, "'messages' message 1 is empty"),
         ({"messages": [USER | {"content": "refuse me"}]}, "the chat template refuses this; leave it out"),
-        ({"prompt": "x" * 64}, "65 tokens, more than max_tokens = 64; shorten the text"),
+        ({"prompt": "x" * 64}, "65 tokens, more than data.max_prompt_tokens = 64; shorten the text"),
     ],
 )
 def test_a_bad_prompt_is_refused_by_its_place(write, tokenizer, line, message):
@@ -87,9 +87,11 @@ def test_overlong_prompts(write, tokenizer):
     assert [len(prompt.tokens) for prompt in cut.prompts] == [4, 4, 4]
     assert (cut.dropped, cut.truncated) == (0, 2)
 
-    with pytest.raises(DataError, match=r"data\.jsonl:1: 7 tokens, more than max_tokens = 4"):
+    with pytest.raises(DataError, match=r"data\.jsonl:1: 7 tokens, more than data.max_prompt_tokens = 4"):
         load(path, tokenizer, max_tokens=4)
-    with pytest.raises(DataError, match=r"data\.jsonl: every record \(3\) is longer than max_tokens = 3 and was dropp"):
+    with pytest.raises(
+        DataError, match=r"data\.jsonl: every record \(3\) is longer than data.max_prompt_tokens = 3 and was dropp"
+    ):
         load(path, tokenizer, max_tokens=3, overlong="drop")
     with pytest.raises(ValueError, match="at least 2"):
         load(path, tokenizer, max_tokens=1, overlong="truncate")

@@ -213,4 +213,4 @@ def test_prompts_on_the_command_line(home):
 def test_a_bound_that_leaves_nothing(home):
     home.jsonl("bad.jsonl", [{"prompt": "the film is a very good story"}])
     config = home.config(data={"prompts": "bad.jsonl", "max_prompt_tokens": 4})
-    home.refused(3, "bad.jsonl: every record (1) is longer than max_tokens = 4", "train", config)
+    home.refused(3, "bad.jsonl: every record (1) is longer than data.max_prompt_tokens = 4", "train", config)

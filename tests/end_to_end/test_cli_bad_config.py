@@ -162,7 +162,7 @@ def test_models_that_are_not_there(project):
         (b'{"prompt": "\xff"}\n', "prompts.jsonl:1: byte 12 (0xff) isn't UTF-8"),
         (
             '{"prompt": "the film is a very good story"}\n',
-            "prompts.jsonl: every record (1) is longer than max_tokens = 4",
+            "prompts.jsonl: every record (1) is longer than data.max_prompt_tokens = 4",
         ),
         ('{"prompt": [{"role": "user", "content": "it"}]}\n', "prompts.jsonl:1: messages need a chat template"),
     ],
@@ -195,7 +195,7 @@ def test_overlong_prompts_are_counted_or_refused(project):
     shown = project.done("train", project.config(run={"iterations": 1}, data={"max_prompt_tokens": 4}), "--dry-run")
     assert "prompts.jsonl: 3 overlong prompts dropped, 0 truncated (max_prompt_tokens = 4)" in shown
     config = project.config(data={"max_prompt_tokens": 4, "overlong": "error"})
-    project.refused(3, "prompts.jsonl:2: 5 tokens, more than max_tokens = 4", "train", config)
+    project.refused(3, "prompts.jsonl:2: 5 tokens, more than data.max_prompt_tokens = 4", "train", config)
 
 
 def test_feedback_that_says_nothing(project):

@@ -57,6 +57,9 @@ def test_what_cannot_be_asked(trained, reward_folders):
     (trained.folder / "there.svg").write_text("mine")
     trained.refused(2, "there.svg: already there", "frontier", "runs/a", "--picture", "there.svg")
     assert (trained.folder / "there.svg").read_text() == "mine"
+    trained.refused(2, "the folder none isn't there", "frontier", "runs/a", "--picture", "none/a.svg")
+    for coef in (1e-300, 1e300):
+        trained.refused(2, "tilts nothing that can be sampled", "frontier", "runs/a", "--coef", coef)
     trained.done("train", trained.config(kl={"coef": 0.0}, run={"name": "b"}))
     trained.refused(2, "trained without a penalty", "frontier", "runs/b", "--prompts", 2, "--samples", 2)
 

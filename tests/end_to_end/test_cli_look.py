@@ -154,6 +154,8 @@ def test_numbers_on_the_command_line_are_finite(project, command, value):
 
 def test_samples_that_cannot_be_had(project, reward_folders):
     project.refused(2, "give --prompt or --prompts", "sample", "model")
+    both = ("--prompt", "it", "--prompts", "prompts.jsonl")
+    project.refused(2, "--prompt and --prompts exclude each other", "sample", "model", *both)
     project.refused(2, "--prompt: is empty", "sample", "model", "--prompt", " ")
     project.refused(3, "nothing.jsonl: no such file", "sample", "model", "--prompts", "nothing.jsonl")
     run = reward_folders["adapters"].parent
@@ -257,3 +259,21 @@ def test_a_working_folder_that_is_gone_is_told(project):
         gone.mkdir(exist_ok=True)
         done = subprocess.run([sys.executable, "-c", code, gone, *command], capture_output=True, text=True, timeout=240)
         assert done.returncode == 4 and done.stderr.startswith("error: the current folder can't be used"), done.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_that_cannot_be_written_is_an_error_in_a_line(project, option):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", "from mlx_ppo.cli.main import main; main()", option],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 4 and done.stderr == "error: No space left on device\n"
+
+
+def test_the_file_that_is_planned_for_is_named_where_it_is_wrong(project):
+    file = project.folder / "other.json"
+    file.write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
+    project.refused(3, "other.json: mlx-lm cannot make this model", "plan", project.config(), "--model-config", file)

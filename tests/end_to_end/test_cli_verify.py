@@ -129,6 +129,19 @@ def test_every_file_that_differs_is_named(trained):
     sound(trained)
 
 
+LOGGED = ("metrics.jsonl", "samples.jsonl", "memory.jsonl", "responses.jsonl", "plan.json")
+
+
+def test_logs_and_a_plan_that_are_gone_are_named_by_both_commands(trained):
+    for name in LOGGED:
+        (trained.run() / name).unlink()
+    unsound(trained, *(f"runs/a/{name}: missing" for name in LOGGED), whole=True)
+    told = trained.cli("resume", "runs/a")
+    assert told.exit_code == 0
+    assert told.stderr.count("missing; its rows are lost") == 4
+    assert "plan.json: missing; a new plan is made, and results may differ in the last digits" in told.stderr
+
+
 def test_all_at_once_a_line_each(trained):
     for name in ("checkpoints/000003/state.json", "checkpoints/000003/critic.safetensors", "config.toml"):
         flip(trained.run() / name)
