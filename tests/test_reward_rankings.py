@@ -61,7 +61,7 @@ def test_an_overlong_answer_is_dropped_and_the_rest_of_its_ranking_kept(trunk: T
     found = load_rankings(file, trunk.tokenizer, max_tokens=12, overlong="drop")
     assert [ranking.goodness for ranking in found.rankings] == [(-1, -2)]
     assert found.dropped == 3, "two long ones, and the one that was left alone"
-    with pytest.raises(DataError, match="more than data.max_tokens = 12"):
+    with pytest.raises(DataError, match=r"more than data\.max_tokens = 12"):
         load_rankings(file, trunk.tokenizer, max_tokens=12, overlong="error")
 
 

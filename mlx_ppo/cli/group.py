@@ -30,6 +30,13 @@ def _news() -> list[str]:
     return list(threads.news()) if threads is not None else []
 
 
+def _refused(error: OSError) -> click.exceptions.Exit:
+    """Say what the system refused; what ends the command."""
+    place = "" if error.filename is None else f"{error.filename}: "
+    click.echo(printable(f"error: {place}{error.strerror or error}"), err=True)
+    return click.exceptions.Exit(UserError.exit_code)
+
+
 class Commands(click.Group):
     """Turns the errors that a user can cause into lines and exit codes."""
 
@@ -52,8 +59,7 @@ class Commands(click.Group):
         except OSError as error:  # where --help is written
             if error.errno == errno.EPIPE:
                 raise
-            click.echo(printable(f"error: {error.strerror or error}"), err=True)
-            raise click.exceptions.Exit(UserError.exit_code) from None
+            raise _refused(error) from None
 
     def _invoke_and_tell(self, ctx: click.Context) -> Any:
         """Do it, and say at the end what other programs have changed, where anything was computed in this process."""
@@ -93,6 +99,4 @@ class Commands(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
         except OSError as error:  # what the system refuses where nobody expected it, such as a name that is too long
-            place = "" if error.filename is None else f"{error.filename}: "
-            click.echo(printable(f"error: {place}{error.strerror or error}"), err=True)
-            ctx.exit(UserError.exit_code)
+            raise _refused(error) from None

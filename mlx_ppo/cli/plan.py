@@ -95,8 +95,9 @@ def _accountant(config: TrainConfig, file: Path | None, given: dict[str, Any] | 
     try:
         return accountant_of(config, given, longest)
     except ModelError as error:
-        own = f"{config.model.path}: "
-        raise ModelError(str(error).replace(own, f"{file}: ", 1)) if file is not None else error from None
+        if file is None:
+            raise
+        raise ModelError(str(error).replace(f"{config.model.path}: ", f"{file}: ", 1)) from None
 
 
 def longest_prompt(config: TrainConfig) -> int:

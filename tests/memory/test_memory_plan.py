@@ -339,7 +339,7 @@ def test_the_command_plans_for_a_model_that_is_not_here(tmp_path: Path) -> None:
     file.write_text(json.dumps(document))
     config = Path(__file__).resolve().parents[2] / "configs" / "smollm2-reviews.toml"
     sizes = {}
-    for device, budget in (("cpu", 4), ("gpu", 8)):
+    for device, budget in (("cpu", 16), ("cpu", 4), ("gpu", 8)):
         arguments = ["plan", str(config), "--model-config", str(file), "--device", device]
         result = CliRunner().invoke(main, [*arguments, "--memory-gb", str(budget), "--json"])
         assert result.exit_code == 0, result.output
@@ -348,6 +348,7 @@ def test_the_command_plans_for_a_model_that_is_not_here(tmp_path: Path) -> None:
         phases = {p["name"]: p for p in plan["phases"]}
         sizes[device, budget] = phases["load"]["resident"]["weights of the shared trunk"]
     parameters = 1.236e9
+    assert sizes["cpu", 16] == pytest.approx(4 * parameters, rel=0.01)
     assert sizes["cpu", 4] == pytest.approx(0.625 * parameters, rel=0.01)  # scales and offsets in float32
     assert sizes["gpu", 8] == pytest.approx(0.5625 * parameters, rel=0.01)
     file.write_text("[]")

@@ -44,7 +44,10 @@ def test_closed_standard_streams_are_not_taken_for_the_memory(closed: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("exchange", "times"), [(over_the_ring, 400), (in_memory, 2_000)])
+@pytest.mark.parametrize(
+    ("exchange", "times"),
+    [(over_the_ring, 400), (in_memory, 2_000), pytest.param(over_the_ring, 2_000, marks=pytest.mark.thorough)],
+)
 def test_many_reductions_on_four_processes_never_stall(exchange: Callable[[int, int], None], times: int) -> None:
     """Reported for mlx's ring, with three and more (ml-explore/mlx#4475)."""
     exchange(4, times)
